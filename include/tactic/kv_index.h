@@ -1,0 +1,69 @@
+// The index over the K rows of one layer: clusters of the older rows, and the rows that are not clustered yet.
+//
+// Rows are named by their place in the cache. Whoever writes rows says so with write(); maintain() then clusters what has
+// become full. A row that was rewritten is read exactly until its segment is built anew, so a query never sees an old key.
+//
+//   tactic::KvIndex index({}, {.num_kv_heads = 8, .head_dim = 128, .v_head_dim = 128});
+//   index.write(kv, 0, kv.kv_len);     // after the rows have been stored
+//   index.maintain(kv);
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "tactic/kv_view.h"
+#include "tactic/options.h"
+
+namespace tactic {
+
+struct KvShape {
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+  int32_t v_head_dim = 0;
+};
+
+struct IndexState;  // src/core/index_state.h
+
+/// Not thread-safe; different indexes may be used from different threads.
+class KvIndex {
+ public:
+  KvIndex(const IndexOptions& options, const KvShape& shape);
+  ~KvIndex();
+  KvIndex(KvIndex&&) noexcept;
+  KvIndex& operator=(KvIndex&&) noexcept;
+
+  /// Rows [row_begin, row_begin + count) were stored or overwritten. Costs O(count) bits, reads no row.
+  void write(int64_t row_begin, int64_t count);
+
+  /// Rows from kv_len on are gone.
+  void truncate(int64_t kv_len);
+
+  /// Clusters what is due. `max_segments` bounds the work of this call (a provisional segment counts as one eighth of it
+  /// or less); negative: all that is due. Returns whether work is left. Throws Error if `kv` does not fit the shape.
+  bool maintain(const KvView& kv, double max_segments = -1);
+
+  /// Compares every indexed row's check value; rows that differ count as rewritten. Returns how many differed.
+  int64_t verify(const KvView& kv);
+
+  /// Forgets everything but the options.
+  void clear();
+
+  /// Threads that maintain() may use; 0: OpenMP's default. The result does not depend on it.
+  void set_num_threads(int32_t num_threads);
+
+  int64_t rows_written() const;       // rows that hold something
+  int64_t rows_indexed() const;       // of those, rows in clusters (or kept as outliers) and unchanged since
+  int64_t num_clusters() const;       // per KV head
+  size_t memory_bytes() const;        // all of it: centroids, spreads, members, row checks, bookkeeping
+  const IndexOptions& options() const;
+  const KvShape& shape() const;
+
+  IndexState& state() { return *state_; }
+  const IndexState& state() const { return *state_; }
+
+ private:
+  std::unique_ptr<IndexState> state_;
+};
+
+}  // namespace tactic

@@ -1,0 +1,50 @@
+// What a host program that knows the plug-in may ask of it, beyond what ggml asks. Each function is found with
+// ggml_backend_reg_get_proc_address(reg, name); all are thread-safe and apply to every context of the process.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/// "tactic_configure": replaces the options, in the grammar of the variable TACTIC ("select=sample,error=0.02").
+/// Options that decide which nodes are taken (select=off, min_context) act when a context next builds its graph.
+/// Returns 0; or -1 and a message in `error`, and the options stay as they were.
+typedef int (*tactic_configure_fn)(const char* options, char* error, size_t error_size);
+
+/// Sums over all attention nodes computed since the last call of "tactic_take_totals".
+struct tactic_totals {
+  int64_t nodes;               // attention nodes computed
+  int64_t queries;             // query rows in them (one per sequence and layer)
+  int64_t dense_queries;       // of those, answered by reading everything
+  int64_t changed_queries;     // of those, because a row had been changed unseen
+  int64_t kv_heads;            // sum over queries of KV heads
+  int64_t tokens_certain;      // sums over queries and KV heads, as in tactic::StepStats
+  int64_t tokens_sampled;
+  int64_t tokens_value;
+  int64_t refined_clusters;
+  int64_t index_bytes;
+  int64_t kv_bytes;
+  int64_t kv_bytes_present;
+  double estimated_mass;       // sum over sparse queries
+  double mass_variance;        // sum over sparse queries of the squared standard error
+  int64_t sparse_queries;      // number of terms in those two sums
+  int64_t attend_ns;           // wall time in attention nodes
+  int64_t write_ns;            // wall time storing rows
+  int64_t cluster_ns;          // wall time clustering
+  int64_t index_memory_bytes;  // now, all indexes
+  int64_t kv_memory_bytes;     // now, the K and V rows they describe
+};
+typedef void (*tactic_take_totals_fn)(struct tactic_totals* totals);
+
+/// "tactic_inspect": JSON about every indexed layer as of its last step (needs the option inspect=1):
+/// {"layers": [{"layer": 0, "stream": 0, "kv_len": n, "heads": [{"clusters": n, "mean_spread": x, "beta": x, "tokens": n,
+///   "exact_tokens": n, "exact_mass": x, "estimated_mass": x, "tau": x}, ...]}]}
+/// Writes at most `size` bytes with a terminating zero and returns the bytes needed.
+typedef size_t (*tactic_inspect_fn)(char* json, size_t size);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,315 @@
+// Which rows are clustered, and when. The clustering itself is the backend's.
+#include "tactic/kv_index.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <string>
+
+#include "core/backend.h"
+#include "core/index_state.h"
+#include "tactic/error.h"
+
+namespace tactic {
+
+namespace {
+
+// Calls fn(word_index, mask) for the words that cover rows [begin, end).
+template <class Fn>
+void for_words(int64_t begin, int64_t end, Fn fn) {
+  while (begin < end) {
+    const int64_t word = begin >> 6;
+    const int64_t stop = std::min(end, (word + 1) * 64);
+    uint64_t mask = ~uint64_t{0} << (begin & 63);
+    if ((stop & 63) != 0) mask &= (uint64_t{1} << (stop & 63)) - 1;
+    fn(word, mask);
+    begin = stop;
+  }
+}
+
+}  // namespace
+
+void RowBits::set_range(int64_t begin, int64_t end) {
+  for_words(begin, end, [&](int64_t w, uint64_t mask) { words_[static_cast<size_t>(w)] |= mask; });
+}
+
+void RowBits::reset_range(int64_t begin, int64_t end) {
+  end = std::min(end, capacity());
+  for_words(begin, end, [&](int64_t w, uint64_t mask) { words_[static_cast<size_t>(w)] &= ~mask; });
+}
+
+int64_t RowBits::count_range(int64_t begin, int64_t end) const {
+  int64_t count = 0;
+  for_words(begin, std::min(end, capacity()),
+            [&](int64_t w, uint64_t mask) { count += std::popcount(words_[static_cast<size_t>(w)] & mask); });
+  return count;
+}
+
+int64_t RowFilter::count_visible(int64_t begin, int64_t end) const {
+  int64_t count = 0;
+  for_words(begin, end, [&](int64_t w, uint64_t mask) { count += std::popcount(visible_word(w) & mask); });
+  return count;
+}
+
+int64_t RowFilter::count_indexed(int64_t begin, int64_t end) const {
+  int64_t count = 0;
+  for_words(begin, end,
+            [&](int64_t w, uint64_t mask) { count += std::popcount(visible_word(w) & indexed->word(w) & mask); });
+  return count;
+}
+
+KvIndex::KvIndex(const IndexOptions& options, const KvShape& shape) : state_(std::make_unique<IndexState>()) {
+  validate(options);
+  if (shape.num_kv_heads < 1) throw Error("num_kv_heads (" + std::to_string(shape.num_kv_heads) + ") must be at least 1");
+  for (const int32_t dim : {shape.head_dim, shape.v_head_dim}) {
+    if (dim < 16 || dim > 1024 || dim % 16 != 0) {
+      throw Error("head_dim (" + std::to_string(dim) + ") must be a multiple of 16 in 16..1024");
+    }
+  }
+  state_->options = options;
+  state_->shape = shape;
+  state_->calibration.resize(static_cast<size_t>(shape.num_kv_heads));
+}
+
+KvIndex::~KvIndex() = default;
+KvIndex::KvIndex(KvIndex&&) noexcept = default;
+KvIndex& KvIndex::operator=(KvIndex&&) noexcept = default;
+
+void KvIndex::write(int64_t row_begin, int64_t count) {
+  if (row_begin < 0 || count < 0 || row_begin > INT32_MAX - count) {
+    throw Error("rows " + std::to_string(row_begin) + " + " + std::to_string(count) + " must lie in 0..2^31-1");
+  }
+  if (count == 0) return;
+  IndexState& s = *state_;
+  const int64_t end = row_begin + count;
+  if (end > s.written.capacity()) {
+    const int64_t rows = std::max(end, s.written.capacity() * 2);
+    s.written.resize(rows);
+    s.indexed.resize(rows);
+  }
+  s.written.set_range(row_begin, end);
+  s.indexed.reset_range(row_begin, end);
+  s.rows_end = std::max(s.rows_end, end);
+}
+
+void KvIndex::truncate(int64_t kv_len) {
+  IndexState& s = *state_;
+  kv_len = std::max<int64_t>(kv_len, 0);
+  if (kv_len >= s.rows_end) return;
+  s.written.reset_range(kv_len, s.rows_end);
+  s.indexed.reset_range(kv_len, s.rows_end);
+  s.rows_end = kv_len;
+  std::erase_if(s.segments, [&](const Segment& segment) { return segment.row_begin >= kv_len; });
+}
+
+void KvIndex::clear() {
+  IndexState& s = *state_;
+  s.segments.clear();
+  s.written.clear();
+  s.indexed.clear();
+  s.rows_end = 0;
+  s.calibration.assign(s.calibration.size(), {});
+}
+
+namespace {
+
+struct Due {
+  int64_t row_begin;
+  int32_t num_rows;
+  bool provisional;
+  double cost;   // in full segments
+};
+
+int64_t sinks_in(const IndexState& s, int64_t begin, int64_t end) {
+  return std::clamp<int64_t>(s.options.sink_tokens - begin, 0, end - begin);
+}
+
+// Rows of [begin, end) that a segment could hold but the index does not.
+int64_t unindexed_in(const IndexState& s, int64_t begin, int64_t end) {
+  return end - begin - sinks_in(s, begin, end) - s.indexed.count_range(begin, end);
+}
+
+const Segment* segment_at(const IndexState& s, int64_t row_begin, int32_t num_rows) {
+  for (const Segment& segment : s.segments) {
+    if (segment.row_begin == row_begin && segment.num_rows == num_rows) return &segment;
+  }
+  return nullptr;
+}
+
+bool is_written(const IndexState& s, int64_t begin, int64_t end) {
+  return s.written.count_range(begin, end) == end - begin;
+}
+
+// Incremental clustering: a block of segment_tokens rows is one segment once all its rows are written, before that each
+// full part of provisional_tokens rows is a segment of its own. What was rewritten is built anew when enough has changed.
+std::vector<Due> due_incremental(const IndexState& s, double max_segments) {
+  const IndexOptions& o = s.options;
+  const int64_t block_rows = o.segment_tokens, part_rows = o.provisional_tokens;
+  const double part_cost = static_cast<double>(part_rows) * part_rows / o.provisional_cluster_tokens /
+                           (static_cast<double>(block_rows) * block_rows / o.cluster_tokens);
+  std::vector<Due> due;
+  double planned = 0;
+  for (int64_t begin = 0; begin < s.rows_end; begin += block_rows) {
+    const int64_t end = begin + block_rows;
+    const int64_t unindexed = unindexed_in(s, begin, end);
+    if (is_written(s, begin, end)) {
+      const bool exists = segment_at(s, begin, o.segment_tokens) != nullptr;
+      if (exists && unindexed < part_rows) continue;
+      if (max_segments < 0 || planned + 1 <= max_segments) {
+        due.push_back({begin, o.segment_tokens, false, 1});
+        planned += 1;
+        continue;
+      }
+      if (exists) continue;   // stays readable; its rewritten rows are read exactly
+    } else if (segment_at(s, begin, o.segment_tokens) != nullptr && unindexed < block_rows / 2) {
+      continue;               // cut short by truncate(): what is left of the segment is still good
+    }
+    for (int64_t part = begin; part < std::min(end, s.rows_end); part += part_rows) {
+      const int64_t missing = unindexed_in(s, part, part + part_rows);
+      const bool exists = segment_at(s, part, o.provisional_tokens) != nullptr;
+      if (!is_written(s, part, part + part_rows) || missing == 0 || (exists && missing < part_rows / 4)) continue;
+      due.push_back({part, o.provisional_tokens, true, part_cost});
+    }
+  }
+  return due;
+}
+
+// The paper's way: all rows at once, and again when segment_tokens rows have come since.
+std::vector<Due> due_whole(const IndexState& s) {
+  const int64_t unindexed = unindexed_in(s, 0, s.rows_end);
+  if (s.rows_end < 64 || (!s.segments.empty() && unindexed < s.options.segment_tokens)) return {};
+  if (!is_written(s, 0, s.rows_end)) return {};
+  std::vector<Due> due;
+  for (int64_t begin = 0; begin < s.rows_end; begin += 65536) {
+    due.push_back({begin, static_cast<int32_t>(std::min<int64_t>(65536, s.rows_end - begin)), false, 0});
+  }
+  return due;
+}
+
+Segment build_segment(const IndexState& s, const KvView& kv, const Due& due) {
+  const IndexOptions& o = s.options;
+  Segment segment;
+  segment.row_begin = due.row_begin;
+  segment.num_rows = due.num_rows;
+  segment.provisional = due.provisional;
+  const auto sinks = static_cast<int32_t>(sinks_in(s, due.row_begin, due.row_begin + due.num_rows));
+  const int32_t mean_size = due.provisional ? o.provisional_cluster_tokens : o.cluster_tokens;
+  segment.num_sinks = sinks;
+  segment.num_clusters = std::max(1, (due.num_rows - sinks + mean_size - 1) / mean_size);
+  segment.heads.resize(static_cast<size_t>(kv.num_kv_heads));
+  segment.row_checks.resize(static_cast<size_t>(kv.num_kv_heads) * static_cast<size_t>(due.num_rows));
+  const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
+  for (int32_t head = 0; head < kv.num_kv_heads; ++head) {
+    ClusterTask task;
+    task.kv = kv;
+    task.head = head;
+    task.row_begin = due.row_begin;
+    task.num_rows = due.num_rows;
+    task.first_row = sinks;
+    task.num_clusters = segment.num_clusters;
+    task.iterations = o.iterations;
+    task.num_outliers = static_cast<int32_t>(std::lround(o.outlier_fraction * static_cast<float>(due.num_rows)));
+    task.seed = o.seed + static_cast<uint64_t>(due.row_begin) * 31 + static_cast<uint64_t>(head);
+    cpu::cluster(task, s.num_threads, segment.heads[static_cast<size_t>(head)]);
+    uint8_t* checks = segment.row_checks.data() + static_cast<size_t>(head) * static_cast<size_t>(due.num_rows);
+    for (int32_t i = sinks; i < due.num_rows; ++i) {
+      const int64_t row = due.row_begin + i;
+      checks[i] = static_cast<uint8_t>(check_row(kv.k.row(head, row), k_bytes, row) |
+                                       (check_row(kv.v.row(head, row), v_bytes, row) << 4));
+    }
+  }
+  return segment;
+}
+
+void put_segment(IndexState& s, Segment segment) {
+  const int64_t begin = segment.row_begin, end = begin + segment.num_rows;
+  std::erase_if(s.segments, [&](const Segment& old) {
+    if (old.row_begin >= end || old.row_begin + old.num_rows <= begin) return false;
+    s.indexed.reset_range(old.row_begin, old.row_begin + old.num_rows);
+    return true;
+  });
+  s.indexed.set_range(begin + sinks_in(s, begin, end), end);
+  const auto at = std::find_if(s.segments.begin(), s.segments.end(),
+                               [&](const Segment& other) { return other.row_begin > begin; });
+  s.segments.insert(at, std::move(segment));
+}
+
+void check_view(const IndexState& s, const KvView& kv) {
+  const auto fail = [](const char* name, int64_t value, int64_t expected) {
+    throw Error(std::string(name) + " (" + std::to_string(value) + ") must be the index's " + std::to_string(expected));
+  };
+  if (kv.num_kv_heads != s.shape.num_kv_heads) fail("num_kv_heads", kv.num_kv_heads, s.shape.num_kv_heads);
+  if (kv.head_dim != s.shape.head_dim) fail("head_dim", kv.head_dim, s.shape.head_dim);
+  if (kv.v_head_dim != s.shape.v_head_dim) fail("v_head_dim", kv.v_head_dim, s.shape.v_head_dim);
+  if (kv.kv_len < s.rows_end) {
+    throw Error("kv_len (" + std::to_string(kv.kv_len) + ") must cover the " + std::to_string(s.rows_end) + " rows written");
+  }
+}
+
+}  // namespace
+
+bool KvIndex::maintain(const KvView& kv, double max_segments) {
+  IndexState& s = *state_;
+  check_view(s, kv);
+  const bool whole = s.options.clustering == Clustering::kWhole;
+  double spent = 0;
+  while (true) {   // a new segment can push out an old one and make its other parts due
+    const std::vector<Due> due = whole ? due_whole(s) : due_incremental(s, max_segments < 0 ? -1 : max_segments - spent);
+    if (due.empty()) return false;
+    for (const Due& item : due) {
+      if (max_segments >= 0 && spent + item.cost > max_segments) return true;
+      spent += item.cost;
+      put_segment(s, build_segment(s, kv, item));
+    }
+  }
+}
+
+int64_t KvIndex::verify(const KvView& kv) {
+  IndexState& s = *state_;
+  check_view(s, kv);
+  const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
+  int64_t changed = 0;
+  for (const Segment& segment : s.segments) {
+    for (int32_t i = 0; i < segment.num_rows; ++i) {
+      const int64_t row = segment.row_begin + i;
+      if (!s.indexed.test(row)) continue;
+      for (int32_t head = 0; head < kv.num_kv_heads; ++head) {
+        const uint8_t check = static_cast<uint8_t>(check_row(kv.k.row(head, row), k_bytes, row) |
+                                                   (check_row(kv.v.row(head, row), v_bytes, row) << 4));
+        if (check == segment.row_checks[static_cast<size_t>(head) * static_cast<size_t>(segment.num_rows) + static_cast<size_t>(i)]) continue;
+        s.indexed.reset(row);
+        ++changed;
+        break;
+      }
+    }
+  }
+  return changed;
+}
+
+int64_t KvIndex::rows_written() const { return state_->written.count_range(0, state_->rows_end); }
+int64_t KvIndex::rows_indexed() const { return state_->indexed.count_range(0, state_->rows_end); }
+
+int64_t KvIndex::num_clusters() const {
+  int64_t total = 0;
+  for (const Segment& segment : state_->segments) total += segment.num_clusters;
+  return total;
+}
+
+size_t KvIndex::memory_bytes() const {
+  const IndexState& s = *state_;
+  size_t bytes = sizeof(IndexState) + static_cast<size_t>(s.written.num_words() + s.indexed.num_words()) * 8;
+  for (const Segment& segment : s.segments) {
+    bytes += sizeof(Segment) + segment.row_checks.capacity();
+    for (const HeadClusters& h : segment.heads) {
+      bytes += sizeof(HeadClusters) + h.mean.capacity() * 4 + h.residuals.capacity() + h.scales.capacity() * 4 +
+               h.spreads.capacity() * 4 + h.sizes.capacity() * 2 + h.members.capacity() * 2 + h.outliers.capacity() * 2;
+    }
+  }
+  return bytes;
+}
+
+void KvIndex::set_num_threads(int32_t num_threads) { state_->num_threads = num_threads; }
+const IndexOptions& KvIndex::options() const { return state_->options; }
+const KvShape& KvIndex::shape() const { return state_->shape; }
+
+}  // namespace tactic

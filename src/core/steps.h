@@ -1,0 +1,58 @@
+// What goes from step to step. Each backend has the steps as free functions of the same names in files of the same names.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/index_state.h"
+#include "tactic/attention.h"
+#include "tactic/selection.h"
+
+namespace tactic {
+
+/// Input of `cluster`: rows of one KV head to be clustered together.
+struct ClusterTask {
+  KvView kv;
+  int32_t head = 0;
+  int64_t row_begin = 0;
+  int32_t num_rows = 0;
+  int32_t first_row = 0;        // rows below row_begin + first_row are sinks and left out
+  int32_t num_clusters = 0;
+  int32_t iterations = 0;
+  int32_t num_outliers = 0;     // rows of least key norm, and as many of least value norm
+  uint64_t seed = 0;
+};
+
+/// Output of `score`: what is known of every cluster of one KV head before any of its rows is read.
+struct ClusterScores {
+  int32_t num_clusters = 0;       // padded numbering over all segments
+  std::vector<float> dots;        // [group_size, num_clusters] sm_scale * q.centroid
+  std::vector<float> spreads;     // [num_clusters]
+  std::vector<float> sizes;       // [num_clusters] members the query may read; 0 for padding
+};
+
+/// Softmax over a part of the row: the sum of exp(score - max), and the max. Empty: max = -infinity, sum = 0.
+struct SoftmaxState {
+  float max = -__builtin_inff();
+  float sum = 0;
+};
+
+/// Input of the selectors besides the scores.
+struct SelectParams {
+  int32_t group_size = 0;
+  const float* q_norms2 = nullptr;       // [group_size] |sm_scale * q|^2
+  const SoftmaxState* exact = nullptr;   // [group_size] of the rows read anyway (sinks, recent, outliers)
+  float beta = 0;                        // weight of the spread term for the mean; twice it for the inclusion probability
+  float variance_ratio = 1;              // predicted variance is multiplied by this
+};
+
+/// Output of select_sample before rows are drawn.
+struct Inclusion {
+  std::vector<float> probability;   // [num_clusters] of each member
+  float tau = 0;                    // the one used
+  double predicted_variance = 0;    // of the mass, relative, mean over the group's heads
+  std::vector<float> scratch;
+};
+
+}  // namespace tactic

@@ -1,0 +1,289 @@
+// attend: scores of listed K rows, and weighted sums of listed V rows. One read of a row serves the whole group.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/steps.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/attend.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "cpu/rows-inl.h"
+#include "hwy/contrib/math/math-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace tactic::cpu {
+namespace HWY_NAMESPACE {
+
+constexpr int64_t kPrefetchRows = 12;  // ahead; 8 to 16 measure alike, fewer are slower once the cache is cold
+
+HWY_INLINE void prefetch_row(const std::byte* row, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
+// Adds the lanes of four vectors at once: {sum(a), sum(b), sum(c), sum(d)}.
+#if HWY_TARGET != HWY_SCALAR
+template <class D>
+HWY_INLINE auto fold_blocks(D, hn::Vec<D> v) {
+  if constexpr (hn::MaxLanes(D()) <= 4) {
+    return v;
+  } else {
+    const hn::Half<D> dh;
+    return fold_blocks(dh, hn::Add(hn::LowerHalf(dh, v), hn::UpperHalf(dh, v)));
+  }
+}
+#endif
+
+HWY_INLINE void store_four_sums(RowTag df, RowVec a, RowVec b, RowVec c, RowVec d, float* out) {
+#if HWY_TARGET == HWY_SCALAR
+  out[0] = hn::GetLane(hn::SumOfLanes(df, a));
+  out[1] = hn::GetLane(hn::SumOfLanes(df, b));
+  out[2] = hn::GetLane(hn::SumOfLanes(df, c));
+  out[3] = hn::GetLane(hn::SumOfLanes(df, d));
+#else
+  const hn::Repartition<double, RowTag> dd;
+  const auto ab = hn::Add(hn::InterleaveLower(df, a, b), hn::InterleaveUpper(df, a, b));  // a02 b02 a13 b13
+  const auto cd = hn::Add(hn::InterleaveLower(df, c, d), hn::InterleaveUpper(df, c, d));
+  const auto low = hn::BitCast(df, hn::InterleaveLower(dd, hn::BitCast(dd, ab), hn::BitCast(dd, cd)));
+  const auto high = hn::BitCast(df, hn::InterleaveUpper(dd, hn::BitCast(dd, ab), hn::BitCast(dd, cd)));
+  hn::StoreU(fold_blocks(df, hn::Add(low, high)), hn::FixedTag<float, 4>(), out);
+#endif
+}
+
+// kHeads query heads at once, four rows at a time.
+template <DType kType, int kHeads>
+void score_rows(const RowsView& k, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* q,
+                size_t head_dim, float* scores, int64_t stride) {
+  const RowTag df;
+  const size_t lanes = hn::Lanes(df);
+  const size_t bytes = row_bytes(kType, static_cast<int64_t>(head_dim));
+  for (int64_t t = 0; t < std::min(num_tokens, kPrefetchRows); ++t) prefetch_row(k.row(head, tokens[t]), bytes);
+  for (int64_t t = 0; t < num_tokens; t += 4) {
+    const int64_t rest = num_tokens - t;
+    const std::byte* rows[4];
+    for (int64_t r = 0; r < 4; ++r) {
+      rows[r] = k.row(head, tokens[t + std::min(r, rest - 1)]);
+      if (t + r + kPrefetchRows < num_tokens) prefetch_row(k.row(head, tokens[t + r + kPrefetchRows]), bytes);
+    }
+    RowVec sums[kHeads][4];
+    for (int g = 0; g < kHeads; ++g) {
+      for (int r = 0; r < 4; ++r) sums[g][r] = hn::Zero(df);
+    }
+    for (size_t i = 0; i < head_dim; i += lanes) {
+      const RowVec k0 = RowLoader<kType>::load(df, rows[0], i);
+      const RowVec k1 = RowLoader<kType>::load(df, rows[1], i);
+      const RowVec k2 = RowLoader<kType>::load(df, rows[2], i);
+      const RowVec k3 = RowLoader<kType>::load(df, rows[3], i);
+      for (int g = 0; g < kHeads; ++g) {
+        const RowVec qv = hn::LoadU(df, q + static_cast<size_t>(g) * head_dim + i);
+        sums[g][0] = hn::MulAdd(qv, k0, sums[g][0]);
+        sums[g][1] = hn::MulAdd(qv, k1, sums[g][1]);
+        sums[g][2] = hn::MulAdd(qv, k2, sums[g][2]);
+        sums[g][3] = hn::MulAdd(qv, k3, sums[g][3]);
+      }
+    }
+    for (int g = 0; g < kHeads; ++g) {
+      float* out = scores + g * stride + t;
+      if (rest >= 4) {
+        store_four_sums(df, sums[g][0], sums[g][1], sums[g][2], sums[g][3], out);
+      } else {
+        float last[4];
+        store_four_sums(df, sums[g][0], sums[g][1], sums[g][2], sums[g][3], last);
+        for (int64_t r = 0; r < rest; ++r) out[r] = last[r];
+      }
+    }
+  }
+}
+
+// kHeads query heads and kVecs vectors of the row at once, so that the sums stay in registers.
+template <DType kType, int kHeads, int kVecs>
+void add_rows(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
+              int64_t stride, size_t begin, size_t v_head_dim, float* out) {
+  const RowTag df;
+  const size_t lanes = hn::Lanes(df);
+  RowVec sums[kHeads][kVecs];
+  for (int g = 0; g < kHeads; ++g) {
+    for (int j = 0; j < kVecs; ++j) {
+      sums[g][j] = hn::LoadU(df, out + static_cast<size_t>(g) * v_head_dim + begin + static_cast<size_t>(j) * lanes);
+    }
+  }
+  const size_t first = row_bytes(kType, static_cast<int64_t>(begin / 32 * 32));
+  const size_t bytes = row_bytes(kType, static_cast<int64_t>((static_cast<size_t>(kVecs) * lanes + 31) / 32 * 32));
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    const std::byte* row = v.row(head, tokens[t]);
+    if (t + kPrefetchRows < num_tokens) prefetch_row(v.row(head, tokens[t + kPrefetchRows]) + first, bytes);
+    RowVec values[kVecs];
+    for (int j = 0; j < kVecs; ++j) values[j] = RowLoader<kType>::load(df, row, begin + static_cast<size_t>(j) * lanes);
+    for (int g = 0; g < kHeads; ++g) {
+      const RowVec w = hn::Set(df, weights[g * stride + t]);
+      for (int j = 0; j < kVecs; ++j) sums[g][j] = hn::MulAdd(w, values[j], sums[g][j]);
+    }
+  }
+  for (int g = 0; g < kHeads; ++g) {
+    for (int j = 0; j < kVecs; ++j) {
+      hn::StoreU(sums[g][j], df, out + static_cast<size_t>(g) * v_head_dim + begin + static_cast<size_t>(j) * lanes);
+    }
+  }
+}
+
+// As many vectors as fit beside the sums of kHeads heads in 16 registers.
+template <DType kType, int kHeads>
+void value_rows(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
+                int64_t stride, size_t v_head_dim, float* out) {
+  constexpr int kVecs = kHeads <= 2 ? 4 : kHeads == 3 ? 3 : 2;
+  const size_t lanes = hn::Lanes(RowTag());
+  size_t begin = 0;
+  if (kHeads == 3 && v_head_dim % (4 * lanes) == 0) {
+    for (; begin < v_head_dim; begin += 4 * lanes) {
+      add_rows<kType, kHeads, 4>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
+    }
+    return;
+  }
+  for (; begin + kVecs * lanes <= v_head_dim; begin += kVecs * lanes) {
+    add_rows<kType, kHeads, kVecs>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
+  }
+  for (; begin < v_head_dim; begin += lanes) {
+    add_rows<kType, kHeads, 1>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
+  }
+}
+
+// Calls fn.template operator()<kType, kHeads>(first_head) for slices of at most four heads.
+template <DType kType, class Fn>
+HWY_INLINE void for_slices(int32_t group_size, Fn fn) {
+  int32_t g = 0;
+  for (; group_size - g > 4 || group_size - g == 4; g += 4) fn.template operator()<kType, 4>(g);
+  switch (group_size - g) {
+    case 3: return fn.template operator()<kType, 3>(g);
+    case 2: return fn.template operator()<kType, 2>(g);
+    case 1: return fn.template operator()<kType, 1>(g);
+    default: return;
+  }
+}
+
+template <class Fn>
+HWY_INLINE void dispatch(DType dtype, int32_t group_size, Fn fn) {
+  switch (dtype) {
+    case DType::kF32: return for_slices<DType::kF32>(group_size, fn);
+    case DType::kF16: return for_slices<DType::kF16>(group_size, fn);
+    case DType::kBF16: return for_slices<DType::kBF16>(group_size, fn);
+    case DType::kQ8_0: return for_slices<DType::kQ8_0>(group_size, fn);
+    case DType::kQ4_0: return for_slices<DType::kQ4_0>(group_size, fn);
+  }
+}
+
+struct ScoreRows {
+  const RowsView& k;
+  int32_t head;
+  const int32_t* tokens;
+  int64_t num_tokens;
+  const float* q;
+  size_t head_dim;
+  float* scores;
+  int64_t stride;
+  template <DType kType, int kHeads>
+  void operator()(int32_t g) const {
+    score_rows<kType, kHeads>(k, head, tokens, num_tokens, q + static_cast<size_t>(g) * head_dim, head_dim,
+                              scores + g * stride, stride);
+  }
+};
+
+struct ValueRows {
+  const RowsView& v;
+  int32_t head;
+  const int32_t* tokens;
+  int64_t num_tokens;
+  const float* weights;
+  int64_t stride;
+  size_t v_head_dim;
+  float* out;
+  template <DType kType, int kHeads>
+  void operator()(int32_t g) const {
+    value_rows<kType, kHeads>(v, head, tokens, num_tokens, weights + g * stride, stride, v_head_dim,
+                              out + static_cast<size_t>(g) * v_head_dim);
+  }
+};
+
+void attend_scores(const RowsView& k, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* q,
+                   int32_t head_dim, int32_t group_size, float* scores, int64_t stride) {
+  dispatch(k.dtype, group_size,
+           ScoreRows{k, head, tokens, num_tokens, q, static_cast<size_t>(head_dim), scores, stride});
+}
+
+void attend_values(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
+                   int64_t stride, int32_t v_head_dim, int32_t group_size, float* out) {
+  dispatch(v.dtype, group_size,
+           ValueRows{v, head, tokens, num_tokens, weights, stride, static_cast<size_t>(v_head_dim), out});
+}
+
+float exp_weights(const float* scores, int64_t num, float max, float* weights) {
+  const RowTag df;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(df));
+  const RowVec shift = hn::Set(df, max);
+  RowVec sums = hn::Zero(df);
+  int64_t i = 0;
+  for (; i + lanes <= num; i += lanes) {
+    const RowVec w = hn::Exp(df, hn::Sub(hn::LoadU(df, scores + i), shift));
+    sums = hn::Add(sums, w);
+    hn::StoreU(w, df, weights + i);
+  }
+  float sum = hn::GetLane(hn::SumOfLanes(df, sums));
+  if (i < num) {
+    float buffer[16];
+    for (int64_t j = 0; j < lanes; ++j) buffer[j] = i + j < num ? scores[i + j] : max;
+    hn::StoreU(hn::Exp(df, hn::Sub(hn::LoadU(df, buffer), shift)), df, buffer);
+    for (int64_t j = 0; i + j < num; ++j) sum += weights[i + j] = buffer[j];
+  }
+  return sum;
+}
+
+float max_score(const float* scores, int64_t num) {
+  const RowTag df;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(df));
+  RowVec best = hn::Set(df, -HUGE_VALF);
+  RowVec poison = hn::Zero(df);   // stays 0 but for NaN; Max alone may lose one
+  int64_t i = 0;
+  for (; i + lanes <= num; i += lanes) {
+    const RowVec s = hn::LoadU(df, scores + i);
+    best = hn::Max(best, s);
+    poison = hn::Or(poison, hn::IfThenElseZero(hn::Ne(s, s), s));
+  }
+  float max = hn::GetLane(hn::MaxOfLanes(df, best));
+  bool nan = !hn::AllTrue(df, hn::Eq(poison, hn::Zero(df)));
+  for (; i < num; ++i) {
+    max = scores[i] > max ? scores[i] : max;
+    nan = nan || scores[i] != scores[i];
+  }
+  return nan ? std::numeric_limits<float>::quiet_NaN() : max;
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace tactic::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace tactic::cpu {
+
+HWY_EXPORT(attend_scores);
+HWY_EXPORT(attend_values);
+HWY_EXPORT(exp_weights);
+HWY_EXPORT(max_score);
+
+void attend_scores(const RowsView& k, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* q,
+                   int32_t head_dim, int32_t group_size, float* scores, int64_t stride) {
+  HWY_DYNAMIC_DISPATCH(attend_scores)(k, head, tokens, num_tokens, q, head_dim, group_size, scores, stride);
+}
+
+void attend_values(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
+                   int64_t stride, int32_t v_head_dim, int32_t group_size, float* out) {
+  HWY_DYNAMIC_DISPATCH(attend_values)(v, head, tokens, num_tokens, weights, stride, v_head_dim, group_size, out);
+}
+
+float exp_weights(const float* scores, int64_t num, float max, float* weights) {
+  return HWY_DYNAMIC_DISPATCH(exp_weights)(scores, num, max, weights);
+}
+
+float max_score(const float* scores, int64_t num) { return HWY_DYNAMIC_DISPATCH(max_score)(scores, num); }
+
+}  // namespace tactic::cpu
+#endif

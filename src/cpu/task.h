@@ -1,0 +1,68 @@
+// The state of one (query, KV head) during a decode step: filled phase by phase, memory kept between steps.
+#pragma once
+
+#include <vector>
+
+#include "core/steps.h"
+
+namespace tactic::cpu {
+
+/// Rows to read, their scores and their weights relative to the task's state, both [group_size, stride].
+struct RowList {
+  std::vector<int32_t> tokens;
+  std::vector<float> scores, weights;
+  int64_t stride = 0;
+
+  int64_t size() const { return static_cast<int64_t>(tokens.size()); }
+  void reserve_scores(int32_t group_size) {
+    stride = (size() + 15) / 16 * 16;
+    scores.resize(static_cast<size_t>(stride) * static_cast<size_t>(group_size));
+    weights.resize(scores.size());
+  }
+  float* scores_of(int32_t g) { return scores.data() + g * stride; }
+  float* weights_of(int32_t g) { return weights.data() + g * stride; }
+};
+
+struct Task {
+  const DecodeQuery* query = nullptr;
+  int32_t query_number = 0;
+  int32_t head = 0;
+  int32_t group_size = 0;
+  RowFilter filter;
+  bool sparse = false;
+  std::vector<float> q;                // [group_size, head_dim] scaled by sm_scale
+  std::vector<float> q_norms2;         // [group_size]
+  RowList exact;                       // sinks, recent and rewritten rows, outliers; every visible row when dense
+  ClusterScores clusters;
+  Inclusion inclusion;
+  HeadSelection selection;
+  RowList selected;                    // the selection's rows; log weights in `selection`
+  RowList refined;                     // rows added by refinement
+  std::vector<SoftmaxState> exact_state;   // [group_size]
+  std::vector<SoftmaxState> state;     // [group_size] over everything read
+  std::vector<double> certain_mass, variance;   // [group_size] estimated mass of the certain rows, and its variance
+  int64_t refined_clusters = 0, probed = 0;
+  bool changed = false, not_finite = false;
+
+  int32_t head_dim() const { return query->kv.head_dim; }
+  int32_t v_head_dim() const { return query->kv.v_head_dim; }
+};
+
+/// The queries, states and rows of the task for the step's first phase. `recent`: visible rows that are not indexed.
+void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int32_t head, const std::vector<int32_t>& recent);
+
+/// Exact rows are scored: choose the other rows to read.
+void select_rows(Task& task, const DecodeOptions& options);
+
+/// All rows are scored: weights, refinement, mass.
+void weigh_rows(Task& task, const DecodeOptions& options);
+
+/// Compares the check values of selected rows [begin, end): K's four bits, or V's.
+bool rows_unchanged(const Task& task, int64_t begin, int64_t end, bool values);
+
+/// What the step learned about the index's estimates goes into the index. Called from one thread.
+void learn(Task& task, const DecodeOptions& options);
+
+void add_stats(const Task& task, StepStats& stats);
+
+}  // namespace tactic::cpu
