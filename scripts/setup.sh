@@ -107,6 +107,7 @@ get_llama() {
 }
 
 setup() {
+  mkdir -p "$TACTIC_CACHE"
   install_packages
   get_model
   get_llama

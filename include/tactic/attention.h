@@ -32,6 +32,7 @@ struct DecodeQuery {
   float* out = nullptr;               // [num_q_heads, v_head_dim]
   int64_t out_head_stride = 0;        // in floats
   float* lse = nullptr;               // [num_q_heads] natural log of the sum of exp(score), or nullptr
+  HeadStats* head_stats = nullptr;    // [num_kv_heads], filled by sparse steps on the CPU, or nullptr
 };
 
 /// Which implementation computes. kReference is the specification in double precision and one thread.

@@ -52,9 +52,12 @@ class KvIndex {
   /// Threads that maintain() may use; 0: OpenMP's default. The result does not depend on it.
   void set_num_threads(int32_t num_threads);
 
+  /// Bits of rows [64 * word, 64 * word + 64): the row was written.
+  uint64_t written_word(int64_t word) const;
   int64_t rows_written() const;       // rows that hold something
   int64_t rows_indexed() const;       // of those, rows in clusters (or kept as outliers) and unchanged since
   int64_t num_clusters() const;       // per KV head
+  double mean_spread(int32_t head) const;   // mean squared distance of rows to their centroids, per dimension
   size_t memory_bytes() const;        // all of it: centroids, spreads, members, row checks, bookkeeping
   const IndexOptions& options() const;
   const KvShape& shape() const;

@@ -32,6 +32,8 @@ struct IndexOptions {
   int32_t sink_tokens = 4;                  // first rows, always read
   float outlier_fraction = 0.0025f;         // share of a segment's rows of least key norm, and of least value norm, always read
   uint64_t seed = 0;
+
+  bool operator==(const IndexOptions&) const = default;
 };
 
 /// What a decode step does.

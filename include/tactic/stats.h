@@ -35,4 +35,14 @@ struct StepStats {
   }
 };
 
+/// The same for one KV head of a sparse step, for those who want to look at it.
+struct HeadStats {
+  int64_t tokens = 0;            // rows read
+  int64_t exact_tokens = 0;      // of those, sinks, recent rows and outliers
+  double exact_mass = 0;         // estimated mass of those, mean over the group
+  double estimated_mass = 0;     // of all certain rows, mean over the group
+  float tau = 0;                 // kSample: the one used
+  float beta = 0;                // kSample: the one used
+};
+
 }  // namespace tactic

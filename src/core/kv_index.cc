@@ -286,6 +286,7 @@ int64_t KvIndex::verify(const KvView& kv) {
   return changed;
 }
 
+uint64_t KvIndex::written_word(int64_t word) const { return state_->written.word(word); }
 int64_t KvIndex::rows_written() const { return state_->written.count_range(0, state_->rows_end); }
 int64_t KvIndex::rows_indexed() const { return state_->indexed.count_range(0, state_->rows_end); }
 
@@ -293,6 +294,18 @@ int64_t KvIndex::num_clusters() const {
   int64_t total = 0;
   for (const Segment& segment : state_->segments) total += segment.num_clusters;
   return total;
+}
+
+double KvIndex::mean_spread(int32_t head) const {
+  double sum = 0, rows = 0;
+  for (const Segment& segment : state_->segments) {
+    const HeadClusters& clusters = segment.heads.at(static_cast<size_t>(head));
+    for (size_t c = 0; c < clusters.sizes.size(); ++c) {
+      sum += static_cast<double>(clusters.spreads[c]) * clusters.sizes[c];
+      rows += clusters.sizes[c];
+    }
+  }
+  return rows > 0 ? sum / rows : 0;
 }
 
 size_t KvIndex::memory_bytes() const {

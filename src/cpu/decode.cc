@@ -23,6 +23,7 @@ constexpr int64_t kMinIndexedRows = 256;   // fewer are not worth a selection
 struct Partial {
   std::vector<SoftmaxState> state;   // [group_size]
   std::vector<float> values;         // [group_size, v_head_dim]
+  std::vector<WeightSums> sums;      // [group_size] of selected rows
   bool used = false;
 };
 
@@ -116,12 +117,13 @@ class CpuRun : public BackendRun {
 #pragma omp barrier
       share(thread, threads, 16, [](const Task& task) { return task.sparse ? task.selected.size() : 0; },
             [&](Task& task, int64_t begin, int64_t end) {
-              if (options.check_rows && !rows_unchanged(task, begin, end, false)) mark_changed(task);
               score_rows(task, task.selected, begin, end);
+              weigh_rows(task, begin, end, partial_of(task, thread).sums.data());
+              if (options.check_rows && !rows_unchanged(task, begin, end, false)) mark_changed(task);
             });
 #pragma omp barrier
       for (size_t t = static_cast<size_t>(thread); t < tasks_.size(); t += static_cast<size_t>(threads)) {
-        if (tasks_[t].sparse && !tasks_[t].not_finite) weigh_rows(tasks_[t], options);
+        if (tasks_[t].sparse && !tasks_[t].not_finite) settle_task(t, options, threads);
       }
 #pragma omp barrier
     }
@@ -132,7 +134,7 @@ class CpuRun : public BackendRun {
 
   static void score_rows(Task& task, RowList& list, int64_t begin, int64_t end) {
     attend_scores(task.query->kv.k, task.head, list.tokens.data() + begin, end - begin, task.q.data(), task.head_dim(),
-                  task.group_size, list.scores.data() + begin, list.stride);
+                  task.group_size, list.scores.data() + begin, list.stride, &task.query->kv.v, task.v_head_dim());
   }
 
   void score_phase(int32_t thread, int32_t threads) {
@@ -150,6 +152,7 @@ class CpuRun : public BackendRun {
     if (!partial.used) {
       partial.used = true;
       partial.state.assign(static_cast<size_t>(task.group_size), {});
+      partial.sums.assign(static_cast<size_t>(task.group_size), {});
       partial.values.assign(static_cast<size_t>(task.group_size) * static_cast<size_t>(task.v_head_dim()), 0.0f);
     }
     return partial;
@@ -233,6 +236,21 @@ class CpuRun : public BackendRun {
       finish(state, values.data(), task.v_head_dim(), query.out + q_head * query.out_head_stride,
              query.lse != nullptr ? query.lse + q_head : nullptr);
     }
+  }
+
+  void settle_task(size_t t, const DecodeOptions& options, int32_t threads) {
+    Task& task = tasks_[t];
+    std::vector<WeightSums> sums(static_cast<size_t>(task.group_size));
+    for (int32_t thread = 0; thread < threads; ++thread) {
+      const Partial& partial = partials_[static_cast<size_t>(thread) * tasks_.size() + t];
+      for (size_t g = 0; partial.used && g < sums.size(); ++g) {
+        sums[g].certain += partial.sums[g].certain;
+        sums[g].sampled += partial.sums[g].sampled;
+        sums[g].variance += partial.sums[g].variance;
+        sums[g].largest_sampled = std::max(sums[g].largest_sampled, partial.sums[g].largest_sampled);
+      }
+    }
+    settle_weights(task, options, sums.data());
   }
 
   static void mark_changed(Task& task) { std::atomic_ref<bool>(task.changed).store(true, std::memory_order_relaxed); }

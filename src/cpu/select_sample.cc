@@ -69,7 +69,8 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
     for (size_t c = 0; c < n; c += lanes) {
       const V e = hn::Exp(df, hn::Max(hn::Sub(hn::LoadU(df, means + c), shift), hn::Set(df, -80.0f)));
       sums = hn::MulAdd(e, hn::LoadU(df, scores.sizes.data() + c), sums);
-      const V r = hn::Mul(e, hn::Exp(df, hn::Min(hn::LoadU(df, rms + c), hn::Set(df, 40.0f))));
+      const V tail = hn::Mul(hn::Set(df, kTailSpread), hn::LoadU(df, rms + c));
+      const V r = hn::Mul(e, hn::Exp(df, hn::Min(tail, hn::Set(df, 40.0f))));
       hn::StoreU(r, df, rms + c);
     }
     const float total = hn::GetLane(hn::SumOfLanes(df, sums)) + params.exact[g].sum * std::exp(params.exact[g].max - max);
@@ -108,6 +109,16 @@ void scale_capped(const float* u, size_t n, float tau, float* probability) {
   }
 }
 
+// x = -ln(x) for x in (0, 1]; 1 gives exactly 0.
+void negative_logs(float* x, size_t n) {
+  const Tag df;
+  const size_t lanes = hn::Lanes(df);
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) hn::StoreU(hn::Neg(hn::Log(df, hn::LoadU(df, x + i))), df, x + i);
+  for (; i < n; ++i) x[i] = -std::log(x[i]);
+  for (i = 0; i < n; ++i) x[i] = x[i] > 0 ? x[i] : 0.0f;
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace tactic::cpu
 HWY_AFTER_NAMESPACE();
@@ -118,6 +129,7 @@ namespace tactic::cpu {
 HWY_EXPORT(rms_weights);
 HWY_EXPORT(tail_sums);
 HWY_EXPORT(scale_capped);
+HWY_EXPORT(negative_logs);
 
 void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options, Inclusion& out) {
   const auto n = static_cast<size_t>(scores.num_clusters);
@@ -154,80 +166,71 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
 
 namespace {
 
-struct Drawer {
-  const RowFilter& filter;
-  HeadSelection& out;
-  double sum;
-
-  // The members j of a cluster of `size` readable rows at which the running sum passes a whole number.
-  template <class Fn>
-  void sample(int64_t size, double p, Fn take) {
-    const double begin = sum, end = sum + static_cast<double>(size) * p;
-    sum = end;
-    int64_t last = -1;
-    for (double step = std::floor(begin) + 1; step <= std::floor(end); ++step) {
-      const int64_t j = std::clamp(static_cast<int64_t>(std::ceil((step - begin) / p)) - 1, last + 1, size - 1);
-      if (j <= last) break;
-      take(last = j);
-    }
+// The members j of a cluster of `size` readable rows at which the running sum passes a whole number.
+template <class Fn>
+double systematic(double sum, int64_t size, double p, Fn take) {
+  const double end = sum + static_cast<double>(size) * p;
+  int64_t last = -1;
+  for (auto step = static_cast<int64_t>(sum) + 1; step <= static_cast<int64_t>(end); ++step) {
+    const double j = (static_cast<double>(step) - sum) / p;   // the member after which the sum reaches `step`
+    const auto truncated = static_cast<int64_t>(j);
+    const int64_t at = std::clamp(static_cast<double>(truncated) < j ? truncated : truncated - 1, last + 1, size - 1);
+    if (at <= last) break;
+    take(last = at);
   }
-
-  void push(int32_t row, float log_weight, int32_t cluster) {
-    out.tokens.push_back(row);
-    out.log_weights.push_back(log_weight);
-    out.clusters.push_back(cluster);
-  }
-
-  void draw_cluster(const Segment& segment, const uint16_t* members, int32_t stored, int32_t size, float p, int32_t cluster) {
-    const auto row = [&](int64_t m) { return static_cast<int32_t>(segment.row_begin + members[m]); };
-    if (size == stored) {
-      if (p >= 1) {
-        for (int32_t m = 0; m < size; ++m) push(row(m), 0, cluster);
-      } else {
-        const float log_weight = -std::log(p);
-        sample(size, p, [&](int64_t m) { push(row(m), log_weight, cluster); });
-      }
-      return;
-    }
-    scratch.clear();
-    for (int32_t m = 0; m < stored; ++m) {
-      if (filter.reads_indexed(row(m))) scratch.push_back(row(m));
-    }
-    if (p >= 1) {
-      for (const int32_t r : scratch) push(r, 0, cluster);
-    } else {
-      const float log_weight = -std::log(p);
-      sample(static_cast<int64_t>(scratch.size()), p, [&](int64_t m) { push(scratch[static_cast<size_t>(m)], log_weight, cluster); });
-    }
-  }
-
-  std::vector<int32_t> scratch;
-};
+  return end;
+}
 
 }  // namespace
 
 void draw(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
           const Inclusion& inclusion, double offset, HeadSelection& out) {
   out.clear();
-  Drawer drawer{filter, out, offset, {}};
+  std::vector<int32_t> readable;
+  double sum = offset;
   for (const bool certain : {true, false}) {
     int32_t base = 0;
     for (const Segment& segment : index.segments) {
       const HeadClusters& clusters = segment.heads[static_cast<size_t>(head)];
+      const float* sizes = scores.sizes.data() + base;
+      const float* probability = inclusion.probability.data() + base;
+      const auto row_begin = static_cast<int32_t>(segment.row_begin);
       const uint16_t* members = clusters.members.data();
       for (int32_t c = 0; c < segment.num_clusters; ++c) {
         const int32_t stored = clusters.sizes[static_cast<size_t>(c)];
-        const float size = scores.sizes[static_cast<size_t>(base + c)];
-        const float p = inclusion.probability[static_cast<size_t>(base + c)];
-        if (size > 0 && p > 0 && (p >= 1) == certain) {
-          drawer.draw_cluster(segment, members, stored, static_cast<int32_t>(size), p, base + c);
-        }
+        const uint16_t* first = members;
         members += stored;
+        const float p = probability[c];
+        if (sizes[c] == 0 || p == 0 || (p >= 1) != certain) continue;
+        const auto push = [&](int32_t row) {
+          out.tokens.push_back(row);
+          out.log_weights.push_back(p);   // probabilities until all are drawn
+          out.clusters.push_back(base + c);
+        };
+        const auto size = static_cast<int64_t>(sizes[c]);
+        if (size == stored) {
+          if (certain) {
+            for (int32_t m = 0; m < stored; ++m) push(row_begin + first[m]);
+          } else {
+            sum = systematic(sum, size, p, [&](int64_t m) { push(row_begin + first[m]); });
+          }
+          continue;
+        }
+        readable.clear();
+        for (int32_t m = 0; m < stored; ++m) {
+          if (filter.reads_indexed(row_begin + first[m])) readable.push_back(row_begin + first[m]);
+        }
+        if (certain) {
+          for (const int32_t row : readable) push(row);
+        } else {
+          sum = systematic(sum, static_cast<int64_t>(readable.size()), p, [&](int64_t m) { push(readable[static_cast<size_t>(m)]); });
+        }
       }
       base += padded_clusters(segment.num_clusters);
     }
     if (certain) out.num_certain = static_cast<int64_t>(out.tokens.size());
   }
+  HWY_DYNAMIC_DISPATCH(negative_logs)(out.log_weights.data(), out.log_weights.size());
 }
 
 }  // namespace tactic::cpu

@@ -30,16 +30,22 @@ int64_t select_fit(const IndexState& index, int32_t head, const RowFilter& filte
                    const RowsView& k, const float* q, int32_t head_dim, int32_t group_size, const SoftmaxState* exact,
                    float target_mass, HeadSelection& out);
 
-/// scores[g * stride + i] = q[g].k_row(tokens[i]).
+/// scores[g * stride + i] = q[g].k_row(tokens[i]). `v`: rows that will be read next, fetched into the cache meanwhile.
 void attend_scores(const RowsView& k, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* q,
-                   int32_t head_dim, int32_t group_size, float* scores, int64_t stride);
+                   int32_t head_dim, int32_t group_size, float* scores, int64_t stride, const RowsView* v = nullptr,
+                   int32_t v_head_dim = 0);
 
 /// out[g, :] += sum_i weights[g * stride + i] * v_row(tokens[i]).  out: [group_size, v_head_dim].
 void attend_values(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
                    int64_t stride, int32_t v_head_dim, int32_t group_size, float* out);
 
-/// weights[i] = exp(scores[i] - max) for i < num; returns their sum. `max` and all scores below infinity, none NaN.
+/// weights[i] = exp(scores[i] - max) for i < num; returns their sum. NaN stays NaN.
 float exp_weights(const float* scores, int64_t num, float max, float* weights);
+
+struct WeightSums;
+
+/// weights[i] = exp(scores[i] + log_weights[i] - max); adds to sums.sampled, variance and largest_sampled.
+void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights, WeightSums& sums);
 
 /// Largest score, -infinity for none; NaN if any is NaN.
 float max_score(const float* scores, int64_t num);

@@ -105,7 +105,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       params.group_size = task.group_size;
       params.q_norms2 = task.q_norms2.data();
       params.exact = task.exact_state.data();
-      params.beta = options.beta > 0 ? options.beta : known.beta(kPriorWeight, kPriorSlope);
+      task.beta = params.beta = options.beta > 0 ? options.beta : known.beta(kPriorWeight, kPriorSlope);
       params.variance_ratio = static_cast<float>(known.variance_ratio);
       select_sample(task.clusters, params, options, task.inclusion);
       draw(index, task.head, task.filter, task.clusters, task.inclusion, random_offset(task, options), task.selection);
@@ -122,30 +122,18 @@ void select_rows(Task& task, const DecodeOptions& options) {
   }
   task.selected.tokens.assign(task.selection.tokens.begin(), task.selection.tokens.end());
   task.selected.reserve_scores(task.group_size);
+  task.refined.reserve_scores(task.group_size);
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    const float* dots = task.clusters.dots.data() + static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters);
+    SoftmaxState& exact = task.exact_state[static_cast<size_t>(g)];
+    const float max = std::max(exact.max, max_score(dots, task.clusters.num_clusters));
+    task.not_finite = task.not_finite || !std::isfinite(max);
+    exact.sum = exp_weights(task.exact.scores_of(g), task.exact.size(), max, task.exact.weights_of(g));
+    exact.max = max;
+  }
 }
 
 namespace {
-
-// Scores to weights relative to the largest, over all rows read. False when a score is not finite.
-bool soften(Task& task) {
-  const HeadSelection& selection = task.selection;
-  for (int32_t g = 0; g < task.group_size; ++g) {
-    float* selected = task.selected.weights_of(g);
-    const float* scores = task.selected.scores_of(g);
-    for (int64_t i = 0; i < task.selected.size(); ++i) selected[i] = scores[i] + selection.log_weights[static_cast<size_t>(i)];
-    SoftmaxState& state = task.state[static_cast<size_t>(g)];
-    state.max = task.exact_state[static_cast<size_t>(g)].max;
-    for (const float max : {max_score(selected, task.selected.size()), max_score(task.refined.scores_of(g), task.refined.size())}) {
-      if (std::isnan(max) || max == HUGE_VALF) return false;
-      state.max = std::max(state.max, max);
-    }
-    if (state.max == -HUGE_VALF) return false;
-    state.sum = exp_weights(selected, task.selected.size(), state.max, selected) +
-                exp_weights(task.refined.scores_of(g), task.refined.size(), state.max, task.refined.weights_of(g)) +
-                exp_weights(task.exact.scores_of(g), task.exact.size(), state.max, task.exact.weights_of(g));
-  }
-  return true;
-}
 
 // A sampled row that speaks for too large a share in any head had its cluster underestimated: the cluster is read whole
 // and its rows lose their weights. Returns whether there was any.
@@ -178,7 +166,10 @@ bool refine(Task& task, float limit) {
         for (int32_t m = 0; m < size; ++m) {
           const auto row = static_cast<int32_t>(segment.row_begin + members[m]);
           if (at < selection.tokens.size() && selection.tokens[at] == row) {
-            selection.log_weights[at++] = 0;
+            const float probability = std::exp(-selection.log_weights[at]);
+            selection.log_weights[at] = 0;
+            for (int32_t g = 0; g < task.group_size; ++g) task.selected.weights_of(g)[at] *= probability;
+            ++at;
           } else if (task.filter.reads_indexed(row)) {
             task.refined.tokens.push_back(row);
           }
@@ -191,29 +182,54 @@ bool refine(Task& task, float limit) {
   task.refined.reserve_scores(task.group_size);
   attend_scores(task.query->kv.k, task.head, task.refined.tokens.data(), task.refined.size(), task.q.data(), task.head_dim(),
                 task.group_size, task.refined.scores.data(), task.refined.stride);
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    exp_weights(task.refined.scores_of(g), task.refined.size(), task.state[static_cast<size_t>(g)].max, task.refined.weights_of(g));
+  }
   return true;
 }
 
 }  // namespace
 
-void weigh_rows(Task& task, const DecodeOptions& options) {
-  task.refined.reserve_scores(task.group_size);
-  task.not_finite = !soften(task);
-  if (task.not_finite || options.select != Select::kSample) return;
-  if (refine(task, options.refine)) task.not_finite = !soften(task);
+void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums) {
   const HeadSelection& selection = task.selection;
+  const int64_t middle = std::clamp(selection.num_certain, begin, end);
   for (int32_t g = 0; g < task.group_size; ++g) {
-    double sampled = 0, variance = 0;
-    for (int64_t i = selection.num_certain; i < task.selected.size(); ++i) {
-      const float log_weight = selection.log_weights[static_cast<size_t>(i)];
-      if (log_weight == 0) continue;
-      const double weight = task.selected.weights_of(g)[i];
-      sampled += weight;
-      variance += weight * weight * (1 - std::exp(-log_weight));
+    const float max = task.exact_state[static_cast<size_t>(g)].max;
+    const float* scores = task.selected.scores_of(g);
+    float* weights = task.selected.weights_of(g);
+    sums[g].certain += exp_weights(scores + begin, middle - begin, max, weights + begin);
+    sampled_weights(scores + middle, selection.log_weights.data() + middle, end - middle, max, weights + middle, sums[g]);
+  }
+}
+
+void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums) {
+  bool underestimated = false;
+  const auto settle = [&](int32_t g, const WeightSums& sum) {
+    SoftmaxState& state = task.state[static_cast<size_t>(g)];
+    const SoftmaxState& exact = task.exact_state[static_cast<size_t>(g)];
+    const double total = exact.sum + sum.certain + sum.sampled;
+    task.not_finite = task.not_finite || !(total > 0 && total < 1e30);
+    state = {exact.max, static_cast<float>(total)};
+    task.certain_mass[static_cast<size_t>(g)] = 1 - sum.sampled / total;
+    task.variance[static_cast<size_t>(g)] = sum.variance / (total * total);
+    underestimated = underestimated || sum.largest_sampled > options.refine * total;
+  };
+  for (int32_t g = 0; g < task.group_size; ++g) settle(g, sums[g]);
+  if (task.not_finite || options.select != Select::kSample || !underestimated || !refine(task, options.refine)) return;
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    WeightSums sum;
+    const float* weights = task.selected.weights_of(g);
+    for (int64_t i = 0; i < task.selected.size(); ++i) {
+      const double weight = weights[i], log_weight = task.selection.log_weights[static_cast<size_t>(i)];
+      if (log_weight == 0) {
+        sum.certain += weight;
+      } else {
+        sum.sampled += weight;
+        sum.variance += weight * weight * (1 - std::exp(-log_weight));
+      }
     }
-    const double sum = task.state[static_cast<size_t>(g)].sum;
-    task.certain_mass[static_cast<size_t>(g)] = 1 - sampled / sum;
-    task.variance[static_cast<size_t>(g)] = variance / (sum * sum);
+    for (int64_t i = 0; i < task.refined.size(); ++i) sum.certain += task.refined.weights_of(g)[i];
+    settle(g, sum);
   }
 }
 
@@ -303,6 +319,13 @@ void add_stats(const Task& task, StepStats& stats) {
     stats.index_bytes += int64_t{segment.num_clusters} * (kv.head_dim + 10) + kv.head_dim * 4;
   }
   stats.index_bytes += (task.selected.size() + task.refined.size()) * 3;
+  if (task.query->head_stats == nullptr) return;
+  HeadStats& head = task.query->head_stats[task.head];
+  head = {read, task.exact.size(), 0, 0, task.inclusion.tau, task.beta};
+  for (size_t g = 0; g < static_cast<size_t>(task.group_size); ++g) {
+    head.exact_mass += task.exact_state[g].sum / task.state[g].sum / task.group_size;
+    head.estimated_mass += task.certain_mass[g] / task.group_size;
+  }
 }
 
 }  // namespace tactic::cpu

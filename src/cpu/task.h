@@ -39,8 +39,10 @@ struct Task {
   RowList selected;                    // the selection's rows; log weights in `selection`
   RowList refined;                     // rows added by refinement
   std::vector<SoftmaxState> exact_state;   // [group_size]
-  std::vector<SoftmaxState> state;     // [group_size] over everything read
+  std::vector<SoftmaxState> state;     // [group_size] over everything read; max is that of the exact rows and of the
+                                       // estimates, so that rows are weighed as soon as they are scored
   std::vector<double> certain_mass, variance;   // [group_size] estimated mass of the certain rows, and its variance
+  float beta = 0;
   int64_t refined_clusters = 0, probed = 0;
   bool changed = false, not_finite = false;
 
@@ -54,8 +56,19 @@ void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int3
 /// Exact rows are scored: choose the other rows to read.
 void select_rows(Task& task, const DecodeOptions& options);
 
-/// All rows are scored: weights, refinement, mass.
-void weigh_rows(Task& task, const DecodeOptions& options);
+/// What one thread knows of the weights of the selected rows it scored.
+struct WeightSums {
+  double certain = 0, sampled = 0;   // sums of weights
+  double variance = 0;               // sum of weight^2 (1 - inclusion probability) over sampled rows
+  float largest_sampled = 0;
+};
+
+/// Turns the scores of selected rows [begin, end) into weights and adds them up: sums [group_size].
+void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums);
+
+/// All rows are weighed, `sums` [group_size] over all of them: refines clusters that were underestimated, sets the state
+/// and the mass. A row that outweighs every estimate beyond the range of f32 counts as not finite.
+void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums);
 
 /// Compares the check values of selected rows [begin, end): K's four bits, or V's.
 bool rows_unchanged(const Task& task, int64_t begin, int64_t end, bool values);

@@ -1,0 +1,355 @@
+#include "accel_device.h"
+
+#include <omp.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <sstream>
+#include <vector>
+
+#include "log.h"
+#include "tactic/attention.h"
+#include "tactic/error.h"
+
+namespace tactic::plugin {
+
+namespace {
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// fn(begin, end) for the rows of a write; few elements are not worth a second thread.
+template <class Fn>
+void share_rows(int num_threads, int64_t rows, int64_t row_elements, Fn fn) {
+  if (rows * row_elements < 32768 || num_threads == 1) {
+    fn(int64_t{0}, rows);
+    return;
+  }
+#pragma omp parallel num_threads(num_threads > 0 ? num_threads : omp_get_max_threads())
+  {
+    const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+    fn(rows * part / parts, rows * (part + 1) / parts);
+  }
+}
+
+// The same options without the limits that only decide what is taken over.
+PluginOptions without_limits(const PluginOptions& options) {
+  PluginOptions any = options;
+  any.enabled = any.accept_any = true;
+  any.min_context = 0;
+  any.max_rows = std::numeric_limits<int32_t>::max();
+  return any;
+}
+
+// Prefill attention is not ours, but its tensors say how the cache is laid out before the first cells are written.
+void note_geometry(const ggml_tensor* op, const PluginOptions& options) {
+  const std::optional<AttentionMatch> match = match_attention(op, without_limits(options));
+  const ggml_tensor* cache = match ? match->k->view_src : nullptr;
+  if (cache == nullptr || cache->data == nullptr || cache->buffer == nullptr || !ggml_backend_buffer_is_host(cache->buffer)) return;
+  if (shared().watch.layer_of(*match, options.index) != nullptr && !views_filled_cache(op)) shared().watch.note_empty(*match);
+}
+
+/// The mask rows of the step under way as bits. Every layer shows the same mask, so the last few rows are kept and compared.
+struct MaskRow {
+  std::vector<ggml_fp16_t> values;
+  std::vector<uint64_t> visible;
+  std::vector<float> bias;      // filled when other values than 0 and -infinity occur
+  int64_t num_visible = 0;
+
+  void set(const ggml_fp16_t* mask, int64_t n_kv) {
+    const auto n = static_cast<size_t>(n_kv);
+    if (values.size() == n && std::memcmp(values.data(), mask, n * sizeof(ggml_fp16_t)) == 0) return;
+    values.assign(mask, mask + n);
+    visible.assign((n + 63) / 64, 0);
+    bias.clear();
+    num_visible = 0;
+    bool plain = true;
+    for (size_t i = 0; i < n; ++i) {
+      const bool zero = (mask[i] & 0x7fff) == 0, hidden = mask[i] == 0xfc00;
+      plain = plain && (zero || hidden);
+      visible[i / 64] |= static_cast<uint64_t>(!hidden) << (i % 64);
+      num_visible += !hidden;
+    }
+    if (plain) return;
+    bias.resize(n);
+    for (size_t i = 0; i < n; ++i) bias[i] = ggml_fp16_to_fp32(mask[i]);
+  }
+  void set_all(int64_t n_kv) {
+    values.clear();
+    bias.clear();
+    num_visible = n_kv;
+    visible.assign(static_cast<size_t>((n_kv + 63) / 64), ~uint64_t{0});
+    if (n_kv % 64 != 0) visible.back() = (uint64_t{1} << (n_kv % 64)) - 1;
+  }
+};
+
+class AccelBackend {
+ public:
+  int num_threads = 0;
+
+  ggml_status compute(ggml_cgraph* graph) {
+    const std::shared_ptr<const PluginOptions> options = shared().options();
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+      ggml_tensor* node = ggml_graph_node(graph, i);
+      if (ggml_is_empty(node)) continue;
+      if (node->op == GGML_OP_SET_ROWS) {
+        write(node, *options);
+      } else if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+        attend(node, *options);
+      }
+    }
+    return GGML_STATUS_SUCCESS;
+  }
+
+ private:
+  void write(const ggml_tensor* node, const PluginOptions& options) {
+    const int64_t begin = now_ns(), rows = rows_to_store(node);
+    share_rows(num_threads, rows, node->ne[0], [&](int64_t first, int64_t last) { store_rows(node, first, last); });
+    const int64_t stored = now_ns();
+    shared().stats.add_write(stored - begin);
+    const std::shared_ptr<CacheLayer> layer = shared().watch.note_write(node, options);
+    // Prefill pays for its clusters as it goes; decode steps have their own budget.
+    if (layer == nullptr || rows <= options.max_rows * static_cast<int64_t>(layer->streams.size())) return;
+    if (!options.enabled || options.decode.select == Select::kDense || options.index.clustering == Clustering::kWhole) return;
+    for (size_t s = 0; s < layer->streams.size(); ++s) maintain(*layer, s, -1);
+    shared().stats.add_clustering(now_ns() - stored);
+  }
+
+  void maintain(CacheLayer& layer, size_t stream, double budget) {
+    KvIndex& index = layer.streams[stream]->index;
+    index.set_num_threads(num_threads);
+    index.maintain(layer.stream_view(stream), budget);
+  }
+
+  // The work on indexes that one decode step may do for one layer: a full segment every 16th step, a few small ones every
+  // fourth, so that layers take turns. An index that lags far behind (state restored, watched late) is built at once.
+  double budget_of(const CacheLayer& layer, const KvIndex& index) const {
+    const int64_t behind = index.rows_written() - index.rows_indexed();
+    if (behind > 4 * index.options().provisional_tokens + index.options().sink_tokens) return -1;
+    const auto turn = static_cast<uint64_t>(layer.layer) + step_;
+    return turn % 16 == 0 ? 1.0 : turn % 4 == 0 ? 0.25 : 0.0;
+  }
+
+  void attend(ggml_tensor* node, const PluginOptions& options) {
+    // A graph built under other options is computed all the same.
+    const std::optional<AttentionMatch> match = match_attention(node, without_limits(options));
+    if (!match) throw Error(std::string("attention node ") + node->name + " cannot be computed here");
+    const std::shared_ptr<CacheLayer> layer =
+        options.enabled && options.decode.select != Select::kDense ? shared().watch.layer_of(*match, options.index) : nullptr;
+    const int64_t num_queries = match->rows() * match->streams();
+    queries_.assign(static_cast<size_t>(num_queries), {});
+    stats_.resize(static_cast<size_t>(num_queries));
+    if (masks_.size() < static_cast<size_t>(num_queries)) masks_.resize(static_cast<size_t>(num_queries));
+    if (layer != nullptr && layer->layer <= last_layer_) ++step_;
+    if (layer != nullptr) last_layer_ = layer->layer;
+    const int64_t cluster_begin = now_ns();
+    for (int64_t stream = 0; stream < match->streams(); ++stream) {
+      for (int64_t row = 0; row < match->rows(); ++row) {
+        const auto at = static_cast<size_t>(stream * match->rows() + row);
+        const ggml_fp16_t* mask = options.faults.ignore_mask ? nullptr : match->mask_row(row, stream);
+        MaskRow& bits = masks_[at];
+        mask != nullptr ? bits.set(mask, match->k->ne[1]) : bits.set_all(match->k->ne[1]);
+        DecodeQuery& query = queries_[at];
+        query.q = match->query(row, stream);
+        query.q_head_stride = static_cast<int64_t>(match->q->nb[2] / sizeof(float));
+        query.num_q_heads = static_cast<int32_t>(match->q->ne[2]);
+        query.sm_scale = match->sm_scale;
+        query.kv = match->view(stream);
+        query.visible = bits.visible.data();
+        query.bias = bits.bias.empty() ? nullptr : bits.bias.data();
+        query.position = bits.num_visible;
+        query.stream_id = static_cast<uint64_t>(row);
+        query.out = match->output(row, stream);
+        query.out_head_stride = static_cast<int64_t>(match->out->nb[1] / sizeof(float));
+        if (layer != nullptr) use_index(*layer, stream_of(*layer, *match, stream), row, options, bits, query);
+      }
+    }
+    const int64_t attend_begin = now_ns();
+    if (layer != nullptr) shared().stats.add_clustering(attend_begin - cluster_begin);
+    attention_.set_options(options.decode);
+    attention_.set_num_threads(num_threads);
+    attention_.run(queries_, stats_.data());
+    for (const StepStats& stats : stats_) {
+      if (stats.dense == DenseReason::kRowChanged) shared().watch.note_changed_row();
+    }
+    shared().stats.add_node(stats_.data(), num_queries, layer != nullptr ? layer->layer : last_layer_, now_ns() - attend_begin);
+  }
+
+  void use_index(CacheLayer& layer, size_t stream, int64_t row, const PluginOptions& options, const MaskRow& bits, DecodeQuery& query) {
+    if (stream >= layer.streams.size()) return;
+    query.layer = layer.layer;
+    query.stream_id += stream * 64;
+    try {
+      shared().watch.before_step(layer, stream, bits.visible, options.faults);
+      KvIndex& index = layer.streams[stream]->index;
+      if (row == 0) maintain(layer, stream, budget_of(layer, index));
+      query.index = &index;
+    } catch (const std::exception& error) {
+      log_error("layer %d is read densely: %s", layer.layer, error.what());
+      layer.streams[stream]->index.clear();
+      return;
+    }
+    if (!options.inspect || row != 0) return;
+    layer.last_step.assign(static_cast<size_t>(query.kv.num_kv_heads), {});
+    layer.last_kv_len = bits.num_visible;
+    layer.last_stream = stream;
+    query.head_stats = layer.last_step.data();
+  }
+
+  static size_t stream_of(const CacheLayer& layer, const AttentionMatch& match, int64_t stream) {
+    const int64_t offset = static_cast<const char*>(match.k->data) - static_cast<const char*>(layer.k_cache);
+    const int64_t first = layer.k_stream_bytes > 0 ? offset / layer.k_stream_bytes : 0;
+    return static_cast<size_t>(first + stream);
+  }
+
+  Attention attention_;
+  std::vector<DecodeQuery> queries_;
+  std::vector<StepStats> stats_;
+  std::vector<MaskRow> masks_;   // one per query of a node
+  int32_t last_layer_ = -1;
+  uint64_t step_ = 0;
+};
+
+AccelBackend* self(ggml_backend_t backend) { return static_cast<AccelBackend*>(backend->context); }
+
+const char* backend_name(ggml_backend_t) { return "TACTIC"; }
+
+void backend_free(ggml_backend_t backend) {
+  delete self(backend);
+  delete backend;
+}
+
+ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph* graph) {
+  try {
+    return self(backend)->compute(graph);
+  } catch (const std::exception& error) {
+    log_error("%s", error.what());
+  } catch (...) {
+    log_error("unknown error");
+  }
+  return GGML_STATUS_FAILED;
+}
+
+const char* device_name(ggml_backend_dev_t) { return "TACTIC"; }
+const char* device_description(ggml_backend_dev_t) { return "Tactic sparse decode attention on the CPU"; }
+void device_memory(ggml_backend_dev_t, size_t* free, size_t* total) { *free = *total = 0; }
+enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
+
+void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
+  *props = {};
+  props->name = device_name(device);
+  props->description = device_description(device);
+  props->type = device_type(device);
+  props->caps.buffer_from_host_ptr = true;
+}
+
+ggml_guid_t backend_guid() {
+  static ggml_guid guid = {0x74, 0x61, 0x63, 0x74, 0x69, 0x63, 0x2d, 0x61, 0x63, 0x63, 0x65, 0x6c, 0x2d, 0x63, 0x70, 0x75};
+  return &guid;
+}
+
+ggml_backend_t device_init(ggml_backend_dev_t device, const char*) {
+  auto* backend = new ggml_backend{};
+  backend->guid = backend_guid();
+  backend->iface.get_name = backend_name;
+  backend->iface.free = backend_free;
+  backend->iface.graph_compute = backend_compute;
+  backend->device = device;
+  backend->context = new AccelBackend;
+  return backend;
+}
+
+// The CPU's own buffer type object: the scheduler compares pointers. With a GPU it becomes that GPU's pinned host type.
+ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) {
+  for (const enum ggml_backend_dev_type type : {GGML_BACKEND_DEVICE_TYPE_GPU, GGML_BACKEND_DEVICE_TYPE_IGPU}) {
+    ggml_backend_dev_t gpu = ggml_backend_dev_by_type(type);
+    ggml_backend_buffer_type_t host = gpu != nullptr ? ggml_backend_dev_host_buffer_type(gpu) : nullptr;
+    if (host != nullptr) return host;
+  }
+  ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+  return cpu != nullptr ? ggml_backend_dev_buffer_type(cpu) : nullptr;
+}
+
+bool device_supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
+  switch (op->op) {
+    case GGML_OP_NONE:
+    case GGML_OP_RESHAPE:
+    case GGML_OP_VIEW:
+    case GGML_OP_PERMUTE:
+    case GGML_OP_TRANSPOSE: return true;
+    case GGML_OP_SET_ROWS: return shared().options()->enabled && match_write(op);
+    case GGML_OP_FLASH_ATTN_EXT: {
+      const std::shared_ptr<const PluginOptions> options = shared().options();
+      if (options->enabled && options->decode.select != Select::kDense) note_geometry(op, *options);
+      return match_attention(op, *options).has_value();
+    }
+    default: return false;
+  }
+}
+
+bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t type) { return ggml_backend_buft_is_host(type); }
+
+}  // namespace
+
+std::shared_ptr<const PluginOptions> Shared::options() const {
+  const std::lock_guard lock(mutex_);
+  return options_;
+}
+
+void Shared::set_options(const PluginOptions& options) {
+  const std::lock_guard lock(mutex_);
+  if (!(options.index == options_->index)) watch.clear();
+  options_ = std::make_shared<PluginOptions>(options);
+}
+
+Shared& shared() {
+  static Shared* instance = new Shared;   // outlives static destruction of the host
+  return *instance;
+}
+
+ggml_backend_dev_t accel_device(ggml_backend_reg_t reg) {
+  static ggml_backend_device device = [&] {
+    ggml_backend_device d{};
+    d.iface.get_name = device_name;
+    d.iface.get_description = device_description;
+    d.iface.get_memory = device_memory;
+    d.iface.get_type = device_type;
+    d.iface.get_props = device_props;
+    d.iface.init_backend = device_init;
+    d.iface.get_buffer_type = device_buffer_type;
+    d.iface.supports_op = device_supports_op;
+    d.iface.supports_buft = device_supports_buft;
+    d.reg = reg;
+    return d;
+  }();
+  return &device;
+}
+
+std::string inspect_json() {
+  std::ostringstream json;
+  json << "{\"layers\": [";
+  const char* separator = "";
+  shared().watch.for_each([&](const CacheLayer& layer) {
+    if (layer.last_step.empty()) return;
+    const KvIndex& index = layer.streams[layer.last_stream]->index;
+    json << separator << "{\"layer\": " << layer.layer << ", \"stream\": " << layer.last_stream << ", \"kv_len\": " << layer.last_kv_len << ", \"heads\": [";
+    separator = ", ";
+    for (size_t head = 0; head < layer.last_step.size(); ++head) {
+      const HeadStats& s = layer.last_step[head];
+      json << (head > 0 ? ", " : "") << "{\"clusters\": " << index.num_clusters() << ", \"mean_spread\": " << index.mean_spread(static_cast<int32_t>(head))
+           << ", \"beta\": " << s.beta << ", \"tokens\": " << s.tokens << ", \"exact_tokens\": " << s.exact_tokens << ", \"exact_mass\": " << s.exact_mass
+           << ", \"estimated_mass\": " << s.estimated_mass << ", \"tau\": " << (std::isfinite(s.tau) ? s.tau : 0) << "}";
+    }
+    json << "]}";
+  });
+  json << "]}";
+  return json.str();
+}
+
+void set_num_threads(ggml_backend_t backend, int num_threads) { self(backend)->num_threads = num_threads; }
+
+}  // namespace tactic::plugin

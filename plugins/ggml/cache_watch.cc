@@ -1,0 +1,180 @@
+#include "cache_watch.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstring>
+
+namespace tactic::plugin {
+
+namespace {
+
+constexpr size_t kMaxLayers = 1024;
+
+int32_t layer_number(const ggml_tensor* cache, size_t fallback) {
+  int number = 0;
+  if (std::sscanf(cache->name, "cache_k_l%d", &number) == 1) return number;
+  return static_cast<int32_t>(fallback);
+}
+
+}  // namespace
+
+KvView CacheLayer::stream_view(size_t stream) const {
+  KvView kv = view;
+  kv.k.data = static_cast<const char*>(view.k.data) + static_cast<int64_t>(stream) * k_stream_bytes;
+  kv.v.data = static_cast<const char*>(view.v.data) + static_cast<int64_t>(stream) * v_stream_bytes;
+  return kv;
+}
+
+std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, const IndexOptions& options) {
+  const ggml_tensor *k = match.k->view_src, *v = match.v->view_src;
+  if (k == nullptr || v == nullptr || k->data == nullptr || v->data == nullptr) return nullptr;
+  // The cache: [elements of all KV heads, cells, streams].
+  const auto row_k = static_cast<int64_t>(k->nb[1]), row_v = static_cast<int64_t>(v->nb[1]);
+  if (static_cast<int64_t>(match.k->nb[1]) != row_k || static_cast<int64_t>(match.v->nb[1]) != row_v) return nullptr;
+  if (k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || k->ne[3] != 1 || k->ne[1] < match.k->ne[1]) return nullptr;
+  CacheLayer fresh;
+  fresh.k_cache = k->data;
+  fresh.v_cache = v->data;
+  fresh.view = match.view(0);
+  fresh.view.k.data = k->data;
+  fresh.view.v.data = v->data;
+  fresh.view.kv_len = k->ne[1];
+  fresh.cells = k->ne[1];
+  fresh.k_stream_bytes = static_cast<int64_t>(k->nb[2]);
+  fresh.v_stream_bytes = static_cast<int64_t>(v->nb[2]);
+  // Views that start inside a row (several models in one tensor) are none of ours.
+  const int64_t offset = static_cast<const char*>(match.k->data) - static_cast<const char*>(k->data);
+  if (offset < 0 || (fresh.k_stream_bytes > 0 && offset % fresh.k_stream_bytes != 0)) return nullptr;
+
+  const std::lock_guard lock(mutex_);
+  std::shared_ptr<CacheLayer>& layer = layers_[k->data];
+  const auto same = [](const KvView& a, const KvView& b) {
+    const auto rows = [](const RowsView& x, const RowsView& y) {
+      return x.data == y.data && x.dtype == y.dtype && x.token_stride_bytes == y.token_stride_bytes && x.head_stride_bytes == y.head_stride_bytes;
+    };
+    return rows(a.k, b.k) && rows(a.v, b.v) && a.num_kv_heads == b.num_kv_heads && a.head_dim == b.head_dim &&
+           a.v_head_dim == b.v_head_dim && a.kv_len == b.kv_len;
+  };
+  if (layer == nullptr || !same(layer->view, fresh.view) || layer->streams.size() != static_cast<size_t>(k->ne[2])) {
+    fresh.layer = layer_number(k, layers_.size());
+    layer = std::make_shared<CacheLayer>(std::move(fresh));
+    for (int64_t s = 0; s < k->ne[2]; ++s) {
+      layer->streams.push_back(std::make_unique<StreamIndex>(
+          options, KvShape{layer->view.num_kv_heads, layer->view.head_dim, layer->view.v_head_dim}));
+    }
+  }
+  layer->last_used = ++clock_;
+  const std::shared_ptr<CacheLayer> result = layer;
+  if (layers_.size() > kMaxLayers) drop_oldest();
+  return result;
+}
+
+void CacheWatch::note_empty(const AttentionMatch& match) {
+  const std::lock_guard lock(mutex_);
+  const auto at = layers_.find(match.k->view_src->data);
+  if (at == layers_.end()) return;
+  for (auto& stream : at->second->streams) stream->index.clear();
+}
+
+void CacheWatch::drop_oldest() {
+  auto oldest = layers_.begin();
+  for (auto at = layers_.begin(); at != layers_.end(); ++at) {
+    if (at->second->last_used < oldest->second->last_used) oldest = at;
+  }
+  layers_.erase(oldest);
+}
+
+std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, const PluginOptions& options) {
+  if (options.faults.ignore_writes) return nullptr;
+  const ggml_tensor* cache = node->view_src != nullptr ? node->view_src : node;
+  std::shared_ptr<CacheLayer> layer;
+  {
+    const std::lock_guard lock(mutex_);
+    for (auto& [key, candidate] : layers_) {
+      if (candidate->k_cache == cache->data || candidate->v_cache == cache->data) layer = candidate;
+    }
+  }
+  if (layer == nullptr) return nullptr;
+  const ggml_tensor* cells = node->src[1];
+  int64_t run_begin = -1, run_end = -1;   // cells mostly come in order
+  const auto flush = [&] {
+    if (run_begin < 0) return;
+    const int64_t stream = run_begin / layer->cells, first = run_begin % layer->cells;
+    if (stream < static_cast<int64_t>(layer->streams.size())) {
+      layer->streams[static_cast<size_t>(stream)]->index.write(first, std::min(run_end - run_begin, layer->cells - first));
+    }
+  };
+  for (int64_t i = 0; i < cells->ne[0]; ++i) {
+    const char* at = static_cast<const char*>(cells->data) + static_cast<size_t>(i) * cells->nb[0];
+    int64_t cell = 0;
+    if (cells->type == GGML_TYPE_I64) {
+      std::memcpy(&cell, at, 8);
+    } else {
+      int32_t narrow;
+      std::memcpy(&narrow, at, 4);
+      cell = narrow;
+    }
+    if (cell == run_end && cell % layer->cells != 0) {
+      ++run_end;
+      continue;
+    }
+    flush();
+    run_begin = cell;
+    run_end = cell + 1;
+  }
+  flush();
+  return cache->data == layer->v_cache ? layer : nullptr;
+}
+
+void CacheWatch::note_changed_row() {
+  const std::lock_guard lock(mutex_);
+  ++generation_;
+}
+
+void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, const Faults& faults) {
+  StreamIndex& entry = *layer.streams[stream];
+  const bool had_rows = entry.index.rows_written() > 0;
+  bool unseen = false;
+  for (size_t w = 0; w < visible.size(); ++w) {
+    uint64_t missing = visible[w] & ~entry.index.written_word(static_cast<int64_t>(w));
+    while (missing != 0) {   // in runs
+      const int begin = std::countr_zero(missing);
+      const int length = std::countr_one(missing >> begin);
+      entry.index.write(static_cast<int64_t>(w) * 64 + begin, length);
+      missing &= length == 64 ? 0 : ~(((uint64_t{1} << length) - 1) << begin);
+      unseen = true;
+    }
+  }
+  uint64_t generation;
+  {
+    const std::lock_guard lock(mutex_);
+    if (unseen && had_rows) ++generation_;   // written unseen: what else was?
+    generation = generation_;
+  }
+  if (entry.verified != generation) {
+    if (had_rows && !faults.skip_verify) entry.index.verify(layer.stream_view(stream));
+    entry.verified = generation;
+  }
+}
+
+void CacheWatch::memory(int64_t& index_bytes, int64_t& kv_bytes) {
+  index_bytes = kv_bytes = 0;
+  const std::lock_guard lock(mutex_);
+  for (const auto& [key, layer] : layers_) {
+    const KvView& kv = layer->view;
+    const auto row = static_cast<int64_t>(row_bytes(kv.k.dtype, kv.head_dim) + row_bytes(kv.v.dtype, kv.v_head_dim)) * kv.num_kv_heads;
+    for (const auto& stream : layer->streams) {
+      index_bytes += static_cast<int64_t>(stream->index.memory_bytes());
+      kv_bytes += stream->index.rows_written() * row;
+    }
+  }
+}
+
+void CacheWatch::clear() {
+  const std::lock_guard lock(mutex_);
+  layers_.clear();
+  ++generation_;
+}
+
+}  // namespace tactic::plugin

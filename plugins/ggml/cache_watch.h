@@ -1,0 +1,84 @@
+// What happened to the caches: which cells were written, which changed unseen, and an index for each.
+//
+// Cells are seen being written through SET_ROWS. State restore and shifts write them unseen; three things catch that: a
+// visible cell that was never seen written, a check value that does not match in a row that a step reads, and, once
+// either has happened, a comparison of all check values of every index before its next use.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "match.h"
+#include "tactic/kv_index.h"
+#include "tactic/stats.h"
+
+namespace tactic::plugin {
+
+/// The index of one stream of one layer's cache.
+struct StreamIndex {
+  KvIndex index;
+  uint64_t verified = 0;   // the generation in which its rows were last compared
+  explicit StreamIndex(const IndexOptions& options, const KvShape& shape) : index(options, shape) {}
+};
+
+/// One layer's cache as attention nodes show it.
+struct CacheLayer {
+  const void* k_cache = nullptr;
+  const void* v_cache = nullptr;
+  KvView view;                    // of stream 0, all cells
+  int64_t k_stream_bytes = 0, v_stream_bytes = 0;
+  int64_t cells = 0;              // per stream
+  int32_t layer = 0;
+  uint64_t last_used = 0;
+  std::vector<HeadStats> last_step;   // [num_kv_heads] of the first query, when inspected
+  int64_t last_kv_len = 0;
+  size_t last_stream = 0;
+  std::vector<std::unique_ptr<StreamIndex>> streams;
+
+  KvView stream_view(size_t stream) const;
+};
+
+/// Thread-safe; a CacheLayer itself is used by one thread at a time, as its cache is.
+class CacheWatch {
+ public:
+  /// The layer whose cache `match` shows, made or made anew when its geometry is new. nullptr: no cache we can watch.
+  std::shared_ptr<CacheLayer> layer_of(const AttentionMatch& match, const IndexOptions& options);
+
+  /// The cache that `match` shows is empty: whatever was known of its memory is of an earlier one.
+  void note_empty(const AttentionMatch& match);
+
+  /// A SET_ROWS node was computed. Returns the layer if its K was written and its geometry is known.
+  std::shared_ptr<CacheLayer> note_write(const ggml_tensor* node, const PluginOptions& options);
+
+  /// Makes the index fit what the query sees: unseen cells count as written and, if anything may have changed unseen, all
+  /// rows are compared. `visible`: bits of n_kv cells.
+  void before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, const Faults& faults);
+
+  /// A step read a row that had changed.
+  void note_changed_row();
+
+  /// Bytes of all indexes, and of the K and V rows they describe.
+  void memory(int64_t& index_bytes, int64_t& kv_bytes);
+
+  /// Options of new indexes changed: drop the old ones.
+  void clear();
+
+  template <class Fn>
+  void for_each(Fn fn) {
+    const std::lock_guard lock(mutex_);
+    for (auto& [key, layer] : layers_) fn(*layer);
+  }
+
+ private:
+  void drop_oldest();
+
+  std::mutex mutex_;
+  std::unordered_map<const void*, std::shared_ptr<CacheLayer>> layers_;   // by the K cache's memory
+  uint64_t generation_ = 1;
+  uint64_t clock_ = 0;
+};
+
+}  // namespace tactic::plugin

@@ -1,0 +1,44 @@
+// From ggml's tensors to requests. The same functions decide what the device accepts and what it computes.
+#pragma once
+
+#include <optional>
+
+#include "ggml.h"
+#include "plugin_options.h"
+#include "tactic/kv_view.h"
+
+namespace tactic::plugin {
+
+std::optional<DType> dtype_of(ggml_type type);
+
+/// FLASH_ATTN_EXT with few rows: Q [head_dim, rows, num_q_heads, streams], K and V [dim, n_kv, num_kv_heads, streams].
+struct AttentionMatch {
+  const ggml_tensor* q;
+  const ggml_tensor* k;
+  const ggml_tensor* v;
+  const ggml_tensor* mask;   // or nullptr
+  ggml_tensor* out;          // [v_head_dim, num_q_heads, rows, streams]
+  float sm_scale;
+
+  int64_t rows() const { return q->ne[1]; }
+  int64_t streams() const { return q->ne[3]; }
+  KvView view(int64_t stream) const;   // the rows the node shows
+  const float* query(int64_t row, int64_t stream) const;
+  float* output(int64_t row, int64_t stream) const;
+  const ggml_fp16_t* mask_row(int64_t row, int64_t stream) const;
+};
+
+/// Whether K is a view of a tensor in host memory that holds something. A new context asks for its attention device before
+/// anything is in its cache, and switches flash attention off if that is not the layer's; an empty cache is declined then.
+bool views_filled_cache(const ggml_tensor* node);
+
+std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const PluginOptions& options);
+
+/// SET_ROWS of f32 rows into a tensor of a type we know.
+bool match_write(const ggml_tensor* node);
+
+/// Stores rows [begin, end) of the node's rows, counted over all of its dimensions.
+void store_rows(const ggml_tensor* node, int64_t begin, int64_t end);
+int64_t rows_to_store(const ggml_tensor* node);
+
+}  // namespace tactic::plugin

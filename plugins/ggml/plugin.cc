@@ -1,0 +1,133 @@
+// What ggml loads: the registry entry, the functions found by name, and the check that this ggml is one we can serve.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+
+#include "accel_device.h"
+#include "ggml-impl.h"
+#include "log.h"
+#include "plugin_api.h"
+
+static_assert(GGML_BACKEND_API_VERSION == 2, "the plug-in is written for version 2 of ggml's backend interface");
+
+namespace tactic::plugin {
+namespace {
+
+extern "C" int tactic_configure(const char* options, char* error, size_t error_size) {
+  try {
+    shared().set_options(parse_options(options != nullptr ? options : ""));
+    return 0;
+  } catch (const std::exception& e) {
+    if (error != nullptr && error_size > 0) std::snprintf(error, error_size, "%s", e.what());
+    return -1;
+  }
+}
+
+extern "C" void tactic_take_totals(tactic_totals* totals) {
+  *totals = shared().stats.take();
+  shared().watch.memory(totals->index_memory_bytes, totals->kv_memory_bytes);
+}
+
+extern "C" size_t tactic_inspect(char* json, size_t size) {
+  try {
+    const std::string text = inspect_json();
+    if (json != nullptr && size > 0) std::snprintf(json, size, "%s", text.c_str());
+    return text.size() + 1;
+  } catch (const std::exception& e) {
+    log_error("%s", e.what());
+    return 0;
+  }
+}
+
+const char* reg_name(ggml_backend_reg_t) { return "TACTIC"; }
+size_t reg_device_count(ggml_backend_reg_t) { return 1; }
+ggml_backend_dev_t reg_device(ggml_backend_reg_t reg, size_t) { return accel_device(reg); }
+
+void* reg_proc_address(ggml_backend_reg_t, const char* name) {
+  struct Entry {
+    const char* name;
+    void* function;
+  };
+  const Entry entries[] = {
+      {"ggml_backend_set_n_threads", reinterpret_cast<void*>(&set_num_threads)},
+      {"tactic_configure", reinterpret_cast<void*>(&tactic_configure)},
+      {"tactic_take_totals", reinterpret_cast<void*>(&tactic_take_totals)},
+      {"tactic_inspect", reinterpret_cast<void*>(&tactic_inspect)},
+  };
+  for (const Entry& entry : entries) {
+    if (std::strcmp(entry.name, name) == 0) return entry.function;
+  }
+  return nullptr;
+}
+
+// ggml promises no stable ABI. What we rely on, and a program can ask: the size of a tensor, and the numbers of the
+// operations and types we name.
+const char* abi_mismatch() {
+  constexpr size_t kObjectBytes = 32;   // struct ggml_object, in ggml.c alone
+  if (ggml_tensor_overhead() != sizeof(ggml_tensor) + kObjectBytes) return "tensors have another size";
+  const struct {
+    ggml_op op;
+    const char* name;
+  } ops[] = {{GGML_OP_NONE, "NONE"},       {GGML_OP_RESHAPE, "RESHAPE"},     {GGML_OP_VIEW, "VIEW"},
+             {GGML_OP_PERMUTE, "PERMUTE"}, {GGML_OP_TRANSPOSE, "TRANSPOSE"}, {GGML_OP_SET_ROWS, "SET_ROWS"}};
+  for (const auto& [op, name] : ops) {
+    if (std::strcmp(ggml_op_name(op), name) != 0) return "operations have other numbers";
+  }
+  if (std::strcmp(ggml_op_name(GGML_OP_FLASH_ATTN_EXT), "FLASH_ATTN_EXT") != 0) return "operations have other numbers";
+  const struct {
+    ggml_type type;
+    const char* name;
+  } types[] = {{GGML_TYPE_F32, "f32"}, {GGML_TYPE_F16, "f16"}, {GGML_TYPE_BF16, "bf16"}, {GGML_TYPE_Q8_0, "q8_0"},
+               {GGML_TYPE_Q4_0, "q4_0"}, {GGML_TYPE_I64, "i64"}, {GGML_TYPE_I32, "i32"}};
+  for (const auto& [type, name] : types) {
+    if (std::strcmp(ggml_type_name(type), name) != 0) return "types have other numbers";
+  }
+  return nullptr;
+}
+
+bool fits_this_ggml() {
+  const char* pretend = std::getenv("TACTIC_TEST_ABI_MISMATCH");   // for the test of the refusal
+  const char* problem = pretend != nullptr ? pretend : abi_mismatch();
+  if (problem == nullptr) return true;
+  log_error("built for ggml %s, this is %s (%s). Rebuild with TACTIC_LLAMA_DIR set to this llama.cpp's tree "
+            "(its source/ and build/bin/); going on without sparse decode",
+            TACTIC_GGML_VERSION, ggml_version(), problem);
+  return false;
+}
+
+void read_environment() {
+  if (const char* text = std::getenv("TACTIC")) {
+    try {
+      shared().set_options(parse_options(text));
+    } catch (const std::exception& error) {
+      log_error("TACTIC=%s: %s; going on with the host's dense attention", text, error.what());
+      PluginOptions off;
+      off.enabled = false;
+      shared().set_options(off);
+    }
+  } else {
+    shared().set_options(parse_options(""));
+  }
+  if (const char* path = std::getenv("TACTIC_STATS")) {
+    shared().stats.open(path);
+    std::atexit([] { shared().stats.open(""); });
+  }
+}
+
+}  // namespace
+}  // namespace tactic::plugin
+
+extern "C" {
+GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void);
+}
+
+ggml_backend_reg_t ggml_backend_init(void) {
+  using namespace tactic::plugin;
+  static ggml_backend_reg reg = {GGML_BACKEND_API_VERSION, {reg_name, reg_device_count, reg_device, reg_proc_address}, nullptr};
+  static const bool fits = fits_this_ggml();
+  if (!fits) return nullptr;
+  static const bool read = (read_environment(), true);
+  (void)read;
+  return &reg;
+}

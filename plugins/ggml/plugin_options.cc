@@ -1,0 +1,144 @@
+#include "plugin_options.h"
+
+#include <charconv>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "tactic/error.h"
+
+namespace tactic::plugin {
+
+namespace {
+
+struct Preset {
+  const char* name;
+  Select select;
+  float target_error;
+};
+
+// Error targets; what KL they mean is measured in docs/results.md.
+constexpr Preset kPresets[] = {
+    {"exact", Select::kDense, 0.01f},
+    {"high", Select::kSample, 0.0075f},
+    {"balanced", Select::kSample, 0.013f},
+    {"fast", Select::kSample, 0.02f},
+};
+
+[[noreturn]] void fail(std::string_view key, std::string_view value, const std::string& allowed) {
+  throw Error(std::string(key) + "=" + std::string(value) + ": must be " + allowed);
+}
+
+template <class T>
+T number(std::string_view key, std::string_view value) {
+  T result{};
+  const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), result);
+  if (error != std::errc() || end != value.data() + value.size()) fail(key, value, "a number");
+  return result;
+}
+
+bool flag(std::string_view key, std::string_view value) {
+  if (value != "0" && value != "1") fail(key, value, "0 or 1");
+  return value == "1";
+}
+
+template <class T>
+T in_range(std::string_view key, std::string_view value, T low, T high) {
+  const T result = number<T>(key, value);
+  if (!(result >= low && result <= high)) fail(key, value, "in " + std::to_string(low) + ".." + std::to_string(high));
+  return result;
+}
+
+using Setter = std::function<void(PluginOptions&, std::string_view key, std::string_view value)>;
+
+const std::vector<std::pair<const char*, Setter>>& setters() {
+  using O = PluginOptions;
+  using S = std::string_view;
+  static const std::vector<std::pair<const char*, Setter>> table = {
+      {"select", [](O& o, S, S v) { if (v == "off") o.enabled = false; else o.decode.select = select_from_name(v); }},
+      {"error", [](O& o, S k, S v) { o.decode.target_error = number<float>(k, v); o.decode.tau = 0; }},
+      {"tau", [](O& o, S k, S v) { o.decode.tau = number<float>(k, v); }},
+      {"refine", [](O& o, S k, S v) { o.decode.refine = number<float>(k, v); }},
+      {"mass", [](O& o, S k, S v) { o.decode.target_mass = number<float>(k, v); }},
+      {"budget", [](O& o, S k, S v) { o.decode.budget = number<int32_t>(k, v); }},
+      {"beta", [](O& o, S k, S v) { o.decode.beta = number<float>(k, v); }},
+      {"check", [](O& o, S k, S v) { o.decode.check_rows = flag(k, v); }},
+      {"seed", [](O& o, S k, S v) { o.decode.seed = o.index.seed = number<uint64_t>(k, v); }},
+      {"sinks", [](O& o, S k, S v) { o.index.sink_tokens = number<int32_t>(k, v); }},
+      {"outliers", [](O& o, S k, S v) { o.index.outlier_fraction = number<float>(k, v); }},
+      {"cluster", [](O& o, S k, S v) { o.index.cluster_tokens = number<int32_t>(k, v); }},
+      {"segment", [](O& o, S k, S v) { o.index.segment_tokens = number<int32_t>(k, v); }},
+      {"provisional", [](O& o, S k, S v) { o.index.provisional_tokens = number<int32_t>(k, v); }},
+      {"provisional_cluster", [](O& o, S k, S v) { o.index.provisional_cluster_tokens = number<int32_t>(k, v); }},
+      {"iterations", [](O& o, S k, S v) { o.index.iterations = number<int32_t>(k, v); }},
+      {"clustering", [](O& o, S k, S v) {
+         if (v == "incremental") o.index.clustering = Clustering::kIncremental;
+         else if (v == "whole") o.index.clustering = Clustering::kWhole;
+         else fail(k, v, "incremental or whole");
+       }},
+      {"min_context", [](O& o, S k, S v) { o.min_context = in_range<int32_t>(k, v, 0, 1 << 30); }},
+      {"max_rows", [](O& o, S k, S v) { o.max_rows = in_range<int32_t>(k, v, 1, 64); }},
+      {"accept", [](O& o, S k, S v) { if (v != "any") fail(k, v, "any"); o.accept_any = true; }},
+      {"inspect", [](O& o, S k, S v) { o.inspect = flag(k, v); }},
+      {"fault", [](O& o, S k, S v) {
+         if (v == "mask") o.faults.ignore_mask = true;
+         else if (v == "writes") o.faults.ignore_writes = true;
+         else if (v == "verify") o.faults.skip_verify = true;
+         else fail(k, v, "mask, writes or verify");
+       }},
+  };
+  return table;
+}
+
+std::vector<std::pair<std::string_view, std::string_view>> split(std::string_view text) {
+  std::vector<std::pair<std::string_view, std::string_view>> items;
+  while (!text.empty()) {
+    const size_t comma = text.find(',');
+    const std::string_view item = text.substr(0, comma);
+    text = comma == std::string_view::npos ? std::string_view() : text.substr(comma + 1);
+    if (item.empty()) continue;
+    const size_t equals = item.find('=');
+    if (equals == std::string_view::npos) throw Error("\"" + std::string(item) + "\" must be key=value");
+    items.emplace_back(item.substr(0, equals), item.substr(equals + 1));
+  }
+  return items;
+}
+
+void apply_preset(PluginOptions& options, std::string_view name) {
+  for (const Preset& preset : kPresets) {
+    if (name != preset.name) continue;
+    options.decode.select = preset.select;
+    options.decode.target_error = preset.target_error;
+    return;
+  }
+  fail("quality", name, "exact, high, balanced or fast");
+}
+
+}  // namespace
+
+PluginOptions parse_options(std::string_view text) {
+  PluginOptions options;
+  const auto items = split(text);
+  apply_preset(options, "high");
+  for (const auto& [key, value] : items) {
+    if (key == "quality") apply_preset(options, value);
+  }
+  for (const auto& [key, value] : items) {
+    if (key == "quality") continue;
+    const Setter* setter = nullptr;
+    for (const auto& [name, candidate] : setters()) {
+      if (key == name) setter = &candidate;
+    }
+    if (setter == nullptr) {
+      std::string keys = "quality";
+      for (const auto& entry : setters()) keys += std::string(", ") + entry.first;
+      throw Error("unknown key \"" + std::string(key) + "\"; the keys are " + keys);
+    }
+    (*setter)(options, key, value);
+  }
+  validate(options.decode);
+  validate(options.index);
+  return options;
+}
+
+}  // namespace tactic::plugin

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The main job on real input: a question about a long text, answered by stock llama.cpp and with Tactic, side by side.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/build.sh"
+build -DTACTIC_BUILD_TESTS=OFF -DTACTIC_BUILD_BENCH=OFF
+TEXT=${1:-/usr/share/common-licenses/GPL-3}
+PROMPT=${2:-"In two or three sentences: what may a person who receives a program under this license do with it?"}
+[ -r "$TEXT" ] || die "$TEXT cannot be read"
+say "Asking about $TEXT"
+exec "$BUILD_DIR/bin/tactic" run -m "$MODEL" --file "$TEXT" --prompt "$PROMPT" -n 96 --compare

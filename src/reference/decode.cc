@@ -1,0 +1,162 @@
+// One decode step: rows that are read anyway, scores, selection, attention; dense when that is asked for or must be.
+#include <algorithm>
+#include <cmath>
+
+#include "core/backend.h"
+#include "reference/steps.h"
+
+namespace tactic {
+namespace reference {
+namespace {
+
+double random_offset(const DecodeQuery& query, int32_t head, const DecodeOptions& options) {
+  uint64_t x = options.seed;
+  for (const int64_t part : {static_cast<int64_t>(query.stream_id), int64_t{query.layer}, int64_t{head}, query.position}) {
+    x = x * 0xD6E8FEB86659FD93u + static_cast<uint64_t>(part) + 1;
+  }
+  return uniform(x);
+}
+
+// Row numbers read whatever the selection: not in the index, or outliers in it.
+HeadSelection rows_read_anyway(const IndexState& index, int32_t head, const RowFilter& filter) {
+  HeadSelection rows;
+  for (int64_t row = 0; row < filter.kv_len; ++row) {
+    if (filter.reads_exact(row)) rows.tokens.push_back(static_cast<int32_t>(row));
+  }
+  for (const Segment& segment : index.segments) {
+    for (const int64_t outlier : segment.heads[head].outliers) {
+      if (filter.reads_indexed(segment.row_begin + outlier)) rows.tokens.push_back(static_cast<int32_t>(segment.row_begin + outlier));
+    }
+  }
+  rows.log_weights.assign(rows.tokens.size(), 0.0f);
+  return rows;
+}
+
+bool unchanged(const IndexState& index, const KvView& kv, int32_t head, const HeadSelection& selection) {
+  const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
+  return std::all_of(selection.tokens.begin(), selection.tokens.end(), [&](int64_t row) {
+    const auto holds = [&](const Segment& s) { return row < s.row_begin + s.num_rows; };
+    const Segment& segment = *std::find_if(index.segments.begin(), index.segments.end(), holds);
+    return segment.row_checks[static_cast<size_t>(head) * segment.num_rows + row - segment.row_begin] ==
+           (check_row(kv.k.row(head, row), k_bytes, row) | check_row(kv.v.row(head, row), v_bytes, row) << 4);
+  });
+}
+
+// Adds to `stats` (mass_std_error as a variance). Returns why the head cannot be answered so, if it cannot.
+DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filter, const DecodeOptions& options, double* out,
+                   double* lse, StepStats& stats) {
+  const KvView& kv = query.kv;
+  const IndexState& index = query.index->state();
+  const int32_t group_size = query.num_q_heads / kv.num_kv_heads, dim = kv.head_dim;
+  HeadSelection all = rows_read_anyway(index, head, filter), selection;
+  std::vector<float> q(static_cast<size_t>(group_size) * dim), q_norms2(group_size);
+  std::vector<SoftmaxState> exact(group_size);
+  for (int32_t g = 0; g < group_size; ++g) {
+    for (int32_t d = 0; d < dim; ++d) {
+      q[g * dim + d] = query.sm_scale * query.q[(head * group_size + g) * query.q_head_stride + d];
+      q_norms2[g] += q[g * dim + d] * q[g * dim + d];
+    }
+    double sum = 0, max = -HUGE_VAL;
+    for (const int32_t row : all.tokens) max = std::max(max, dot_row(kv.k, head, row, &q[g * dim], dim));
+    for (const int32_t row : all.tokens) sum += std::exp(dot_row(kv.k, head, row, &q[g * dim], dim) - max);
+    exact[g] = {static_cast<float>(max), static_cast<float>(sum)};
+    if (!std::isfinite(sum)) return DenseReason::kNotFinite;
+  }
+
+  ClusterScores scores;
+  score(index, head, filter, q.data(), group_size, scores);
+  int64_t probed = 0;
+  if (options.select == Select::kSample) {
+    const Calibration& known = index.calibration[head];
+    const float beta = options.beta > 0 ? options.beta : known.beta(20, 0.75);
+    const SelectParams params{group_size, q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio)};
+    Inclusion inclusion;
+    select_sample(scores, params, options, inclusion);
+    draw(index, head, filter, scores, inclusion, random_offset(query, head, options), selection);
+  } else if (options.select == Select::kTopK) {
+    select_topk(index, head, filter, scores, group_size, options.budget, selection);
+  } else {
+    probed = select_fit(index, head, filter, scores, kv.k, q.data(), dim, group_size, exact.data(), options.target_mass, selection);
+  }
+  if (options.check_rows && !unchanged(index, kv, head, selection)) return DenseReason::kRowChanged;
+  if (options.select == Select::kSample) {
+    stats.refined_clusters += refine(index, head, filter, kv.k, q.data(), dim, group_size, exact.data(), options.refine, selection);
+  }
+  const size_t num_sampled = selection.tokens.size() - selection.num_certain, num_selected = selection.tokens.size();
+  all.tokens.insert(all.tokens.end(), selection.tokens.begin(), selection.tokens.end());
+  all.log_weights.insert(all.log_weights.end(), selection.log_weights.begin(), selection.log_weights.end());
+  attend(kv, head, all, q.data(), group_size, out, lse);
+  for (int32_t g = 0; g < group_size; ++g) {
+    if (!std::isfinite(lse[g])) return DenseReason::kNotFinite;
+    stats.estimated_mass += 1.0 / query.num_q_heads;
+    for (size_t i = all.tokens.size() - num_sampled; i < all.tokens.size(); ++i) {
+      const double weight = std::exp(dot_row(kv.k, head, all.tokens[i], &q[g * dim], dim) + all.log_weights[i] - lse[g]);
+      stats.estimated_mass -= weight / query.num_q_heads;
+      stats.mass_std_error += weight * weight * (1 - std::exp(-all.log_weights[i])) / query.num_q_heads;
+    }
+  }
+  stats.tokens_certain += static_cast<int64_t>(all.tokens.size() - num_sampled);
+  stats.tokens_sampled += static_cast<int64_t>(num_sampled);
+  stats.kv_bytes += probed * static_cast<int64_t>(row_bytes(kv.k.dtype, dim));
+  for (const Segment& segment : index.segments) stats.index_bytes += int64_t{segment.num_clusters} * (dim + 10) + dim * 4;
+  stats.index_bytes += static_cast<int64_t>(num_selected) * 3;
+  return DenseReason::kNone;
+}
+
+StepStats run(const DecodeQuery& query, const DecodeOptions& options) {
+  const KvView& kv = query.kv;
+  const int32_t group_size = query.num_q_heads / kv.num_kv_heads;
+  const RowBits none;
+  const RowFilter filter{query.visible, kv.kv_len, query.index != nullptr ? &query.index->state().indexed : &none};
+  const auto bytes = static_cast<int64_t>(row_bytes(kv.k.dtype, kv.head_dim) + row_bytes(kv.v.dtype, kv.v_head_dim));
+  StepStats stats;
+  stats.kv_len = filter.count_visible(0, kv.kv_len);
+  stats.num_kv_heads = kv.num_kv_heads;
+  stats.kv_bytes_present = stats.kv_len * kv.num_kv_heads * bytes;
+  DenseReason reason = options.select == Select::kDense               ? DenseReason::kAsked
+                       : query.bias != nullptr                        ? DenseReason::kMask
+                       : filter.count_indexed(0, kv.kv_len) < 256     ? DenseReason::kNoIndex
+                                                                      : DenseReason::kNone;
+  std::vector<double> out(static_cast<size_t>(query.num_q_heads) * kv.v_head_dim), lse(query.num_q_heads);
+  const auto out_of = [&](int32_t head) { return &out[static_cast<size_t>(head * group_size) * kv.v_head_dim]; };
+  const StepStats before = stats;
+  for (int32_t head = 0; head < kv.num_kv_heads && reason == DenseReason::kNone; ++head) {
+    reason = sparse(query, head, filter, options, out_of(head), &lse[head * group_size], stats);
+  }
+  if (reason != DenseReason::kNone) {
+    stats = before;
+    stats.dense = reason;
+    stats.estimated_mass = 1;
+    for (int64_t row = 0; row < kv.kv_len; ++row) {
+      const bool read = filter.is_visible(row) && (query.bias == nullptr || query.bias[row] != -HUGE_VALF);
+      stats.tokens_certain += read ? kv.num_kv_heads : 0;
+    }
+    for (int32_t head = 0; head < kv.num_kv_heads; ++head) dense(query, head, out_of(head), &lse[head * group_size]);
+  }
+  stats.mass_std_error = std::sqrt(stats.mass_std_error);
+  stats.tokens_value = stats.tokens_certain + stats.tokens_sampled;
+  stats.kv_bytes += stats.tokens_value * bytes;
+  for (int32_t h = 0; h < query.num_q_heads; ++h) {
+    const double* from = &out[static_cast<size_t>(h) * kv.v_head_dim];
+    std::transform(from, from + kv.v_head_dim, query.out + h * query.out_head_stride, [](double x) { return static_cast<float>(x); });
+    if (query.lse != nullptr) query.lse[h] = static_cast<float>(lse[h]);
+  }
+  return stats;
+}
+
+}  // namespace
+}  // namespace reference
+
+std::unique_ptr<BackendRun> make_reference_run() {
+  struct ReferenceRun : BackendRun {   // reads what the index has learned, learns nothing
+    void run(std::span<const DecodeQuery> queries, const DecodeOptions& options, int32_t, StepStats* stats) override {
+      for (size_t i = 0; i < queries.size(); ++i) {
+        const StepStats result = reference::run(queries[i], options);
+        if (stats != nullptr) stats[i] = result;
+      }
+    }
+  };
+  return std::make_unique<ReferenceRun>();
+}
+
+}  // namespace tactic

@@ -1,0 +1,88 @@
+// select_sample: inclusion probabilities from the scores of the clusters, and draw: the rows.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "reference/steps.h"
+
+namespace tactic::reference {
+
+namespace {
+
+double growth(double s2, double size) {
+  const double cap2 = 2 * std::log(std::max(size, 2.0));
+  return s2 <= cap2 ? s2 / 2 : std::sqrt(cap2 * s2) - cap2 / 2;
+}
+
+// Root mean square over the heads of a member's estimated weight; a NaN or infinity if any estimate is.
+std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams& params) {
+  const int32_t n = scores.num_clusters;
+  std::vector<double> u(n);
+  for (int32_t g = 0; g < params.group_size; ++g) {
+    std::vector<double> mean(n, -HUGE_VAL), spread(n);
+    double max = params.exact[g].max;
+    for (int32_t c = 0; c < n; ++c) {
+      if (scores.sizes[c] == 0) continue;
+      spread[c] = params.beta * growth(static_cast<double>(scores.spreads[c]) * params.q_norms2[g], scores.sizes[c]);
+      mean[c] = scores.dots[static_cast<size_t>(g) * n + c] + spread[c];
+      max = std::max(max, mean[c]);
+    }
+    double total = params.exact[g].sum * std::exp(params.exact[g].max - max);
+    for (int32_t c = 0; c < n; ++c) total += scores.sizes[c] == 0 ? 0 : scores.sizes[c] * std::exp(mean[c] - max);
+    for (int32_t c = 0; c < n; ++c) {
+      if (scores.sizes[c] > 0) u[c] += std::pow(std::exp(mean[c] + kTailSpread * spread[c] - max) / total, 2) / params.group_size;
+    }
+  }
+  for (double& value : u) value = std::sqrt(value);
+  return u;
+}
+
+}  // namespace
+
+void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options, Inclusion& out) {
+  const std::vector<double> u = rms_weights(scores, params);
+  out.probability.assign(u.size(), 1.0f);
+  out.tau = std::numeric_limits<float>::infinity();
+  out.predicted_variance = 0;
+  if (!std::all_of(u.begin(), u.end(), [](double value) { return std::isfinite(value); })) return;
+  const auto variance = [&](double tau) {
+    double sum = 0;
+    for (size_t c = 0; c < u.size(); ++c) sum += u[c] > 0 ? scores.sizes[c] * u[c] * u[c] * (1 / std::min(1.0, tau * u[c]) - 1) : 0;
+    return sum * params.variance_ratio;
+  };
+  double tau = options.tau;
+  if (tau <= 0) {
+    double low = 1e-3, high = 1;   // the smallest that meets the target, above 1e-3
+    while (variance(high) > std::pow(options.target_error, 2)) high *= 2;
+    while (high > low * 1.0001) {
+      tau = std::sqrt(low * high);
+      (variance(tau) > std::pow(options.target_error, 2) ? low : high) = tau;
+    }
+    tau = high;
+  }
+  out.tau = static_cast<float>(tau);
+  out.predicted_variance = variance(tau);
+  for (size_t c = 0; c < u.size(); ++c) out.probability[c] = static_cast<float>(std::min(1.0, tau * u[c]));
+}
+
+void draw(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores&,
+          const Inclusion& inclusion, double offset, HeadSelection& out) {
+  const HeadSelection all = readable(index, head, filter);
+  out.clear();
+  double sum = offset;
+  for (const bool certain : {true, false}) {
+    for (size_t i = 0; i < all.tokens.size(); ++i) {
+      const float p = inclusion.probability[all.clusters[i]];
+      if ((p >= 1) != certain) continue;
+      const double before = sum;
+      sum += certain ? 0 : p;
+      if (!certain && std::floor(sum) == std::floor(before)) continue;
+      out.tokens.push_back(all.tokens[i]);
+      out.log_weights.push_back(certain ? 0 : -std::log(p));
+      out.clusters.push_back(all.clusters[i]);
+      out.num_certain += certain;
+    }
+  }
+}
+
+}  // namespace tactic::reference

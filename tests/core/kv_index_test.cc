@@ -1,0 +1,389 @@
+#include "tactic/kv_index.h"
+
+#include "support.h"
+#include "tactic/error.h"
+
+namespace tactic::test {
+namespace {
+
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+constexpr IndexOptions kSmall{.cluster_tokens = 16, .segment_tokens = 512, .provisional_tokens = 64, .provisional_cluster_tokens = 4};
+
+CacheSpec spec_of(int64_t kv_len) {
+  CacheSpec spec;
+  spec.kv_len = kv_len;
+  return spec;
+}
+
+KvIndex empty_index(const CacheSpec& spec, const IndexOptions& options = kSmall) {
+  KvIndex index(options, {spec.num_kv_heads, spec.head_dim, spec.v_head_dim});
+  index.set_num_threads(1);
+  return index;
+}
+
+KvView cut(KvView kv, int64_t kv_len) {
+  kv.kv_len = kv_len;
+  return kv;
+}
+
+void expect_same(const KvIndex& a, const KvIndex& b) {
+  const std::vector<Segment>&sa = a.state().segments, &sb = b.state().segments;
+  ASSERT_EQ(sa.size(), sb.size());
+  for (size_t i = 0; i < sa.size(); ++i) {
+    SCOPED_TRACE(text("segment at row ", sa[i].row_begin));
+    ASSERT_EQ(sa[i].row_begin, sb[i].row_begin);
+    ASSERT_EQ(sa[i].num_rows, sb[i].num_rows);
+    ASSERT_EQ(sa[i].num_clusters, sb[i].num_clusters);
+    EXPECT_EQ(sa[i].provisional, sb[i].provisional);
+    EXPECT_EQ(sa[i].row_checks, sb[i].row_checks);
+    for (size_t h = 0; h < sa[i].heads.size(); ++h) {
+      EXPECT_TRUE(same_bits(sa[i].heads[h].mean, sb[i].heads[h].mean));
+      EXPECT_TRUE(same_bits(sa[i].heads[h].scales, sb[i].heads[h].scales));
+      EXPECT_TRUE(same_bits(sa[i].heads[h].spreads, sb[i].heads[h].spreads));
+      EXPECT_EQ(sa[i].heads[h].residuals, sb[i].heads[h].residuals);
+      EXPECT_EQ(sa[i].heads[h].sizes, sb[i].heads[h].sizes);
+      EXPECT_EQ(sa[i].heads[h].members, sb[i].heads[h].members);
+      EXPECT_EQ(sa[i].heads[h].outliers, sb[i].heads[h].outliers);
+    }
+  }
+  const int64_t rows = std::max(a.state().rows_end, b.state().rows_end);
+  for (int64_t row = 0; row < rows; ++row) ASSERT_EQ(a.state().indexed.test(row), b.state().indexed.test(row)) << "row " << row;
+}
+
+// Every written row is read exactly once by a query that selects everything: exact, member of one cluster, or outlier.
+void expect_partition(const KvIndex& index) {
+  const IndexState& state = index.state();
+  for (int32_t head = 0; head < state.shape.num_kv_heads; ++head) {
+    std::vector<int> times(static_cast<size_t>(state.rows_end));
+    for (int64_t row = 0; row < state.rows_end; ++row) times[row] += state.written.test(row) && !state.indexed.test(row);
+    int64_t end = 0;
+    for (const Segment& segment : state.segments) {
+      EXPECT_GE(segment.row_begin, end) << "segments overlap or are out of order";
+      end = segment.row_begin + segment.num_rows;
+      const HeadClusters& clusters = segment.heads[head];
+      const auto padded = static_cast<size_t>(padded_clusters(segment.num_clusters));
+      ASSERT_EQ(clusters.sizes.size(), padded);
+      ASSERT_EQ(clusters.residuals.size(), padded * state.shape.head_dim);
+      size_t members = 0;
+      for (size_t c = 0; c < padded; ++c) {
+        EXPECT_TRUE(c < static_cast<size_t>(segment.num_clusters) || clusters.sizes[c] == 0) << "padding holds members";
+        for (size_t m = members + 1; m < members + clusters.sizes[c]; ++m) EXPECT_LT(clusters.members[m - 1], clusters.members[m]);
+        members += clusters.sizes[c];
+      }
+      ASSERT_EQ(members, clusters.members.size());
+      EXPECT_TRUE(std::is_sorted(clusters.outliers.begin(), clusters.outliers.end()));
+      for (const std::vector<uint16_t>* rows : {&clusters.members, &clusters.outliers}) {
+        for (const uint16_t r : *rows) {
+          ASSERT_LT(r, segment.num_rows);
+          if (segment.row_begin + r < state.rows_end) times[segment.row_begin + r] += state.indexed.test(segment.row_begin + r);
+        }
+      }
+    }
+    for (int64_t row = 0; row < state.rows_end; ++row) ASSERT_EQ(times[row], state.written.test(row)) << "row " << row << " head " << head;
+  }
+}
+
+TEST(KvIndex, AppendOneByOneEqualsAppendAtOnce) {
+  const CacheSpec spec = spec_of(1700);
+  const Cache cache(spec);
+  KvIndex by_one = empty_index(spec), at_once = empty_index(spec);
+  for (int64_t row = 0; row < spec.kv_len; ++row) {
+    by_one.write(row, 1);
+    by_one.maintain(cut(cache.view(), row + 1));
+  }
+  at_once.write(0, spec.kv_len);
+  EXPECT_FALSE(at_once.maintain(cache.view()));
+  expect_same(by_one, at_once);
+  EXPECT_EQ(by_one.state().segments.size(), 3u + 2u);   // 1536 rows in full segments, then 128 in provisional ones, 36 recent
+  EXPECT_EQ(by_one.rows_written(), 1700);
+  EXPECT_EQ(by_one.rows_indexed(), 1664 - 4);
+}
+
+TEST(KvIndex, EveryRowInExactlyOnePlace) {
+  for (const int64_t kv_len : {0, 1, 31, 33, 63, 64, 127, 511, 512, 513, 1000, 2049}) {
+    SCOPED_TRACE(text("kv_len ", kv_len));
+    const Cache cache(spec_of(kv_len));
+    expect_partition(*build_index(cache, kSmall));
+  }
+}
+
+TEST(KvIndex, SinksAreNeverIndexed) {
+  const Cache cache(spec_of(512));
+  for (const int32_t sinks : {0, 1, 4, 100}) {
+    IndexOptions options = kSmall;
+    options.sink_tokens = sinks;
+    const auto index = build_index(cache, options);
+    EXPECT_EQ(index->rows_indexed(), 512 - sinks);
+    for (int64_t row = 0; row < sinks; ++row) EXPECT_FALSE(index->state().indexed.test(row));
+    expect_partition(*index);
+  }
+}
+
+TEST(KvIndex, MoreSinksThanASegmentHas) {
+  const Cache cache(spec_of(700));
+  IndexOptions options = kSmall;
+  options.sink_tokens = 600;
+  const auto index = build_index(cache, options);
+  EXPECT_EQ(index->rows_indexed(), 640 - 600);
+  expect_partition(*index);
+}
+
+TEST(KvIndex, RewrittenRowsAreReadExactlyUntilTheirSegmentIsBuiltAnew) {
+  const CacheSpec spec = spec_of(1024);
+  Cache cache(spec);
+  KvIndex index = empty_index(spec);
+  index.write(0, 1024);
+  index.maintain(cache.view());
+  ASSERT_EQ(index.rows_indexed(), 1020);
+  index.write(600, 10);
+  EXPECT_EQ(index.rows_indexed(), 1010);
+  index.maintain(cache.view());
+  EXPECT_EQ(index.rows_indexed(), 1010) << "ten rows are not worth a new segment";
+  expect_partition(index);
+  Random random(3);
+  std::vector<float> x(spec.head_dim);
+  for (int64_t row = 600; row < 680; ++row) {
+    for (float& value : x) value = random.normal();
+    for (int32_t head = 0; head < spec.num_kv_heads; ++head) cache.set_key(head, row, x);
+  }
+  index.write(600, 80);
+  EXPECT_EQ(index.rows_indexed(), 1020 - 80);
+  index.maintain(cache.view());
+  EXPECT_EQ(index.rows_indexed(), 1020);
+  expect_partition(index);
+  EXPECT_EQ(index.verify(cache.view()), 0);
+  expect_same(index, *build_index(cache, kSmall));
+}
+
+TEST(KvIndex, TruncateForgetsAndAppendingAgainRestores) {
+  const CacheSpec spec = spec_of(1400);
+  const Cache cache(spec);
+  for (const int64_t kv_len : {0, 1, 100, 512, 700, 1023, 1300, 1399}) {
+    SCOPED_TRACE(text("truncate to ", kv_len));
+    KvIndex index = empty_index(spec);
+    index.write(0, spec.kv_len);
+    index.maintain(cache.view());
+    index.truncate(kv_len);
+    EXPECT_EQ(index.rows_written(), kv_len);
+    EXPECT_LE(index.rows_indexed(), kv_len);
+    expect_partition(index);
+    index.maintain(cut(cache.view(), kv_len));
+    expect_partition(index);
+    index.write(kv_len, spec.kv_len - kv_len);
+    index.maintain(cache.view());
+    EXPECT_EQ(index.rows_written(), spec.kv_len);
+    EXPECT_GE(index.rows_indexed(), 1400 - 4 - 2 * 64) << "about as much as without the detour";
+    expect_partition(index);
+    EXPECT_EQ(index.verify(cache.view()), 0);
+  }
+}
+
+TEST(KvIndex, TruncateBeyondTheEndChangesNothing) {
+  const Cache cache(spec_of(600));
+  const auto index = build_index(cache, kSmall);
+  index->truncate(5000);
+  EXPECT_EQ(index->rows_written(), 600);
+  expect_same(*index, *build_index(cache, kSmall));
+}
+
+TEST(KvIndex, ClearForgetsEverything) {
+  const Cache cache(spec_of(600));
+  const auto index = build_index(cache, kSmall);
+  index->clear();
+  EXPECT_EQ(index->rows_written(), 0);
+  EXPECT_EQ(index->rows_indexed(), 0);
+  EXPECT_EQ(index->num_clusters(), 0);
+  index->write(0, 600);
+  index->maintain(cache.view());
+  expect_same(*index, *build_index(cache, kSmall));
+}
+
+TEST(KvIndex, BudgetedMaintenanceComesToTheSame) {
+  const CacheSpec spec = spec_of(1700);
+  const Cache cache(spec);
+  for (const double budget : {0.1, 0.5, 1.0, 1.5}) {
+    SCOPED_TRACE(budget);
+    KvIndex index = empty_index(spec);
+    index.write(0, spec.kv_len);
+    int calls = 0;
+    for (int64_t before = -1; index.maintain(cache.view(), budget); before = index.rows_indexed()) {
+      ++calls;
+      ASSERT_LT(calls, 1000);
+      expect_partition(index);
+      if (index.rows_indexed() == before && budget < 1) break;   // a whole segment may never fit so small a budget
+    }
+    if (budget >= 1) {
+      EXPECT_GE(calls, 2);
+      expect_same(index, *build_index(cache, kSmall));
+    }
+    EXPECT_EQ(index.rows_indexed(), 1660) << "provisional segments at least";
+  }
+}
+
+TEST(KvIndex, BudgetZeroDoesNothing) {
+  const CacheSpec spec = spec_of(600);
+  const Cache cache(spec);
+  KvIndex index = empty_index(spec);
+  index.write(0, 600);
+  EXPECT_TRUE(index.maintain(cache.view(), 0));
+  EXPECT_EQ(index.rows_indexed(), 0);
+}
+
+TEST(KvIndex, HolesAreLeftOut) {
+  const CacheSpec spec = spec_of(1024);
+  const Cache cache(spec);
+  KvIndex index = empty_index(spec);
+  index.write(0, 300);
+  index.write(400, 624);
+  index.maintain(cache.view());
+  EXPECT_EQ(index.rows_written(), 924);
+  EXPECT_EQ(index.state().indexed.count_range(256, 448), 0) << "parts with rows that were never written";
+  EXPECT_TRUE(index.state().indexed.test(255));
+  EXPECT_TRUE(index.state().indexed.test(448));
+  expect_partition(index);
+  index.write(300, 100);
+  index.maintain(cache.view());
+  expect_same(index, *build_index(cache, kSmall));
+}
+
+TEST(KvIndex, WholeClusteringAsInThePaper) {
+  const CacheSpec spec = spec_of(3000);
+  const Cache cache(spec);
+  IndexOptions options = kSmall;
+  options.clustering = Clustering::kWhole;
+  KvIndex index = empty_index(spec, options);
+  index.write(0, 2000);
+  index.maintain(cut(cache.view(), 2000));
+  EXPECT_EQ(index.state().segments.size(), 1u);
+  EXPECT_EQ(index.rows_indexed(), 1996);
+  index.write(2000, 511);
+  index.maintain(cut(cache.view(), 2511));
+  EXPECT_EQ(index.rows_indexed(), 1996) << "one row short of segment_tokens";
+  index.write(2511, 1);
+  index.maintain(cut(cache.view(), 2512));
+  EXPECT_EQ(index.rows_indexed(), 2508);
+  EXPECT_EQ(index.state().segments.size(), 1u);
+  expect_partition(index);
+}
+
+TEST(KvIndex, VerifyFindsChangedRows) {
+  const CacheSpec spec = spec_of(1024);
+  Cache cache(spec);
+  const auto index = build_index(cache, kSmall);
+  EXPECT_EQ(index->verify(cache.view()), 0);
+  Random random(5);
+  std::vector<float> x(spec.head_dim);
+  for (int64_t row = 100; row < 200; ++row) {
+    for (float& value : x) value = random.normal();
+    for (int32_t head = 0; head < spec.num_kv_heads; ++head) row % 2 == 0 ? cache.set_key(head, row, x) : cache.set_value(head, row, x);
+  }
+  const int64_t changed = index->verify(cache.view());
+  EXPECT_GE(changed, 95) << "a row slips through in one of 256 cases";
+  EXPECT_LE(changed, 100);
+  EXPECT_EQ(index->rows_indexed(), 1020 - changed);
+  EXPECT_EQ(index->verify(cache.view()), 0);
+  expect_partition(*index);
+}
+
+TEST(KvIndex, MeanSpreadIsTheDistanceToTheCentroids) {
+  const Cache cache(spec_of(1024));
+  EXPECT_EQ(empty_index(spec_of(0)).mean_spread(0), 0);
+  const auto index = build_index(cache, kSmall);
+  for (const int32_t head : {0, 1}) {   // keys have noise of variance 1 around their topics, and clusters take some of it away
+    EXPECT_GT(index->mean_spread(head), 0.5);
+    EXPECT_LT(index->mean_spread(head), 1.2);
+  }
+}
+
+TEST(KvIndex, WrittenWords) {
+  KvIndex index = empty_index(spec_of(0));
+  EXPECT_EQ(index.written_word(0), 0u);
+  index.write(60, 10);
+  EXPECT_EQ(index.written_word(0), uint64_t{15} << 60);
+  EXPECT_EQ(index.written_word(1), uint64_t{63});
+  EXPECT_EQ(index.written_word(1000), 0u);
+}
+
+TEST(KvIndex, MemoryIsASmallShareOfTheCache) {
+  CacheSpec spec = spec_of(8192);
+  const Cache cache(spec);
+  const auto index = build_index(cache);
+  const double cache_bytes = 8192.0 * spec.num_kv_heads * 2 * 64 * 2;
+  EXPECT_LE(static_cast<double>(index->memory_bytes()), 0.04 * cache_bytes);
+  EXPECT_GE(static_cast<double>(index->memory_bytes()), 0.01 * cache_bytes);
+}
+
+TEST(KvIndex, ResultDoesNotDependOnThreads) {
+  const CacheSpec spec = spec_of(2500);
+  const Cache cache(spec);
+  const auto one = build_index(cache, {});
+  for (const int32_t threads : {2, 3}) {
+    KvIndex index({}, {spec.num_kv_heads, spec.head_dim, spec.v_head_dim});
+    index.set_num_threads(threads);
+    index.write(0, spec.kv_len);
+    index.maintain(cache.view());
+    expect_same(index, *one);
+  }
+}
+
+TEST(KvIndex, BadInputsNameValueAndLimit) {
+  EXPECT_THAT([] { KvIndex({}, {0, 64, 64}); }, ThrowsMessage<Error>(HasSubstr("num_kv_heads (0)")));
+  EXPECT_THAT([] { KvIndex({}, {1, 60, 64}); }, ThrowsMessage<Error>(HasSubstr("head_dim (60)")));
+  EXPECT_THAT([] { KvIndex({}, {1, 64, 2048}); }, ThrowsMessage<Error>(HasSubstr("head_dim (2048)")));
+  EXPECT_THAT([] { KvIndex({.iterations = 0}, {1, 64, 64}); }, ThrowsMessage<Error>(HasSubstr("iterations (0)")));
+  const Cache cache(spec_of(600));
+  const auto index = build_index(cache, kSmall);
+  EXPECT_THAT([&] { index->write(-1, 5); }, ThrowsMessage<Error>(HasSubstr("-1")));
+  EXPECT_THAT([&] { index->write(5, -2); }, ThrowsMessage<Error>(HasSubstr("-2")));
+  EXPECT_THAT([&] { index->write(int64_t{1} << 40, 1); }, ThrowsMessage<Error>(HasSubstr("1099511627776")));
+  EXPECT_THAT([&] { index->maintain(cut(cache.view(), 599)); }, ThrowsMessage<Error>(HasSubstr("kv_len (599)")));
+  KvView other = cache.view();
+  other.num_kv_heads = 1;
+  EXPECT_THAT([&] { index->maintain(other); }, ThrowsMessage<Error>(HasSubstr("num_kv_heads (1)")));
+  other = cache.view();
+  other.head_dim = 80;
+  EXPECT_THAT([&] { index->verify(other); }, ThrowsMessage<Error>(HasSubstr("head_dim (80)")));
+}
+
+TEST(RowBits, RangesAndCounts) {
+  RowBits bits;
+  EXPECT_FALSE(bits.test(5));
+  EXPECT_EQ(bits.count_range(0, 1000), 0);
+  bits.resize(200);
+  bits.set_range(3, 130);
+  EXPECT_EQ(bits.count_range(0, 1000), 127);
+  bits.reset_range(64, 128);
+  EXPECT_EQ(bits.count_range(0, 1000), 127 - 64);
+  EXPECT_EQ(bits.count_range(63, 64), 1);
+  EXPECT_EQ(bits.count_range(64, 128), 0);
+  EXPECT_TRUE(bits.test(129));
+  EXPECT_FALSE(bits.test(130));
+  bits.reset_range(100, 100000);
+  EXPECT_EQ(bits.count_range(0, 256), 61);
+}
+
+TEST(RowFilter, CountsAgreeWithSingleRows) {
+  RowBits indexed;
+  indexed.resize(300);
+  indexed.set_range(70, 290);
+  const std::vector<uint64_t> visible = random_bits(300, 0.5, 11);
+  for (const int64_t kv_len : {0, 1, 63, 64, 65, 128, 299, 300}) {
+    for (const uint64_t* bits : {static_cast<const uint64_t*>(nullptr), visible.data()}) {
+      const RowFilter filter{bits, kv_len, &indexed};
+      int64_t seen = 0, in_index = 0;
+      for (int64_t row = 0; row < 300; ++row) {
+        EXPECT_FALSE(filter.reads_exact(row) && filter.reads_indexed(row));
+        EXPECT_EQ(filter.reads_exact(row) || filter.reads_indexed(row), filter.is_visible(row));
+        seen += filter.is_visible(row);
+        in_index += filter.reads_indexed(row);
+      }
+      EXPECT_EQ(filter.count_visible(0, 300), seen);
+      EXPECT_EQ(filter.count_indexed(0, 300), in_index);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tactic::test

@@ -1,0 +1,269 @@
+// select_sample and draw: inclusion probabilities, and rows that come with them.
+#include <algorithm>
+#include <map>
+
+#include "cpu/steps.h"
+#include "reference/steps.h"
+#include "support.h"
+
+namespace tactic::test {
+namespace {
+
+struct Setting {
+  Cache cache;
+  std::unique_ptr<KvIndex> index;
+  std::vector<uint64_t> visible;
+  std::vector<float> q, q_norms2;
+  RowFilter filter;
+  ClusterScores scores;
+  std::vector<SoftmaxState> exact;
+  SelectParams params;
+
+  explicit Setting(int64_t kv_len, int32_t group = 3, double seen = 1, float sharpness = 0.2f)
+      : cache(spec_of(kv_len)), index(build_index(cache)), exact(static_cast<size_t>(group), {3.0f, 4.0f}) {
+    visible = random_bits(kv_len, seen, 4);
+    q = make_queries(cache, group, 5, sharpness / 8);
+    for (int32_t g = 0; g < group; ++g) {
+      q_norms2.push_back(0);
+      for (int32_t d = 0; d < 64; ++d) q_norms2[g] += q[g * 64 + d] * q[g * 64 + d];
+    }
+    filter = filter_of(*index, kv_len, seen < 1 ? &visible : nullptr);
+    reference::score(index->state(), 0, filter, q.data(), group, scores);
+    params = {group, q_norms2.data(), exact.data(), 1.0f, 1.0f};
+  }
+  static CacheSpec spec_of(int64_t kv_len) {
+    CacheSpec spec;
+    spec.num_kv_heads = 1;
+    spec.kv_len = kv_len;
+    return spec;
+  }
+  Inclusion cpu(const DecodeOptions& options) const {
+    Inclusion out;
+    cpu::select_sample(scores, params, options, out);
+    return out;
+  }
+  Inclusion reference(const DecodeOptions& options) const {
+    Inclusion out;
+    reference::select_sample(scores, params, options, out);
+    return out;
+  }
+  HeadSelection cpu_draw(const Inclusion& inclusion, double offset) const {
+    HeadSelection out;
+    cpu::draw(index->state(), 0, filter, scores, inclusion, offset, out);
+    return out;
+  }
+  HeadSelection reference_draw(const Inclusion& inclusion, double offset) const {
+    HeadSelection out;
+    reference::draw(index->state(), 0, filter, scores, inclusion, offset, out);
+    return out;
+  }
+  double expected_tokens(const Inclusion& inclusion) const {
+    double sum = 0;
+    for (int32_t c = 0; c < scores.num_clusters; ++c) sum += scores.sizes[c] > 0 ? scores.sizes[c] * inclusion.probability[c] : 0;
+    return sum;
+  }
+};
+
+TEST(SelectSample, ProbabilitiesOfTheReference) {
+  for (const int64_t kv_len : {256, 1000, 9999}) {
+    for (const int32_t group : {1, 3, 8}) {
+      for (const double seen : {1.0, 0.3}) {
+        Setting setting(kv_len, group, seen);
+        for (const float beta : {0.0f, 0.75f, 1.5f}) {
+          for (const float tau : {1.0f, 30.0f, 1000.0f, 1e9f}) {
+            for (const int64_t target : highway_targets()) {
+              SCOPED_TRACE(text("kv_len ", kv_len, " g", group, " visible ", seen, " beta ", beta, " tau ", tau, " ", target_name(target)));
+              const OnTarget on(target);
+              setting.params.beta = beta;
+              setting.params.variance_ratio = 1.7f;
+              const Inclusion a = setting.cpu({.tau = tau}), b = setting.reference({.tau = tau});
+              EXPECT_EQ(a.tau, tau);
+              ASSERT_EQ(a.probability.size(), b.probability.size());
+              for (int32_t c = 0; c < setting.scores.num_clusters; ++c) {
+                if (setting.scores.sizes[c] == 0) continue;
+                ASSERT_GE(a.probability[c], 0);
+                ASSERT_LE(a.probability[c], 1);
+                ASSERT_NEAR(a.probability[c], b.probability[c], 1e-4 * b.probability[c] + 1e-30) << "cluster " << c;
+              }
+              EXPECT_NEAR(a.predicted_variance, b.predicted_variance, 1e-3 * b.predicted_variance + 1e-6);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(SelectSample, TauBoundsTheExpectedTokens) {
+  Setting setting(9999, 1);
+  setting.params.beta = 0;
+  for (const float tau : {1.0f, 30.0f, 300.0f, 3000.0f}) EXPECT_LE(setting.expected_tokens(setting.cpu({.tau = tau})), tau * 1.0001);
+}
+
+TEST(SelectSample, TargetErrorIsMet) {
+  for (const float sharpness : {0.02f, 0.2f, 0.5f}) {
+    Setting setting(9999, 3, 1, sharpness);
+    for (const float target_error : {0.002f, 0.01f, 0.02f, 0.1f, 1.0f}) {
+      for (const float ratio : {0.3f, 1.0f, 4.0f}) {
+        for (const int64_t target : highway_targets()) {
+          SCOPED_TRACE(text("sharpness ", sharpness, " target_error ", target_error, " ratio ", ratio, " ", target_name(target)));
+          const OnTarget on(target);
+          setting.params.variance_ratio = ratio;
+          const Inclusion a = setting.cpu({.target_error = target_error}), b = setting.reference({.target_error = target_error});
+          EXPECT_LE(b.predicted_variance, target_error * target_error * 1.001);
+          EXPECT_LE(a.predicted_variance, target_error * target_error * 1.05);
+          EXPECT_NEAR(a.tau, b.tau, 0.03 * b.tau + 2e-3);
+        }
+      }
+    }
+  }
+}
+
+TEST(SelectSample, SmallerTargetErrorReadsMore) {
+  const Setting setting(9999);
+  std::vector<float> before(static_cast<size_t>(setting.scores.num_clusters), 0.0f);
+  for (const float target_error : {1.0f, 0.1f, 0.03f, 0.01f, 0.003f, 0.001f}) {
+    const Inclusion inclusion = setting.cpu({.target_error = target_error});
+    for (size_t c = 0; c < before.size(); ++c) EXPECT_GE(inclusion.probability[c], before[c]);
+    before = inclusion.probability;
+  }
+}
+
+TEST(SelectSample, VisibleWeightDecides) {
+  // A cluster of which one member in two is hidden weighs half; hidden clusters change nothing.
+  Setting setting(3000, 1, 0.5);
+  const Inclusion before = setting.cpu({.tau = 100});
+  for (int32_t c = 0; c < setting.scores.num_clusters; ++c) {
+    if (setting.scores.sizes[c] == 0) setting.scores.dots[c] = 1e6f;
+  }
+  EXPECT_EQ(setting.cpu({.tau = 100}).probability, before.probability);
+}
+
+void expect_everything(const Setting& setting) {
+  for (const float tau : {0.0f, 100.0f}) {
+    for (const Inclusion& inclusion : {setting.cpu({.tau = tau}), setting.reference({.tau = tau})}) {
+      for (int32_t c = 0; c < setting.scores.num_clusters; ++c) {
+        ASSERT_TRUE(setting.scores.sizes[c] == 0 || inclusion.probability[c] == 1) << "cluster " << c;
+      }
+    }
+  }
+}
+
+TEST(SelectSample, EstimatesThatAreNotFiniteReadEverything) {
+  const Setting sound(3000);
+  for (const int64_t target : highway_targets()) {
+    const OnTarget on(target);
+    for (const size_t at : {size_t{0}, size_t{5}, sound.scores.dots.size() - 20}) {
+      for (const float bad : {std::nanf(""), HUGE_VALF}) {
+        SCOPED_TRACE(text("dot ", at, " is ", bad, ", ", target_name(target)));
+        Setting setting(3000);
+        ASSERT_GT(setting.scores.sizes[at % setting.scores.num_clusters], 0);
+        setting.scores.dots[at] = bad;
+        expect_everything(setting);
+      }
+    }
+    SCOPED_TRACE(target_name(target));
+    Setting setting(3000);
+    setting.scores.spreads[5] = HUGE_VALF;
+    expect_everything(setting);
+    Setting other(3000);
+    other.q_norms2[1] = HUGE_VALF;
+    expect_everything(other);
+  }
+}
+
+TEST(SelectSample, ExtremeScoresStayNumbers) {
+  for (const float shift : {-1e4f, 1e4f}) {
+    Setting setting(3000);
+    for (float& dot : setting.scores.dots) dot += shift;
+    for (const SoftmaxState& state : {SoftmaxState{}, SoftmaxState{shift, 1.0f}, SoftmaxState{3.0f, 1.0f}}) {
+      std::fill(setting.exact.begin(), setting.exact.end(), state);
+      for (const float tau : {0.0f, 100.0f}) {
+        const Inclusion a = setting.cpu({.tau = tau}), b = setting.reference({.tau = tau});
+        for (int32_t c = 0; c < setting.scores.num_clusters; ++c) {
+          if (setting.scores.sizes[c] == 0) continue;
+          ASSERT_NEAR(a.probability[c], b.probability[c], 0.02 * b.probability[c] + 1e-6) << "shift " << shift;
+        }
+      }
+    }
+  }
+}
+
+TEST(Draw, DrawsWhatTheReferenceDraws) {
+  for (const int64_t kv_len : {256, 1000, 9999}) {
+    for (const double seen : {1.0, 0.3, 0.0}) {
+      const Setting setting(kv_len, 3, seen);
+      for (const float tau : {1.0f, 30.0f, 1000.0f, 1e9f}) {
+        const Inclusion inclusion = setting.reference({.tau = tau});
+        for (const double offset : {0.0, 0.3, 0.5, 0.999999}) {
+          SCOPED_TRACE(text("kv_len ", kv_len, " visible ", seen, " tau ", tau, " offset ", offset));
+          const HeadSelection a = setting.cpu_draw(inclusion, offset), b = setting.reference_draw(inclusion, offset);
+          EXPECT_EQ(a.tokens, b.tokens);
+          EXPECT_EQ(a.clusters, b.clusters);
+          EXPECT_EQ(a.num_certain, b.num_certain);
+          ASSERT_EQ(a.log_weights.size(), b.log_weights.size());
+          for (size_t i = 0; i < a.log_weights.size(); ++i) ASSERT_FLOAT_EQ(a.log_weights[i], b.log_weights[i]);
+        }
+      }
+    }
+  }
+}
+
+TEST(Draw, CertainFirstEachRowOnceAndAsManyAsExpected) {
+  const Setting setting(9999, 3, 0.7);
+  const Inclusion inclusion = setting.cpu({.tau = 500});
+  for (const double offset : {0.0, 0.25, 0.9}) {
+    const HeadSelection drawn = setting.cpu_draw(inclusion, offset);
+    ASSERT_GT(drawn.num_certain, 0);
+    ASSERT_LT(drawn.num_certain, static_cast<int64_t>(drawn.tokens.size()));
+    for (size_t i = 0; i < drawn.tokens.size(); ++i) {
+      EXPECT_EQ(drawn.log_weights[i] == 0, i < static_cast<size_t>(drawn.num_certain));
+      EXPECT_TRUE(setting.filter.reads_indexed(drawn.tokens[i]));
+      EXPECT_NEAR(drawn.log_weights[i], -std::log(inclusion.probability[drawn.clusters[i]]), 1e-5);
+    }
+    std::vector<int32_t> tokens = drawn.tokens;
+    std::sort(tokens.begin(), tokens.end());
+    EXPECT_EQ(std::adjacent_find(tokens.begin(), tokens.end()), tokens.end());
+    EXPECT_NEAR(static_cast<double>(tokens.size()), setting.expected_tokens(inclusion), 1.01);
+  }
+}
+
+// Over evenly spread offsets every member comes as often as its probability says: exactly what makes the sums unbiased.
+TEST(Draw, EveryMemberHasItsProbability) {
+  const Setting setting(1500, 2);
+  const Inclusion inclusion = setting.cpu({.tau = 100});
+  std::map<int32_t, int> times;
+  std::map<int32_t, int32_t> cluster;
+  constexpr int kDraws = 2000;
+  for (int i = 0; i < kDraws; ++i) {
+    const HeadSelection drawn = setting.cpu_draw(inclusion, (i + 0.5) / kDraws);
+    for (size_t t = 0; t < drawn.tokens.size(); ++t) {
+      ++times[drawn.tokens[t]];
+      cluster[drawn.tokens[t]] = drawn.clusters[t];
+    }
+  }
+  double expected = 0, seen = 0;
+  for (const auto& [token, count] : times) {
+    EXPECT_NEAR(count, kDraws * inclusion.probability[cluster[token]], 2) << "token " << token;
+    seen += count;
+  }
+  expected = kDraws * setting.expected_tokens(inclusion);
+  EXPECT_NEAR(seen, expected, kDraws * 0.01 + 2);
+}
+
+TEST(Draw, ProbabilitiesNextToZeroAndOne) {
+  const Setting setting(3000, 1);
+  Inclusion inclusion = setting.cpu({.tau = 100});
+  for (const float p : {0.0f, 1e-30f, 1e-8f, 0.5f, std::nextafterf(1, 0), 1.0f}) {
+    std::fill(inclusion.probability.begin(), inclusion.probability.end(), p);
+    for (const double offset : {0.0, 0.5}) {
+      SCOPED_TRACE(text("p ", p, " offset ", offset));
+      const HeadSelection a = setting.cpu_draw(inclusion, offset), b = setting.reference_draw(inclusion, offset);
+      EXPECT_EQ(a.tokens, b.tokens);
+      EXPECT_NEAR(static_cast<double>(a.tokens.size()), setting.expected_tokens(inclusion), 1.01);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tactic::test

@@ -1,0 +1,198 @@
+// Sampling over many seeds: sums without bias, errors as large as they are said to be.
+#include <algorithm>
+
+#include "reference/steps.h"
+#include "support.h"
+
+namespace tactic::test {
+namespace {
+
+constexpr int kDraws = 600;
+
+struct Moments {
+  double sum = 0, sum2 = 0;
+  int64_t count = 0;
+  void add(double x) { sum += x, sum2 += x * x, ++count; }
+  double mean() const { return sum / static_cast<double>(count); }
+  double variance() const { return std::max(0.0, sum2 / static_cast<double>(count) - mean() * mean()); }
+  double mean_error() const { return std::sqrt(variance() / static_cast<double>(count)); }
+};
+
+CacheSpec spec_of(int64_t kv_len) {
+  CacheSpec spec;
+  spec.num_kv_heads = 1;
+  spec.kv_len = kv_len;
+  return spec;
+}
+
+StepStats draw(Problem& problem, const DecodeOptions& options, int i) {
+  problem.index->state().calibration.assign(1, {});
+  problem.query.position = i;
+  return problem.run(options);
+}
+
+// Without refinement the sum of the weights and the weighted sum of the values are unbiased, under masks too.
+TEST(Sampling, NumeratorAndDenominatorAreUnbiased) {
+  for (const double seen : {1.0, 0.5}) {
+    for (const float tau : {20.0f, 200.0f}) {
+      SCOPED_TRACE(text("visible ", seen, " tau ", tau));
+      Problem problem(spec_of(2500), 2, 7, 0.3f);
+      problem.build_index();
+      const std::vector<uint64_t> visible = random_bits(2500, seen, 5);
+      problem.query.visible = visible.data();
+      problem.run({.select = Select::kDense});
+      const std::vector<float> out = problem.out, lse = problem.lse;
+      std::vector<Moments> denominator(2), numerator(128);
+      for (int i = 0; i < kDraws; ++i) {
+        const StepStats stats = draw(problem, {.tau = tau, .refine = 1, .beta = 1}, i);
+        ASSERT_EQ(stats.refined_clusters, 0);
+        for (size_t g = 0; g < 2; ++g) {
+          const double total = std::exp(problem.lse[g] - lse[g]);   // in units of the dense sum
+          denominator[g].add(total);
+          for (size_t d = 0; d < 64; ++d) numerator[g * 64 + d].add(total * problem.out[g * 64 + d]);
+        }
+      }
+      for (size_t g = 0; g < 2; ++g) {
+        EXPECT_GT(denominator[g].variance(), 0) << "nothing was sampled";
+        EXPECT_NEAR(denominator[g].mean(), 1, 4 * denominator[g].mean_error() + 1e-5) << "head " << g;
+      }
+      for (size_t i = 0; i < numerator.size(); ++i) {
+        EXPECT_NEAR(numerator[i].mean(), out[i], 4.5 * numerator[i].mean_error() + 1e-5) << "element " << i;
+      }
+    }
+  }
+}
+
+// On average the squared standard error is the variance of independent draws with the same probabilities. Systematic sampling
+// spreads its draws over like rows, so the sum errs by less than that: here a fifth of it.
+TEST(Sampling, StandardErrorIsThatOfIndependentDraws) {
+  for (const float tau : {50.0f, 200.0f}) {
+    SCOPED_TRACE(text("tau ", tau));
+    Problem problem(spec_of(4000), 1, 7, 0.2f);
+    problem.build_index();
+    problem.run({.select = Select::kDense});
+    const double lse = problem.lse[0];
+    Moments mass, total, variance;
+    for (int i = 0; i < kDraws; ++i) {
+      const StepStats stats = draw(problem, {.tau = tau, .refine = 1, .beta = 1}, i);
+      mass.add(stats.estimated_mass);
+      total.add(std::exp(problem.lse[0] - lse));
+      variance.add(std::pow(stats.mass_std_error * std::exp(problem.lse[0] - lse), 2));   // in units of the dense sum
+    }
+    EXPECT_GT(mass.mean(), 0.02);
+    EXPECT_LT(mass.mean(), 0.98);
+
+    const IndexState& index = problem.index->state();
+    const RowFilter filter = filter_of(*problem.index, 4000);
+    std::vector<float> q = problem.q;
+    float norm2 = 0;
+    for (float& x : q) x *= problem.query.sm_scale, norm2 += x * x;
+    double exact_sum = 0;
+    for (int64_t row = 0; row < 4000; ++row) exact_sum += std::exp(reference::dot_row(problem.query.kv.k, 0, row, q.data(), 64) - lse);
+    EXPECT_NEAR(exact_sum, 1, 1e-4);
+    ClusterScores scores;
+    reference::score(index, 0, filter, q.data(), 1, scores);
+    const HeadSelection clustered = reference::readable(index, 0, filter);
+    std::vector<double> weights;
+    for (const int32_t row : clustered.tokens) weights.push_back(std::exp(reference::dot_row(problem.query.kv.k, 0, row, q.data(), 64) - lse));
+    double anyway = 1;   // rows that are read anyway have the rest of the weight
+    for (const double weight : weights) anyway -= weight;
+    const SoftmaxState exact{static_cast<float>(lse), static_cast<float>(anyway)};
+    Inclusion inclusion;
+    reference::select_sample(scores, {1, &norm2, &exact, 1, 1}, {.tau = tau}, inclusion);
+    double independent = 0;
+    for (size_t i = 0; i < weights.size(); ++i) independent += weights[i] * weights[i] * (1 / inclusion.probability[clustered.clusters[i]] - 1);
+    EXPECT_NEAR(variance.mean(), independent, 0.1 * independent);
+    EXPECT_LT(total.variance(), 1.1 * independent);
+    EXPECT_GT(total.variance(), 0.01 * independent);
+  }
+}
+
+TEST(Sampling, EstimatedMassIsTheCertainRowsMass) {
+  Problem problem(spec_of(4000), 1, 7, 0.2f);
+  problem.build_index();
+  problem.run({.select = Select::kDense});
+  const double lse = problem.lse[0];
+  Moments mass;
+  for (int i = 0; i < kDraws; ++i) mass.add(draw(problem, {.tau = 200, .refine = 1, .beta = 1}, i).estimated_mass);
+  // Which rows are certain does not depend on the draw, so their sum, here over the dense sum, is the same in each.
+  const StepStats stats = draw(problem, {.tau = 200, .refine = 1, .beta = 1}, 0);
+  const double certain = stats.estimated_mass * std::exp(problem.lse[0] - lse);
+  for (int i = 1; i < 10; ++i) {
+    const StepStats other = draw(problem, {.tau = 200, .refine = 1, .beta = 1}, i);
+    EXPECT_NEAR(other.estimated_mass * std::exp(problem.lse[0] - lse), certain, 1e-5);
+  }
+  EXPECT_NEAR(mass.mean(), certain, 4 * mass.mean_error() + 0.003);
+}
+
+TEST(Sampling, TargetErrorIsTheErrorOfTheMass) {
+  for (const float target_error : {0.02f, 0.05f, 0.15f}) {
+    Problem problem(spec_of(6000), 3, 7, 0.2f);
+    problem.build_index();
+    problem.run({.select = Select::kDense});
+    const std::vector<float> lse = problem.lse;
+    double mean_square = 0;
+    for (int i = 0; i < 200; ++i) {
+      draw(problem, {.target_error = target_error, .refine = 1, .beta = 1}, i);
+      for (size_t g = 0; g < lse.size(); ++g) mean_square += std::pow(std::exp(problem.lse[g] - lse[g]) - 1, 2) / 600;
+    }
+    EXPECT_LT(std::sqrt(mean_square), 1.5 * target_error) << "target_error " << target_error;
+    EXPECT_GT(std::sqrt(mean_square), 0.2 * target_error) << "target_error " << target_error;
+  }
+}
+
+// Left to itself, what the steps learn brings the error that is aimed at.
+TEST(Sampling, CalibrationKeepsTheErrorNearItsTarget) {
+  constexpr float kTarget = 0.05f;
+  Problem problem(spec_of(6000), 3, 7, 0.5f);
+  problem.build_index();
+  problem.run({.select = Select::kDense});
+  const std::vector<float> lse = problem.lse;
+  double mean_square = 0;
+  for (int i = 0; i < 600; ++i) {
+    problem.query.position = i;
+    const StepStats stats = problem.run({.target_error = kTarget});
+    ASSERT_EQ(stats.dense, DenseReason::kNone);
+    if (i < 300) continue;
+    for (size_t g = 0; g < lse.size(); ++g) mean_square += std::pow(std::exp(problem.lse[g] - lse[g]) - 1, 2) / 900;
+  }
+  EXPECT_LT(std::sqrt(mean_square), 1.5 * kTarget);
+  EXPECT_GT(std::sqrt(mean_square), 0.2 * kTarget);
+  const Calibration& known = problem.index->state().calibration[0];
+  EXPECT_GT(known.sum_xx, 0);
+  EXPECT_TRUE(std::isfinite(known.sum_xy));
+  EXPECT_GT(known.variance_ratio, 0);
+}
+
+// One row weighs 0.3 of everything, and its cluster does not know (it changed unseen). When it is drawn it would stand for far
+// more than that; refinement reads its cluster whole instead.
+TEST(Sampling, RefinementReadsAnUnderestimatedClusterWhole) {
+  Problem problem(spec_of(4000), 1, 7, 0.2f);
+  problem.build_index();
+  problem.run({.select = Select::kDense});
+  std::vector<float> heavy = problem.cache.key(0, 1000);
+  double dot = 0, norm2 = 0;
+  for (size_t d = 0; d < 64; ++d) dot += problem.q[d] * heavy[d], norm2 += problem.q[d] * problem.q[d];
+  const double wanted = (problem.lse[0] + std::log(0.3 / 0.7)) / problem.query.sm_scale;
+  for (size_t d = 0; d < 64; ++d) heavy[d] += static_cast<float>(problem.q[d] * (wanted - dot) / norm2);
+  problem.cache.set_key(0, 1000, heavy);
+  problem.cache.set_value(0, 1000, std::vector<float>(64, 3.0f));
+  problem.run({.select = Select::kDense});
+  const std::vector<float> exact = problem.out;
+  int64_t refined = 0;
+  double worst_with = 0, worst_without = 0;
+  for (int i = 0; i < 300; ++i) {
+    const StepStats stats = draw(problem, {.tau = 400, .refine = 0.02f, .beta = 1, .check_rows = false}, i);
+    if (stats.refined_clusters == 0) continue;
+    ++refined;
+    worst_with = std::max(worst_with, relative_error(problem.out, exact));
+    draw(problem, {.tau = 400, .refine = 1, .beta = 1, .check_rows = false}, i);
+    worst_without = std::max(worst_without, relative_error(problem.out, exact));
+  }
+  EXPECT_GT(refined, 3);
+  EXPECT_LT(worst_with, 0.15);
+  EXPECT_GT(worst_without, 2 * worst_with);
+}
+
+}  // namespace
+}  // namespace tactic::test

@@ -1,0 +1,54 @@
+// The command `tactic`.
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "verbs.h"
+
+namespace tactic::tool {
+
+void add_host_options(CLI::App& verb, HostOptions& options) {
+  verb.add_option("-m,--model", options.model_path, "GGUF file")->required()->type_name("FILE");
+  verb.add_option("--plugin", options.plugin_path, "libggml-tactic.so (else TACTIC_PLUGIN, else beside the command)")
+      ->type_name("FILE");
+  verb.add_flag("-v,--verbose", options.verbose, "show llama.cpp's log");
+}
+
+}  // namespace tactic::tool
+
+int main(int argc, char** argv) {
+  CLI::App app("Adaptive sparse attention for llama.cpp: try it, time it, measure its error, look inside.", "tactic");
+  app.footer(
+      "Modes: stock (llama.cpp's own attention), dense (exact, f32), sample, fit, topk with options, as in\n"
+      "'sample,error=0.02' 'sample,tau=2000' 'fit,mass=0.9' 'topk,budget=1024' 'quality=balanced'.\n"
+      "Help for a verb: tactic run --help");
+  app.require_subcommand(1);
+  tactic::tool::add_run(app);
+  tactic::tool::add_bench(app);
+  tactic::tool::add_eval(app);
+  tactic::tool::add_inspect(app);
+  try {
+    // CLI11 would say that a subcommand is required.
+    if (argc > 1 && argv[1][0] != '-' &&
+        app.get_subcommands([&](CLI::App* verb) { return verb->check_name(argv[1]); }).empty()) {
+      throw tactic::tool::CommandError("no verb '" + std::string(argv[1]) +
+                                       "'; there are run, bench, eval and inspect");
+    }
+    if (argc == 1) throw tactic::tool::CommandError("no verb; tactic --help shows them");
+    app.parse(argc, argv);
+  } catch (const CLI::Success& help) {
+    return app.exit(help);
+  } catch (const CLI::ParseError& error) {
+    std::fprintf(stderr, "tactic: %s\n", error.what());
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "tactic: %s\n", error.what());
+    return 1;
+  }
+  // llama.cpp may complain and go on; its other messages are hidden.
+  if (const std::string complaint = tactic::tool::take_host_error(); !complaint.empty()) {
+    std::fprintf(stderr, "tactic: llama.cpp says: %s\n", complaint.c_str());
+  }
+  return 0;
+}
