@@ -60,4 +60,12 @@ struct Inclusion {
   std::vector<float> scratch;
 };
 
+/// The share above which a sampled row has its cluster read whole. A sampled row stands for about 1 / tau by design; with
+/// a limit near that, refinement would throw the sample away and the mass it speaks for with it (at 2 / tau the mass is
+/// biased, at 8 / tau by less than 1%).
+inline float refine_limit(const DecodeOptions& options, const Inclusion& inclusion) {
+  const float ordinary = 8.0f / inclusion.tau;
+  return options.refine > ordinary ? options.refine : ordinary;
+}
+
 }  // namespace tactic

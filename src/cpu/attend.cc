@@ -263,8 +263,11 @@ void attend_values(const RowsView& v, int32_t head, const int32_t* tokens, int64
            ValueRows{v, head, tokens, num_tokens, weights, stride, static_cast<size_t>(v_head_dim), out});
 }
 
-// Highway's Exp turns NaN into 0.
-HWY_INLINE RowVec exp_or_nan(RowTag df, RowVec x) { return hn::IfThenElse(hn::Eq(x, x), hn::Exp(df, x), x); }
+// Highway's Exp turns NaN, and what is beyond its range, into 0.
+HWY_INLINE RowVec exp_or_nan(RowTag df, RowVec x) {
+  const RowVec beyond = hn::IfThenElse(hn::IsNaN(x), x, hn::Set(df, HUGE_VALF));
+  return hn::IfThenElse(hn::Le(x, hn::Set(df, 88.0f)), hn::Exp(df, x), beyond);
+}
 
 float exp_weights(const float* scores, int64_t num, float max, float* weights) {
   const RowTag df;
@@ -324,7 +327,7 @@ float max_score(const float* scores, int64_t num) {
   for (; i + lanes <= num; i += lanes) {
     const RowVec s = hn::LoadU(df, scores + i);
     best = hn::Max(best, s);
-    poison = hn::Or(poison, hn::IfThenElseZero(hn::Ne(s, s), s));
+    poison = hn::Or(poison, hn::IfThenElseZero(hn::IsNaN(s), s));
   }
   float max = hn::GetLane(hn::MaxOfLanes(df, best));
   bool nan = !hn::AllTrue(df, hn::Eq(poison, hn::Zero(df)));

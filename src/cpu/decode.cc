@@ -70,6 +70,7 @@ class CpuRun : public BackendRun {
                     : indexed < kMinIndexedRows      ? DenseReason::kNoIndex
                                                      : DenseReason::kNone;
       list_rows(state.filter, state.dense == DenseReason::kNone, state.rows);
+      if (query.bias != nullptr) std::erase_if(state.rows, [&](int32_t row) { return query.bias[row] == -HUGE_VALF; });
       for (int32_t head = 0; head < query.kv.num_kv_heads; ++head, ++t) {
         tasks_[t].filter = state.filter;
         tasks_[t].sparse = state.dense == DenseReason::kNone;

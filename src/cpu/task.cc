@@ -126,7 +126,12 @@ void select_rows(Task& task, const DecodeOptions& options) {
   for (int32_t g = 0; g < task.group_size; ++g) {
     const float* dots = task.clusters.dots.data() + static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters);
     SoftmaxState& exact = task.exact_state[static_cast<size_t>(g)];
-    const float max = std::max(exact.max, max_score(dots, task.clusters.num_clusters));
+    float max = exact.max;
+    for (int32_t c = 0; c < task.clusters.num_clusters; ++c) {
+      if (task.clusters.sizes[static_cast<size_t>(c)] == 0) continue;   // hidden or empty
+      task.not_finite = task.not_finite || !std::isfinite(dots[c]);
+      max = std::max(max, dots[c]);
+    }
     task.not_finite = task.not_finite || !std::isfinite(max);
     exact.sum = exp_weights(task.exact.scores_of(g), task.exact.size(), max, task.exact.weights_of(g));
     exact.max = max;
@@ -204,18 +209,19 @@ void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums) {
 
 void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums) {
   bool underestimated = false;
+  const float limit = refine_limit(options, task.inclusion);
   const auto settle = [&](int32_t g, const WeightSums& sum) {
     SoftmaxState& state = task.state[static_cast<size_t>(g)];
     const SoftmaxState& exact = task.exact_state[static_cast<size_t>(g)];
     const double total = exact.sum + sum.certain + sum.sampled;
-    task.not_finite = task.not_finite || !(total > 0 && total < 1e30);
+    task.not_finite = task.not_finite || !(total > 1e-20 && total < 1e30);
     state = {exact.max, static_cast<float>(total)};
     task.certain_mass[static_cast<size_t>(g)] = 1 - sum.sampled / total;
     task.variance[static_cast<size_t>(g)] = sum.variance / (total * total);
-    underestimated = underestimated || sum.largest_sampled > options.refine * total;
+    underestimated = underestimated || sum.largest_sampled > limit * total;
   };
   for (int32_t g = 0; g < task.group_size; ++g) settle(g, sums[g]);
-  if (task.not_finite || options.select != Select::kSample || !underestimated || !refine(task, options.refine)) return;
+  if (task.not_finite || options.select != Select::kSample || !underestimated || !refine(task, limit)) return;
   for (int32_t g = 0; g < task.group_size; ++g) {
     WeightSums sum;
     const float* weights = task.selected.weights_of(g);

@@ -66,11 +66,11 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   ClusterScores scores;
   score(index, head, filter, q.data(), group_size, scores);
   int64_t probed = 0;
+  Inclusion inclusion;
   if (options.select == Select::kSample) {
     const Calibration& known = index.calibration[head];
     const float beta = options.beta > 0 ? options.beta : known.beta(20, 0.75);
     const SelectParams params{group_size, q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio)};
-    Inclusion inclusion;
     select_sample(scores, params, options, inclusion);
     draw(index, head, filter, scores, inclusion, random_offset(query, head, options), selection);
   } else if (options.select == Select::kTopK) {
@@ -80,7 +80,8 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   }
   if (options.check_rows && !unchanged(index, kv, head, selection)) return DenseReason::kRowChanged;
   if (options.select == Select::kSample) {
-    stats.refined_clusters += refine(index, head, filter, kv.k, q.data(), dim, group_size, exact.data(), options.refine, selection);
+    stats.refined_clusters += refine(index, head, filter, kv.k, q.data(), dim, group_size, exact.data(),
+                                     refine_limit(options, inclusion), selection);
   }
   const size_t num_sampled = selection.tokens.size() - selection.num_certain, num_selected = selection.tokens.size();
   all.tokens.insert(all.tokens.end(), selection.tokens.begin(), selection.tokens.end());

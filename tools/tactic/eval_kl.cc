@@ -39,38 +39,32 @@ struct ModeResult {
   tactic_totals totals = {};
 };
 
-// Appends the tokens of `lines` until there are `count`.
-void append_lines(const llama_vocab* vocab, const std::vector<std::string>& lines, size_t count,
-                  std::vector<llama_token>& tokens) {
-  for (const std::string& line : lines) {
-    if (tokens.size() >= count) break;
-    const auto more = tokenize(vocab, line, tokens.empty(), false);
-    tokens.insert(tokens.end(), more.begin(), more.end());
-  }
-  tokens.resize(std::min(tokens.size(), count));
-}
-
 std::vector<llama_token> records_window(const Host& host, const EvalOptions& options, uint64_t seed) {
-  const auto wanted = static_cast<size_t>(options.window_tokens());
+  const auto wanted = static_cast<size_t>(options.window_tokens()), depth = static_cast<size_t>(options.depth);
   const int64_t count = options.records > 0 ? options.records : options.window_tokens() / 8 + 1;
   std::vector<std::string> lines = make_records(count, seed);
   std::vector<llama_token> tokens;
-  append_lines(host.vocab(), lines, options.recall ? static_cast<size_t>(options.depth) : wanted, tokens);
-  if (options.recall) {
-    // Only records that the cache holds whole can be recalled.
-    size_t whole = 0;
-    for (size_t seen = 0; whole < lines.size(); ++whole) {
-      seen += tokenize(host.vocab(), lines[whole], false, false).size();
-      if (seen >= tokens.size()) break;
+  // Appends whole lines until there are `enough` tokens; returns how many lines are held by the first `depth` tokens.
+  const auto append_lines = [&](size_t enough) {
+    size_t held = 0;
+    for (size_t i = 0; i < lines.size() && tokens.size() < enough; ++i) {
+      const auto more = tokenize(host.vocab(), lines[i], tokens.empty(), false);
+      tokens.insert(tokens.end(), more.begin(), more.end());
+      if (tokens.size() <= depth) held = i + 1;
     }
-    lines.resize(whole);
+    return held;
+  };
+  const size_t held = append_lines(options.recall ? depth : wanted);
+  if (options.recall) {
+    lines.resize(held);  // only what the cache holds can be recalled
     std::shuffle(lines.begin(), lines.end(), std::mt19937_64(seed));
-    append_lines(host.vocab(), lines, wanted, tokens);
+    append_lines(wanted);
   }
   if (tokens.size() < wanted) {
     throw CommandError(format("--records: %lld records make %zu tokens, %zu are needed", static_cast<long long>(count),
                               tokens.size(), wanted));
   }
+  tokens.resize(wanted);
   return tokens;
 }
 
@@ -118,7 +112,7 @@ tactic_totals decode_window(Host& host, const Mode& mode, const SessionOptions& 
                             Take take) {
   host.forget_indexes();
   Session session(host, mode, session_options);
-  if (options.depth > 0) session.restore(state, options.depth);
+  session.restore(state, options.depth);
   host.configure(mode);
   host.take_totals();
   for (int64_t i = 0; i < options.steps; ++i) {
@@ -130,7 +124,6 @@ tactic_totals decode_window(Host& host, const Mode& mode, const SessionOptions& 
 
 std::vector<uint8_t> prefill_state(Host& host, const SessionOptions& session_options,
                                    std::span<const llama_token> tokens, const std::string& label) {
-  if (tokens.empty()) return {};
   Session session(host, parse_mode("stock"), session_options);
   Progress progress(label, static_cast<int64_t>(tokens.size()), "tok");
   session.prefill(tokens, [&](int64_t done) { progress.update(done); });
@@ -153,10 +146,7 @@ std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const s
     const tactic_totals totals =
         decode_window(host, parse_mode("dense"), session_options, options, state, window, progress, 0,
                       [&](int64_t i, const float* logits) { exact.set(i, logits); });
-    if (totals.queries == 0 || totals.dense_queries != totals.queries) {
-      throw CommandError("no exact reference: the plug-in did not take this model's attention with cache type " +
-                         options.cache_type);
-    }
+    require_exact(totals, session_options.cache_type);
     for (size_t m = 0; m < modes.size(); ++m) {
       const auto begin = static_cast<int64_t>(m + 1) * options.steps;
       const auto compare = [&](int64_t i, const float* logits) {
@@ -307,7 +297,7 @@ void add_eval(CLI::App& app) {
       ->check(CLI::Range(0, 1 << 24));
   verb->add_flag("--recall", options->recall, "the decoded records repeat earlier ones, in random order");
   verb->add_option("-d,--depth", options->depth, "tokens of prefill")
-      ->check(CLI::Range(0, 1 << 28))
+      ->check(CLI::Range(2, 1 << 28))
       ->capture_default_str();
   verb->add_option("-n,--tokens", options->steps, "tokens decoded per window")
       ->check(CLI::Range(1, 1 << 20))

@@ -40,7 +40,8 @@ void log_callback(ggml_log_level level, const char* text, void*) {
 }
 
 std::string with_reason(const std::string& what) {
-  const std::string reason = take_host_error();
+  std::string reason = take_host_error();
+  if (reason.starts_with("tactic: ")) reason.erase(0, 8);  // the plug-in's own prefix
   return reason.empty() ? what : what + ": " + reason;
 }
 
@@ -283,6 +284,13 @@ void Session::restore(std::span<const uint8_t> state, int64_t kv_len) {
     throw CommandError(with_reason("llama.cpp could not restore a state of " + std::to_string(kv_len) + " tokens"));
   }
   kv_len_ = kv_len;
+}
+
+void require_exact(const tactic_totals& totals, ggml_type cache_type) {
+  if (totals.queries > 0 && totals.dense_queries == totals.queries) return;
+  throw CommandError(
+      std::string("no exact reference: the plug-in did not take this model's attention with cache type ") +
+      ggml_type_name(cache_type));
 }
 
 std::vector<llama_token> tokenize(const llama_vocab* vocab, const std::string& text, bool add_special,

@@ -135,6 +135,9 @@ std::vector<llama_token> tokenize(const llama_vocab* vocab, const std::string& t
 /// Bytes of one token; not necessarily whole UTF-8 characters. Control tokens give nothing unless `with_special`.
 std::string token_piece(const llama_vocab* vocab, llama_token token, bool with_special = false);
 
+/// Throws when the plug-in did not compute all attention of some steps exactly, so that they are no reference.
+void require_exact(const tactic_totals& totals, ggml_type cache_type);
+
 int32_t default_threads();
 /// "f16", "q8_0", ... Throws CommandError when the cache cannot be of this type.
 ggml_type parse_cache_type(const std::string& name);

@@ -136,10 +136,12 @@ void print_figures(const std::vector<std::string>& names, const std::vector<Answ
     error.push_back(read.taken && a.totals.sparse_queries > 0 ? format("%.4f", read.mass_std_error) : "-");
     dense.push_back(read.taken ? format("%.1f%%", 100 * read.dense_share) : "all, by llama.cpp");
   }
-  std::fprintf(stderr, "\nprefill: %lld tokens, %.1f tok/s, of which clustering %.1f%%\n",
-               static_cast<long long>(prefill_tokens),
-               static_cast<double>(prefill_tokens) / std::max(prefill_seconds, 1e-9),
-               1e-7 * static_cast<double>(prefill_totals.cluster_ns) / std::max(prefill_seconds, 1e-9));
+  std::fputs("\n", stderr);
+  if (prefill_tokens > 0) {
+    std::fprintf(stderr, "prefill: %lld tokens, %.1f tok/s, of which clustering %.1f%%\n",
+                 static_cast<long long>(prefill_tokens), static_cast<double>(prefill_tokens) / prefill_seconds,
+                 1e-7 * static_cast<double>(prefill_totals.cluster_ns) / prefill_seconds);
+  }
   Table table(header);
   for (auto& row : {rate, first, tokens, fraction, error, dense}) table.add(row);
   table.print(stderr);
