@@ -1,2 +1,18 @@
+# find_package(tactic) for the library; the plug-in and the command beside it.
+include(CMakePackageConfigHelpers)
 install(TARGETS tactic EXPORT tactic-targets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(DIRECTORY include/tactic DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(EXPORT tactic-targets NAMESPACE tactic:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/tactic)
+configure_package_config_file(cmake/tactic-config.cmake.in ${PROJECT_BINARY_DIR}/tactic-config.cmake
+  INSTALL_DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/tactic)
+write_basic_package_version_file(${PROJECT_BINARY_DIR}/tactic-config-version.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${PROJECT_BINARY_DIR}/tactic-config.cmake ${PROJECT_BINARY_DIR}/tactic-config-version.cmake
+  DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/tactic)
+if(TACTIC_BUILD_PLUGIN)
+  # Beside the library and not in a directory for multiarch packages: the command looks in ../lib.
+  install(TARGETS ggml-tactic LIBRARY DESTINATION lib)
+endif()
+if(TACTIC_BUILD_TOOLS)
+  set_target_properties(tactic_command PROPERTIES INSTALL_RPATH "${TACTIC_LLAMA_DIR}/build/bin")
+  install(TARGETS tactic_command RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+endif()

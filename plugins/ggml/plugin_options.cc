@@ -21,8 +21,8 @@ struct Preset {
 constexpr Preset kPresets[] = {
     {"exact", Select::kDense, 0.01f},
     {"high", Select::kSample, 0.0075f},
-    {"balanced", Select::kSample, 0.013f},
-    {"fast", Select::kSample, 0.02f},
+    {"balanced", Select::kSample, 0.02f},
+    {"fast", Select::kSample, 0.04f},
 };
 
 [[noreturn]] void fail(std::string_view key, std::string_view value, const std::string& allowed) {

@@ -1,0 +1,106 @@
+/* The library from C and from other languages. Every function that can fail returns 0, or -1 and leaves a message that
+ * tactic_last_error() gives to the same thread. Structures begin with their size, so that later versions can grow them. */
+#ifndef TACTIC_C_API_H
+#define TACTIC_C_API_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { TACTIC_F32, TACTIC_F16, TACTIC_BF16, TACTIC_Q8_0, TACTIC_Q4_0 } tactic_dtype;
+typedef enum { TACTIC_DENSE, TACTIC_SAMPLE, TACTIC_FIT, TACTIC_TOPK } tactic_select;
+
+/* Rows [num_kv_heads, kv_len, dim]; page_table may be NULL. As tactic::RowsView. */
+typedef struct {
+  const void* data;
+  tactic_dtype dtype;
+  int64_t token_stride_bytes, head_stride_bytes;
+  const int32_t* page_table;
+  int32_t page_tokens;
+  int64_t page_stride_bytes;
+} tactic_rows;
+
+typedef struct {
+  tactic_rows k, v;
+  int32_t num_kv_heads, head_dim, v_head_dim;
+  int64_t kv_len;
+} tactic_kv;
+
+/* As tactic::IndexOptions and tactic::DecodeOptions; the *_init functions fill in the defaults. */
+typedef struct {
+  size_t struct_size;
+  int32_t whole_clustering; /* 0: incremental */
+  int32_t cluster_tokens, segment_tokens, provisional_tokens, provisional_cluster_tokens, iterations, sink_tokens;
+  float outlier_fraction;
+  uint64_t seed;
+} tactic_index_options;
+
+typedef struct {
+  size_t struct_size;
+  tactic_select select;
+  float target_error, tau, refine, target_mass;
+  int32_t budget;
+  float beta;
+  int32_t check_rows;
+  uint64_t seed;
+} tactic_decode_options;
+
+typedef struct {
+  int64_t kv_len, tokens_certain, tokens_sampled, refined_clusters, index_bytes, kv_bytes, kv_bytes_present;
+  double estimated_mass, mass_std_error;
+  int32_t dense; /* 0: no, else why, as tactic::DenseReason */
+} tactic_step_stats;
+
+typedef struct tactic_index tactic_index;
+typedef struct tactic_attention tactic_attention;
+
+/* As tactic::DecodeQuery. */
+typedef struct {
+  size_t struct_size;
+  const float* q; /* [num_q_heads, head_dim] */
+  int64_t q_head_stride;
+  int32_t num_q_heads;
+  float sm_scale;
+  tactic_kv kv;
+  tactic_index* index;     /* or NULL: dense */
+  const uint64_t* visible; /* or NULL */
+  const float* bias;       /* or NULL */
+  uint64_t stream_id;
+  int32_t layer;
+  int64_t position;
+  float* out; /* [num_q_heads, v_head_dim] */
+  int64_t out_head_stride;
+  float* lse; /* [num_q_heads] or NULL */
+} tactic_query;
+
+const char* tactic_version(void);
+const char* tactic_last_error(void);
+
+void tactic_index_options_init(tactic_index_options* options);
+void tactic_decode_options_init(tactic_decode_options* options);
+
+/* NULL on error. */
+tactic_index* tactic_index_create(const tactic_index_options* options, int32_t num_kv_heads, int32_t head_dim, int32_t v_head_dim);
+void tactic_index_free(tactic_index* index);
+int tactic_index_write(tactic_index* index, int64_t row_begin, int64_t count);
+int tactic_index_truncate(tactic_index* index, int64_t kv_len);
+/* max_segments < 0: all that is due. Returns 1 when work is left. */
+int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_segments);
+/* Number of rows that had changed, or -1. */
+int64_t tactic_index_verify(tactic_index* index, const tactic_kv* kv);
+size_t tactic_index_memory_bytes(const tactic_index* index);
+
+/* num_threads 0: OpenMP's default. NULL on error. */
+tactic_attention* tactic_attention_create(const tactic_decode_options* options, int32_t num_threads);
+void tactic_attention_free(tactic_attention* attention);
+/* stats: [num_queries] or NULL. */
+int tactic_attention_run(tactic_attention* attention, const tactic_query* queries, size_t num_queries, tactic_step_stats* stats);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,182 @@
+#include "tactic/c_api.h"
+
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "tactic/attention.h"
+#include "tactic/error.h"
+
+struct tactic_index {
+  tactic::KvIndex index;
+};
+
+struct tactic_attention {
+  tactic::Attention attention;
+  std::vector<tactic::DecodeQuery> queries;
+  std::vector<tactic::StepStats> stats;
+};
+
+namespace {
+
+thread_local std::string last_error;
+
+template <class T, class Fn>
+T guarded(T failure, Fn fn) {
+  try {
+    return fn();
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  } catch (...) {
+    last_error = "unknown error";
+  }
+  return failure;
+}
+
+template <class T>
+const T& checked(const T* pointer, const char* name) {
+  if (pointer == nullptr) throw tactic::Error(std::string(name) + " must not be null");
+  return *pointer;
+}
+
+template <class T>
+const T& sized(const T* pointer, const char* name) {
+  if (checked(pointer, name).struct_size != sizeof(T)) {
+    throw tactic::Error(std::string(name) + ".struct_size (" + std::to_string(pointer->struct_size) + ") must be " + std::to_string(sizeof(T)));
+  }
+  return *pointer;
+}
+
+tactic::RowsView rows_of(const tactic_rows& rows) {
+  if (rows.dtype < TACTIC_F32 || rows.dtype > TACTIC_Q4_0) throw tactic::Error("dtype (" + std::to_string(rows.dtype) + ") must be in 0..4");
+  return {rows.data, static_cast<tactic::DType>(rows.dtype), rows.token_stride_bytes, rows.head_stride_bytes,
+          rows.page_table, rows.page_tokens, rows.page_stride_bytes};
+}
+
+tactic::KvView view_of(const tactic_kv& kv) {
+  return {rows_of(kv.k), rows_of(kv.v), kv.num_kv_heads, kv.head_dim, kv.v_head_dim, kv.kv_len};
+}
+
+tactic::DecodeQuery query_of(const tactic_query& q) {
+  tactic::DecodeQuery query;
+  query.q = q.q;
+  query.q_head_stride = q.q_head_stride;
+  query.num_q_heads = q.num_q_heads;
+  query.sm_scale = q.sm_scale;
+  query.kv = view_of(q.kv);
+  query.index = q.index != nullptr ? &q.index->index : nullptr;
+  query.visible = q.visible;
+  query.bias = q.bias;
+  query.stream_id = q.stream_id;
+  query.layer = q.layer;
+  query.position = q.position;
+  query.out = q.out;
+  query.out_head_stride = q.out_head_stride;
+  query.lse = q.lse;
+  return query;
+}
+
+}  // namespace
+
+const char* tactic_version(void) { return TACTIC_VERSION; }
+const char* tactic_last_error(void) { return last_error.c_str(); }
+
+void tactic_index_options_init(tactic_index_options* o) {
+  const tactic::IndexOptions d;
+  *o = {sizeof *o, 0, d.cluster_tokens, d.segment_tokens, d.provisional_tokens, d.provisional_cluster_tokens, d.iterations,
+        d.sink_tokens, d.outlier_fraction, d.seed};
+}
+
+void tactic_decode_options_init(tactic_decode_options* o) {
+  const tactic::DecodeOptions d;
+  *o = {sizeof *o, static_cast<tactic_select>(d.select), d.target_error, d.tau, d.refine, d.target_mass, d.budget, d.beta,
+        d.check_rows, d.seed};
+}
+
+tactic_index* tactic_index_create(const tactic_index_options* options, int32_t num_kv_heads, int32_t head_dim, int32_t v_head_dim) {
+  return guarded<tactic_index*>(nullptr, [&] {
+    const tactic_index_options& o = sized(options, "options");
+    tactic::IndexOptions d;
+    d.clustering = o.whole_clustering != 0 ? tactic::Clustering::kWhole : tactic::Clustering::kIncremental;
+    d.cluster_tokens = o.cluster_tokens;
+    d.segment_tokens = o.segment_tokens;
+    d.provisional_tokens = o.provisional_tokens;
+    d.provisional_cluster_tokens = o.provisional_cluster_tokens;
+    d.iterations = o.iterations;
+    d.sink_tokens = o.sink_tokens;
+    d.outlier_fraction = o.outlier_fraction;
+    d.seed = o.seed;
+    return new tactic_index{tactic::KvIndex(d, {num_kv_heads, head_dim, v_head_dim})};
+  });
+}
+
+void tactic_index_free(tactic_index* index) { delete index; }
+
+int tactic_index_write(tactic_index* index, int64_t row_begin, int64_t count) {
+  return guarded(-1, [&] {
+    checked(index, "index");
+    index->index.write(row_begin, count);
+    return 0;
+  });
+}
+
+int tactic_index_truncate(tactic_index* index, int64_t kv_len) {
+  return guarded(-1, [&] {
+    checked(index, "index");
+    index->index.truncate(kv_len);
+    return 0;
+  });
+}
+
+int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_segments) {
+  return guarded(-1, [&] {
+    checked(index, "index");
+    return index->index.maintain(view_of(checked(kv, "kv")), max_segments) ? 1 : 0;
+  });
+}
+
+int64_t tactic_index_verify(tactic_index* index, const tactic_kv* kv) {
+  return guarded<int64_t>(-1, [&] {
+    checked(index, "index");
+    return index->index.verify(view_of(checked(kv, "kv")));
+  });
+}
+
+size_t tactic_index_memory_bytes(const tactic_index* index) { return index != nullptr ? index->index.memory_bytes() : 0; }
+
+tactic_attention* tactic_attention_create(const tactic_decode_options* options, int32_t num_threads) {
+  return guarded<tactic_attention*>(nullptr, [&] {
+    const tactic_decode_options& o = sized(options, "options");
+    if (o.select < TACTIC_DENSE || o.select > TACTIC_TOPK) throw tactic::Error("select (" + std::to_string(o.select) + ") must be in 0..3");
+    tactic::DecodeOptions d;
+    d.select = static_cast<tactic::Select>(o.select);
+    d.target_error = o.target_error;
+    d.tau = o.tau;
+    d.refine = o.refine;
+    d.target_mass = o.target_mass;
+    d.budget = o.budget;
+    d.beta = o.beta;
+    d.check_rows = o.check_rows != 0;
+    d.seed = o.seed;
+    return new tactic_attention{tactic::Attention(d, tactic::Backend::kCpu, num_threads), {}, {}};
+  });
+}
+
+void tactic_attention_free(tactic_attention* attention) { delete attention; }
+
+int tactic_attention_run(tactic_attention* attention, const tactic_query* queries, size_t num_queries, tactic_step_stats* stats) {
+  return guarded(-1, [&] {
+    checked(attention, "attention");
+    if (num_queries > 0) checked(queries, "queries");
+    attention->queries.clear();
+    for (size_t i = 0; i < num_queries; ++i) attention->queries.push_back(query_of(sized(queries + i, "query")));
+    attention->stats.resize(num_queries);
+    attention->attention.run(attention->queries, attention->stats.data());
+    for (size_t i = 0; stats != nullptr && i < num_queries; ++i) {
+      const tactic::StepStats& s = attention->stats[i];
+      stats[i] = {s.kv_len, s.tokens_certain, s.tokens_sampled, s.refined_clusters, s.index_bytes, s.kv_bytes, s.kv_bytes_present,
+                  s.estimated_mass, s.mass_std_error, static_cast<int32_t>(s.dense)};
+    }
+    return 0;
+  });
+}

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs the built project into a temporary prefix and builds a project against it: run.sh SOURCE_DIR BUILD_DIR
+set -euo pipefail
+tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
+cmake --install "$2" --prefix "$tmp/prefix" > "$tmp/install.log"
+cmake -S "$1/tests/consumer" -B "$tmp/build" -DCMAKE_PREFIX_PATH="$tmp/prefix" -DCMAKE_BUILD_TYPE=Release > "$tmp/configure.log"
+cmake --build "$tmp/build" > "$tmp/build.log" || { cat "$tmp/build.log"; exit 1; }
+"$tmp/build/consumer_cpp"
+"$tmp/build/consumer_c"
+if [ -e "$tmp/prefix/bin/tactic" ]; then "$tmp/prefix/bin/tactic" --help > /dev/null && ls "$tmp/prefix/lib/libggml-tactic.so"; fi
