@@ -5,6 +5,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "core/random.h"
 #include "cpu/parallel.h"
 #include "cpu/steps.h"
 
@@ -131,13 +132,6 @@ HWY_EXPORT(assign_rows);
 HWY_EXPORT(add_to);
 
 namespace {
-
-uint64_t hash64(uint64_t x) {   // splitmix64
-  x += 0x9E3779B97F4A7C15u;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
 
 struct Norms {
   std::vector<float> k, v;   // squared, per row of the task
@@ -279,7 +273,7 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
 
   Centroids centroids(dim, task.num_clusters);
   for (int32_t c = 0; c < task.num_clusters && n > 0; ++c) {
-    const double u = static_cast<double>(hash64(task.seed ^ hash64(static_cast<uint64_t>(c))) >> 11) * 0x1p-53;
+    const double u = uniform(task.seed ^ hash64(static_cast<uint64_t>(c)));
     const auto at = std::min(n - 1, static_cast<int64_t>((c + u) * static_cast<double>(n) / task.num_clusters));
     centroids.set(c, x.data() + static_cast<size_t>(at) * dim);
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/random.h"
 #include "cpu/steps.h"
 
 namespace tactic::cpu {
@@ -14,26 +15,10 @@ constexpr double kPriorWeight = 20;
 constexpr double kPriorSlope = 0.75;
 constexpr double kForget = 0.98;
 
-double uniform(uint64_t x) {   // splitmix64
-  x += 0x9E3779B97F4A7C15u;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return static_cast<double>((x ^ (x >> 31)) >> 11) * 0x1p-53;
-}
-
 // The spread term, as in select_sample.
 double growth(double s2, int64_t size) {
   const double cap2 = 2 * std::log(static_cast<double>(std::max<int64_t>(size, 2)));
   return s2 <= cap2 ? s2 / 2 : std::sqrt(cap2 * s2) - cap2 / 2;
-}
-
-double random_offset(const Task& task, const DecodeOptions& options) {
-  uint64_t x = options.seed;
-  for (const uint64_t part : {task.query->stream_id, static_cast<uint64_t>(task.query->layer), static_cast<uint64_t>(task.head),
-                              static_cast<uint64_t>(task.query->position)}) {
-    x = x * 0xD6E8FEB86659FD93u + part + 1;
-  }
-  return uniform(x);
 }
 
 const Segment* find_segment(const IndexState& index, int64_t row) {
@@ -108,7 +93,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       task.beta = params.beta = options.beta > 0 ? options.beta : known.beta(kPriorWeight, kPriorSlope);
       params.variance_ratio = static_cast<float>(known.variance_ratio);
       select_sample(task.clusters, params, options, task.inclusion);
-      draw(index, task.head, task.filter, task.clusters, task.inclusion, random_offset(task, options), task.selection);
+      draw(index, task.head, task.filter, task.clusters, task.inclusion, random_offset(*task.query, task.head, options.seed), task.selection);
       break;
     }
     case Select::kTopK:

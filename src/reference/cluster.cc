@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/random.h"
 #include "reference/steps.h"
 
 namespace tactic::reference {
@@ -34,13 +35,6 @@ void mark_least(const Row& norms2, int32_t count, std::vector<bool>& marked) {
 }
 
 }  // namespace
-
-uint64_t hash64(uint64_t x) {
-  x += 0x9E3779B97F4A7C15u;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
 
 void cluster(const ClusterTask& task, HeadClusters& out) {
   const int32_t dim = task.kv.head_dim, num = task.num_clusters;

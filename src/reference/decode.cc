@@ -3,19 +3,12 @@
 #include <cmath>
 
 #include "core/backend.h"
+#include "core/random.h"
 #include "reference/steps.h"
 
 namespace tactic {
 namespace reference {
 namespace {
-
-double random_offset(const DecodeQuery& query, int32_t head, const DecodeOptions& options) {
-  uint64_t x = options.seed;
-  for (const int64_t part : {static_cast<int64_t>(query.stream_id), int64_t{query.layer}, int64_t{head}, query.position}) {
-    x = x * 0xD6E8FEB86659FD93u + static_cast<uint64_t>(part) + 1;
-  }
-  return uniform(x);
-}
 
 // Row numbers read whatever the selection: not in the index, or outliers in it.
 HeadSelection rows_read_anyway(const IndexState& index, int32_t head, const RowFilter& filter) {
@@ -72,7 +65,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
     const float beta = options.beta > 0 ? options.beta : known.beta(20, 0.75);
     const SelectParams params{group_size, q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio)};
     select_sample(scores, params, options, inclusion);
-    draw(index, head, filter, scores, inclusion, random_offset(query, head, options), selection);
+    draw(index, head, filter, scores, inclusion, random_offset(query, head, options.seed), selection);
   } else if (options.select == Select::kTopK) {
     select_topk(index, head, filter, scores, group_size, options.budget, selection);
   } else {

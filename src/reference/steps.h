@@ -8,9 +8,6 @@ namespace tactic::reference {
 /// Element i of a stored row. Every stored value is a double exactly.
 double element(DType dtype, const std::byte* row, int64_t i);
 
-/// splitmix64, as a number in [0, 1) from its upper 53 bits, and its bits.
-uint64_t hash64(uint64_t x);
-inline double uniform(uint64_t x) { return static_cast<double>(hash64(x) >> 11) * 0x1p-53; }
 
 /// q.k of a stored row.
 double dot_row(const RowsView& rows, int32_t head, int64_t row, const float* q, int32_t head_dim);
