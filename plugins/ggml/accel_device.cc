@@ -165,7 +165,7 @@ class AccelBackend {
         query.stream_id = static_cast<uint64_t>(row);
         query.out = match->output(row, stream);
         query.out_head_stride = static_cast<int64_t>(match->out->nb[1] / sizeof(float));
-        if (layer != nullptr) use_index(*layer, stream_of(*layer, *match, stream), row, options, bits, query);
+        if (layer != nullptr) use_index(*layer, layer->first_stream(*match) + static_cast<size_t>(stream), row, options, bits, query);
       }
     }
     const int64_t attend_begin = now_ns();
@@ -198,12 +198,6 @@ class AccelBackend {
     layer.last_kv_len = bits.num_visible;
     layer.last_stream = stream;
     query.head_stats = layer.last_step.data();
-  }
-
-  static size_t stream_of(const CacheLayer& layer, const AttentionMatch& match, int64_t stream) {
-    const int64_t offset = static_cast<const char*>(match.k->data) - static_cast<const char*>(layer.k_cache);
-    const int64_t first = layer.k_stream_bytes > 0 ? offset / layer.k_stream_bytes : 0;
-    return static_cast<size_t>(first + stream);
   }
 
   Attention attention_;

@@ -17,6 +17,16 @@ int32_t layer_number(const ggml_tensor* cache, size_t fallback) {
   return static_cast<int32_t>(fallback);
 }
 
+bool share_memory(const CacheLayer& a, const CacheLayer& b) {
+  const auto overlap = [&](const void* x, int64_t x_stream_bytes, const void* y, int64_t y_stream_bytes) {
+    const auto x_begin = reinterpret_cast<uintptr_t>(x), y_begin = reinterpret_cast<uintptr_t>(y);
+    return x_begin < y_begin + static_cast<size_t>(y_stream_bytes) * b.streams.size() &&
+           y_begin < x_begin + static_cast<size_t>(x_stream_bytes) * a.streams.size();
+  };
+  return overlap(a.k_cache, a.k_stream_bytes, b.k_cache, b.k_stream_bytes) || overlap(a.k_cache, a.k_stream_bytes, b.v_cache, b.v_stream_bytes) ||
+         overlap(a.v_cache, a.v_stream_bytes, b.k_cache, b.k_stream_bytes) || overlap(a.v_cache, a.v_stream_bytes, b.v_cache, b.v_stream_bytes);
+}
+
 }  // namespace
 
 KvView CacheLayer::stream_view(size_t stream) const {
@@ -24,6 +34,11 @@ KvView CacheLayer::stream_view(size_t stream) const {
   kv.k.data = static_cast<const char*>(view.k.data) + static_cast<int64_t>(stream) * k_stream_bytes;
   kv.v.data = static_cast<const char*>(view.v.data) + static_cast<int64_t>(stream) * v_stream_bytes;
   return kv;
+}
+
+size_t CacheLayer::first_stream(const AttentionMatch& match) const {
+  const int64_t offset = static_cast<const char*>(match.k->data) - static_cast<const char*>(k_cache);
+  return static_cast<size_t>(k_stream_bytes > 0 ? offset / k_stream_bytes : 0);
 }
 
 std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, const IndexOptions& options) {
@@ -63,18 +78,25 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
       layer->streams.push_back(std::make_unique<StreamIndex>(
           options, KvShape{layer->view.num_kv_heads, layer->view.head_dim, layer->view.v_head_dim}));
     }
+    // Memory is in one cache only: what else lay there is gone, and must be neither read nor told of writes.
+    const std::shared_ptr<CacheLayer> made = layer;
+    std::erase_if(layers_, [&](const auto& entry) { return entry.second != made && share_memory(*entry.second, *made); });
+    made->last_used = ++clock_;
+    if (layers_.size() > kMaxLayers) drop_oldest();
+    return made;
   }
   layer->last_used = ++clock_;
-  const std::shared_ptr<CacheLayer> result = layer;
-  if (layers_.size() > kMaxLayers) drop_oldest();
-  return result;
+  return layer;
 }
 
 void CacheWatch::note_empty(const AttentionMatch& match) {
   const std::lock_guard lock(mutex_);
   const auto at = layers_.find(match.k->view_src->data);
   if (at == layers_.end()) return;
-  for (auto& stream : at->second->streams) stream->index.clear();
+  CacheLayer& layer = *at->second;
+  const size_t first = layer.first_stream(match);
+  const size_t end = std::min(layer.streams.size(), first + static_cast<size_t>(match.streams()));
+  for (size_t s = first; s < end; ++s) layer.streams[s]->index.clear();
 }
 
 void CacheWatch::drop_oldest() {

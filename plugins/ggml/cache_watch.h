@@ -39,6 +39,8 @@ struct CacheLayer {
   std::vector<std::unique_ptr<StreamIndex>> streams;
 
   KvView stream_view(size_t stream) const;
+  /// The stream that the first of the node's is.
+  size_t first_stream(const AttentionMatch& match) const;
 };
 
 /// Thread-safe; a CacheLayer itself is used by one thread at a time, as its cache is.
@@ -47,7 +49,7 @@ class CacheWatch {
   /// The layer whose cache `match` shows, made or made anew when its geometry is new. nullptr: no cache we can watch.
   std::shared_ptr<CacheLayer> layer_of(const AttentionMatch& match, const IndexOptions& options);
 
-  /// The cache that `match` shows is empty: whatever was known of its memory is of an earlier one.
+  /// The streams that `match` shows are empty: whatever was known of their memory is of an earlier cache.
   void note_empty(const AttentionMatch& match);
 
   /// A SET_ROWS node was computed. Returns the layer if its K was written and its geometry is known.

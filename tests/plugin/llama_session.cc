@@ -6,13 +6,15 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 
 namespace tactic::test {
 
-// Measured with kSparse over all scenarios below at 1500 to 2000 tokens: mean up to 0.0025, max up to 0.03.
-const Bound kNormal{0.01, 0.1};
+// Measured over all scenarios: mean 0.0007 to 0.0034, max 0.005 to 0.065. Without its safeguard the mildest one (context
+// shift) has mean 0.036 and max 0.7.
+const Bound kNormal{0.012, 0.25};
 
 namespace {
 
@@ -140,7 +142,7 @@ std::string take_log() {
   return text;
 }
 
-Session::Session(const std::string& mode, const SessionOptions& options) : mode_(mode) {
+Session::Session(const std::string& mode, const SessionOptions& options) : mode_(mode), cache_type_(options.cache_type) {
   llama_context_params params = llama_context_default_params();
   params.n_ctx = options.cells * (options.unified ? 1 : options.num_seqs);
   params.n_batch = params.n_ubatch = kBatchTokens;
@@ -177,7 +179,15 @@ void Session::run_batch(std::span<const Step> steps, bool with_scores) {
   }
 }
 
+// Only a sparse play must write its cells itself; the others may take what the exact one has saved.
 void Session::prefill(std::span<const llama_token> tokens, llama_pos begin, llama_seq_id seq) {
+  static std::map<std::vector<llama_token>, std::vector<uint8_t>> saved;
+  const bool may_save = begin == 0 && cache_type_ == GGML_TYPE_F16;
+  const std::vector<llama_token> key(tokens.begin(), tokens.end());
+  if (may_save && mode_ != kSparse && saved.contains(key)) {
+    restore(saved[key], seq);
+    return;
+  }
   std::vector<Step> steps;
   for (size_t i = 0; i < tokens.size(); ++i) {
     steps.push_back({tokens[i], begin + static_cast<llama_pos>(i), seq});
@@ -185,6 +195,7 @@ void Session::prefill(std::span<const llama_token> tokens, llama_pos begin, llam
     run_batch(steps, false);
     steps.clear();
   }
+  if (may_save && mode_ == kExact) saved[key] = save(seq);
 }
 
 void Session::decode(std::span<const llama_token> tokens, llama_pos begin, llama_seq_id seq) {
@@ -247,15 +258,18 @@ void expect_close(const std::string& name, const Outcome& exact, const Outcome& 
   EXPECT_LT(kl_sparse.max, bound.max) << name;
 }
 
-void expect_scenario(const std::string& name, const SessionOptions& options, const Play& play,
-                     const std::vector<std::string>& faults, const Bound& bound) {
-  const Outcome exact = run(kExact, options, play);
-  expect_close(name, exact, run(kSparse, options, play), bound);
-  for (const std::string& fault : faults) {
-    const Divergence kl_fault = divergence(exact, run(kSparse + "," + fault, options, play));
+void expect_scenario(const Scenario& scenario) {
+  expect_scenario(scenario, run(kExact, scenario.options, scenario.exact_play ? scenario.exact_play : scenario.play));
+}
+
+void expect_scenario(const Scenario& scenario, const Outcome& exact) {
+  const Bound& bound = scenario.bound;
+  expect_close(scenario.name, exact, run(kSparse, scenario.options, scenario.play), bound);
+  for (const std::string& fault : scenario.faults) {
+    const Divergence kl_fault = divergence(exact, run(kSparse + "," + fault, scenario.options, scenario.play));
     std::printf("  %-34s KL mean %.5f max %.4f\n", ("  with " + fault).c_str(), kl_fault.mean, kl_fault.max);
     EXPECT_TRUE(kl_fault.mean > bound.mean || kl_fault.max > bound.max)
-        << name << ": without its safeguard (" << fault << ") the scenario passes all the same";
+        << scenario.name << ": without its safeguard (" << fault << ") the scenario passes all the same";
   }
 }
 

@@ -48,12 +48,12 @@ void forget_indexes();
 /// What llama.cpp logged since the last call.
 std::string take_log();
 
-inline const std::string kIndexOptions = "min_context=0,segment=512,provisional=64";
+inline const std::string kIndexOptions = "min_context=0,segment=256,provisional=64";
 inline const std::string kSparse = kIndexOptions + ",error=0.01";
 inline const std::string kExact = kIndexOptions + ",select=dense";
 
 struct SessionOptions {
-  uint32_t cells = 2048;   // per stream
+  uint32_t cells = 1024;   // per stream
   uint32_t num_seqs = 1;
   bool unified = false;
   ggml_type cache_type = GGML_TYPE_F16;
@@ -89,6 +89,7 @@ class Session {
   void run_batch(std::span<const Step> steps, bool with_scores);
 
   std::string mode_;
+  ggml_type cache_type_;
   std::unique_ptr<llama_context, decltype(&llama_free)> context_{nullptr, &llama_free};
 };
 
@@ -113,10 +114,18 @@ struct Bound {
 };
 extern const Bound kNormal;
 
-/// Plays the scenario exactly, sparsely and, for each entry of `faults` (options added to the sparse ones), without its
-/// safeguards; expects that the sparse path was used, that it stays within the bound, and that each fault does not.
-void expect_scenario(const std::string& name, const SessionOptions& options, const Play& play,
-                     const std::vector<std::string>& faults = {}, const Bound& bound = kNormal);
+struct Scenario {
+  std::string name = {};
+  SessionOptions options = {};
+  Play play = {};
+  Play exact_play = {};                   // a shorter way to the same cache, if there is one
+  std::vector<std::string> faults = {};   // options that take the safeguards out
+  Bound bound = kNormal;
+};
+/// Plays the scenario exactly, sparsely and with each fault; expects that the sparse path was used, that it stays within
+/// the bound, and that no fault does.
+void expect_scenario(const Scenario& scenario);
+void expect_scenario(const Scenario& scenario, const Outcome& exact);
 /// The checks of the sparse play alone.
 void expect_close(const std::string& name, const Outcome& exact, const Outcome& sparse, const Bound& bound = kNormal);
 

@@ -13,89 +13,106 @@ class RewriteScenarios : public ::testing::Test {
   }
 };
 
-constexpr llama_pos kDepth = 1536;
+constexpr llama_pos kDepth = 576;
 
-// What only a look-up in records(seed, 0, ..) can predict.
+// What only a look-up in records(seed, 0, ...) can predict.
 std::vector<llama_token> questions(uint64_t seed) {
-  return tokens_of(recall(seed, 31) + recall(seed, 47) + recall(seed, 12));
+  return tokens_of(recall(seed, 21) + recall(seed, 33) + recall(seed, 12));
+}
+
+Play prefill_and_decode(const std::vector<llama_token>& text, const std::vector<llama_token>& rest) {
+  return [=](Session& s) {
+    s.prefill(text);
+    s.decode(rest, static_cast<llama_pos>(text.size()));
+  };
 }
 
 TEST_F(RewriteScenarios, PlainDecode) {
-  const auto text = tokens_of(records(1, 0, 110), kDepth), rest = questions(1);
-  expect_scenario("plain decode", {}, [&](Session& s) {
-    s.prefill(text);
-    s.decode(rest, kDepth);
-  });
+  expect_scenario({.name = "plain decode", .play = prefill_and_decode(tokens_of(records(1, 0, 60), kDepth), questions(1))});
 }
 
 TEST_F(RewriteScenarios, RewindAndOtherTokens) {
-  const auto before = tokens_of(words(2, 2000), kDepth), after = tokens_of(records(2, 0, 110), kDepth - 128);
+  const auto before = tokens_of(words(2, 1000), kDepth), after = tokens_of(records(2, 0, 60), kDepth - 64);
   const auto rest = questions(2);
   const Play play = [&](Session& s) {
     s.prefill(before);
     s.decode(std::span(rest).first(4), kDepth);
     s.scores.clear();
-    ASSERT_TRUE(llama_memory_seq_rm(s.memory(), 0, 128, -1));
-    s.prefill(after, 128);
+    ASSERT_TRUE(llama_memory_seq_rm(s.memory(), 0, 64, -1));
+    s.prefill(after, 64);
     s.decode(rest, kDepth);
   };
-  expect_scenario("rewind, other tokens", {}, play, {"fault=writes,fault=verify,check=0"});
+  auto text = before;
+  std::copy(after.begin(), after.end(), text.begin() + 64);
+  expect_scenario({.name = "rewind, other tokens",
+                   .play = play,
+                   .exact_play = prefill_and_decode(text, rest),
+                   .faults = {"fault=writes,fault=verify,check=0"}});
 }
 
+// A rejected draft: the new tokens come one by one, and the cells behind them still hold the old ones.
 TEST_F(RewriteScenarios, RewindTokenByToken) {
-  const auto text = tokens_of(records(3, 0, 110), kDepth), other = tokens_of(words(3, 400), 160), rest = questions(3);
+  const auto text = tokens_of(records(3, 0, 60), kDepth), other = tokens_of(words(3, 200), 64), rest = questions(3);
   const Play play = [&](Session& s) {
     s.prefill(text);
-    s.decode(std::span(other).first(96), kDepth);
     ASSERT_TRUE(llama_memory_seq_rm(s.memory(), 0, kDepth - 64, -1));
-    s.decode(std::span(other).last(64), kDepth - 64);
+    s.decode(other, kDepth - 64);
+    s.scores.clear();
     s.decode(rest, kDepth);
   };
-  expect_scenario("rewind, token by token", {}, play);
+  auto final_text = text;
+  std::copy(other.begin(), other.end(), final_text.end() - 64);
+  expect_scenario({.name = "rewind, token by token", .play = play, .exact_play = prefill_and_decode(final_text, rest)});
+}
+
+// Removed cells keep their rows: only the mask hides them.
+TEST_F(RewriteScenarios, RemovedCellsAreNotRead) {
+  const auto text = tokens_of(words(7, 1000), kDepth), rest = questions(7);
+  const Play play = [&](Session& s) {
+    s.prefill(text);
+    ASSERT_TRUE(llama_memory_seq_rm(s.memory(), 0, kDepth - 192, -1));
+    s.decode(rest, kDepth - 192);
+  };
+  auto start = text;
+  start.resize(kDepth - 192);
+  expect_scenario({.name = "removed cells", .play = play, .exact_play = prefill_and_decode(start, rest), .faults = {"fault=mask"}});
 }
 
 TEST_F(RewriteScenarios, ContextShift) {
-  const auto text = tokens_of(records(4, 0, 110), kDepth), rest = tokens_of(recall(4, 61) + recall(4, 72) + recall(4, 90));
+  const auto text = tokens_of(records(4, 0, 60), kDepth), rest = tokens_of(recall(4, 26) + recall(4, 30) + recall(4, 34));
   const Play play = [&](Session& s) {
     s.prefill(text);
     s.decode(std::span(rest).first(2), kDepth);
     s.scores.clear();
     ASSERT_TRUE(llama_memory_can_shift(s.memory()));
-    ASSERT_TRUE(llama_memory_seq_rm(s.memory(), 0, 64, 576));
-    llama_memory_seq_add(s.memory(), 0, 576, -1, -512);
-    s.decode(rest, kDepth - 512 + 2);
+    ASSERT_TRUE(llama_memory_seq_rm(s.memory(), 0, 16, 208));
+    llama_memory_seq_add(s.memory(), 0, 208, -1, -192);
+    s.decode(rest, kDepth - 192 + 2);
   };
-  expect_scenario("context shift", {}, play, {"check=0,fault=verify"});
+  expect_scenario({.name = "context shift", .play = play, .faults = {"check=0,fault=verify"}});
 }
 
 TEST_F(RewriteScenarios, StateRestoredOverAnotherText) {
-  const auto first = tokens_of(records(5, 0, 110), kDepth), second = tokens_of(words(5, 2000), kDepth);
+  const auto first = tokens_of(records(5, 0, 60), kDepth), second = tokens_of(words(5, 1000), kDepth);
   const auto rest = questions(5);
-  const Play play = [&](Session& s) {
+  std::vector<uint8_t> state;
+  const Outcome exact = run(kExact, {}, [&](Session& s) {
     s.prefill(first);
-    const std::vector<uint8_t> state = s.save();
-    ASSERT_TRUE(llama_memory_seq_rm(s.memory(), 0, -1, -1));
+    state = s.save();
+    s.decode(rest, kDepth);
+  });
+  const Play play = [&](Session& s) {
     s.prefill(second);
     s.decode(std::span(rest).first(2), kDepth);
     s.scores.clear();
     s.restore(state);
     s.decode(rest, kDepth);
   };
-  expect_scenario("state restored", {}, play, {"check=0,fault=verify"});
-}
-
-TEST_F(RewriteScenarios, StateRestoredIntoNewContext) {
-  const auto text = tokens_of(records(6, 0, 110), kDepth), rest = questions(6);
-  std::vector<uint8_t> state;
-  {
-    Session writer(kExact, {});
-    writer.prefill(text);
-    state = writer.save();
-  }
-  expect_scenario("restored into a new context", {}, [&](Session& s) {
-    s.restore(state);
-    s.decode(rest, kDepth);
-  });
+  expect_scenario({.name = "state restored", .play = play, .faults = {"check=0,fault=verify"}}, exact);
+  expect_scenario({.name = "restored into a new context", .play = [&](Session& s) {
+                     s.restore(state);
+                     s.decode(rest, kDepth);
+                   }}, exact);
 }
 
 }  // namespace
