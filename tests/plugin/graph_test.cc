@@ -1,5 +1,5 @@
-// Graphs made by hand, for caches that the test model does not have: sliding windows, masks with other values, memory that
-// changes between graphs. The oracle is softmax attention in double precision.
+// Graphs made by hand, for caches that the test model does not have: sliding windows, masks with other values, memory
+// that changes between graphs. The oracle is softmax attention in double precision.
 #include <ggml-backend.h>
 #include <ggml-cpu.h>
 #include <ggml.h>
@@ -19,7 +19,7 @@ namespace tactic::test {
 namespace {
 
 constexpr int64_t kDim = 64, kQueryHeads = 4, kKvHeads = 2, kRowElements = kDim * kKvHeads;
-constexpr float kScale = 0.125f;   // 1 / sqrt(kDim)
+constexpr float kScale = 0.125f;  // 1 / sqrt(kDim)
 // error=0.01 is meant for the attention mass; measured here: up to 0.021 of the output's length.
 constexpr double kBound = 0.06;
 
@@ -31,7 +31,9 @@ using ContextPtr = std::unique_ptr<ggml_context, Free<ggml_context, ggml_free>>;
 using BufferPtr = std::unique_ptr<ggml_backend_buffer, Free<ggml_backend_buffer, ggml_backend_buffer_free>>;
 using BackendPtr = std::unique_ptr<ggml_backend, Free<ggml_backend, ggml_backend_free>>;
 
-ContextPtr make_context() { return ContextPtr(ggml_init({ggml_tensor_overhead() * 64 + ggml_graph_overhead(), nullptr, true})); }
+ContextPtr make_context() {
+  return ContextPtr(ggml_init({ggml_tensor_overhead() * 64 + ggml_graph_overhead(), nullptr, true}));
+}
 
 /// One layer's cache, and graphs over it as the host makes them.
 class Layer {
@@ -48,7 +50,8 @@ class Layer {
       buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), ggml_backend_cpu_buffer_type()));
     } else {
       char* const first = std::min(k_data, v_data);
-      buffer_.reset(ggml_backend_cpu_buffer_from_ptr(first, static_cast<size_t>(std::max(k_data, v_data) - first) + ggml_nbytes(v_)));
+      buffer_.reset(ggml_backend_cpu_buffer_from_ptr(
+          first, static_cast<size_t>(std::max(k_data, v_data) - first) + ggml_nbytes(v_)));
       ggml_backend_tensor_alloc(buffer_.get(), k_, k_data);
       ggml_backend_tensor_alloc(buffer_.get(), v_, v_data);
     }
@@ -78,7 +81,8 @@ class Layer {
     compute(context.get(), {k_set, v_set});
   }
 
-  /// Attention of `rows` queries [rows][kQueryHeads][kDim] with a mask [rows][cells]; the output has the queries' shape.
+  /// Attention of `rows` queries [rows][kQueryHeads][kDim] with a mask [rows][cells]; the output has the queries'
+  /// shape.
   std::vector<float> attend(const std::vector<float>& q, const std::vector<float>& mask, int64_t rows = 1) {
     const ContextPtr context = make_context();
     ggml_tensor* query = ggml_new_tensor_4d(context.get(), GGML_TYPE_F32, kDim, rows, kQueryHeads, 1);
@@ -92,7 +96,8 @@ class Layer {
     const BufferPtr buffer(ggml_backend_alloc_ctx_tensors_from_buft(context.get(), ggml_backend_cpu_buffer_type()));
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t h = 0; h < kQueryHeads; ++h) {
-        std::memcpy(static_cast<float*>(query->data) + (h * rows + r) * kDim, q.data() + (r * kQueryHeads + h) * kDim, kDim * 4);
+        std::memcpy(static_cast<float*>(query->data) + (h * rows + r) * kDim, q.data() + (r * kQueryHeads + h) * kDim,
+                    kDim * 4);
       }
     }
     ggml_fp32_to_fp16_row(mask.data(), static_cast<ggml_fp16_t*>(bias->data), rows * cells_);
@@ -106,7 +111,8 @@ class Layer {
   std::vector<double> reference(const std::vector<float>& q, const std::vector<float>& mask, int64_t rows = 1) const {
     std::vector<double> out(q.size(), 0);
     const auto element = [this](const ggml_tensor* cache, int64_t cell, int64_t head, int64_t i) {
-      return double{ggml_fp16_to_fp32(static_cast<const ggml_fp16_t*>(cache->data)[(stream_ * cells_ + cell) * kRowElements + head * kDim + i])};
+      return double{ggml_fp16_to_fp32(
+          static_cast<const ggml_fp16_t*>(cache->data)[(stream_ * cells_ + cell) * kRowElements + head * kDim + i])};
     };
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t h = 0; h < kQueryHeads; ++h) {
@@ -174,7 +180,8 @@ class Rows {
     for (int64_t r = 0; r < count; ++r) {
       const auto topic = static_cast<int64_t>(random_() % 16);
       for (int64_t i = 0; i < kRowElements; ++i) {
-        rows[static_cast<size_t>(r * kRowElements + i)] = directions_[static_cast<size_t>(topic * kRowElements + i)] + normal_(random_);
+        rows[static_cast<size_t>(r * kRowElements + i)] =
+            directions_[static_cast<size_t>(topic * kRowElements + i)] + normal_(random_);
       }
     }
     return rows;
@@ -187,7 +194,8 @@ class Rows {
   std::vector<float> query(int64_t rows = 1) {
     std::vector<float> q(static_cast<size_t>(rows * kQueryHeads * kDim));
     const auto topic = static_cast<size_t>(random_() % 16);
-    for (size_t i = 0; i < q.size(); ++i) q[i] = 0.5f * (directions_[topic * kRowElements + i % kRowElements] + normal_(random_));
+    for (size_t i = 0; i < q.size(); ++i)
+      q[i] = 0.5f * (directions_[topic * kRowElements + i % kRowElements] + normal_(random_));
     return q;
   }
 
@@ -218,7 +226,7 @@ double windowed_error(int64_t cells, int64_t window) {
   std::vector<float> mask(static_cast<size_t>(cells), kHidden);
   layer.write(0, rows.keys(256), rows.values(256));
   std::fill_n(mask.begin(), 256, 0.0f);
-  layer.attend(rows.query(), mask);   // from now on the layer is known
+  layer.attend(rows.query(), mask);  // from now on the layer is known
   for (int64_t begin = 256; begin < tokens; begin += 128) layer.write(begin, rows.keys(128), rows.values(128));
   for (int64_t t = tokens; t < tokens + 24; ++t) {
     // What slides out of the window would draw all attention.
@@ -228,7 +236,8 @@ double windowed_error(int64_t cells, int64_t window) {
     for (size_t i = 0; i < key.size(); ++i) key[i] = 4 * loud[i];
     layer.write(out_of_window, key, value);
     layer.write(t, rows.keys(1), rows.values(1));
-    for (int64_t i = 0; i < cells; ++i) mask[static_cast<size_t>(i)] = (t - i % cells + cells) % cells < window ? 0.0f : kHidden;
+    for (int64_t i = 0; i < cells; ++i)
+      mask[static_cast<size_t>(i)] = (t - i % cells + cells) % cells < window ? 0.0f : kHidden;
     worst = std::max(worst, layer.error(rows.query(), mask));
   }
   return worst;
@@ -301,7 +310,7 @@ TEST_F(Graph, EmptyCacheIsDeclinedAndForgotten) {
   EXPECT_LT(layer.error(rows.query(), visible), kBound);
   EXPECT_EQ(take_totals().sparse_queries, 1);
   EXPECT_GT(take_totals().kv_memory_bytes, 0);
-  layer.zero();   // a new context got the memory
+  layer.zero();  // a new context got the memory
   layer.attend(rows.query(), visible);
   EXPECT_FALSE(layer.taken);
   EXPECT_EQ(take_totals().kv_memory_bytes, 0) << "what was known is of an earlier cache";
@@ -328,11 +337,11 @@ TEST_F(Graph, EmptyStreamForgetsItselfOnly) {
   EXPECT_LT(layer.error(rows.query(), visible), kBound);
 }
 
-// The memory of a context that is gone, cut up differently: K of a new layer lies where V of an old one was, and the old K
-// is no longer there. A write into the new layer must not be taken for one into the old.
+// The memory of a context that is gone, cut up differently: K of a new layer lies where V of an old one was, and the
+// old K is no longer there. A write into the new layer must not be taken for one into the old.
 TEST_F(Graph, MemoryCutUpDifferently) {
   constexpr int64_t kCells = 512;
-  constexpr size_t kBytes = kCells * kRowElements * 2;   // whole pages
+  constexpr size_t kBytes = kCells * kRowElements * 2;  // whole pages
   Rows rows(15);
   const std::vector<float> visible(kCells, 0.0f);
   void* const memory = mmap(nullptr, 3 * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -346,8 +355,8 @@ TEST_F(Graph, MemoryCutUpDifferently) {
   munmap(at, kBytes);
   {
     Layer layer(kCells, 1, at + kBytes, at + 2 * kBytes);
-    layer.attend(rows.query(), visible);   // as the host asks a new context
-    layer.write(0, rows.keys(kCells), rows.values(kCells));   // clusters as it goes
+    layer.attend(rows.query(), visible);                     // as the host asks a new context
+    layer.write(0, rows.keys(kCells), rows.values(kCells));  // clusters as it goes
     EXPECT_LT(layer.error(rows.query(), visible), kBound);
     EXPECT_EQ(take_totals().kv_memory_bytes, 2 * static_cast<int64_t>(kBytes)) << "the old layer is forgotten";
   }

@@ -27,9 +27,9 @@ const std::vector<llama_token>& text() {
 // llama.cpp asks a new context which device takes its attention and switches flash attention off if that is not the
 // layer's. Then no attention node would ever come.
 TEST_F(HostScenarios, FlashAttentionAutoStaysOn) {
-  for (const char* which : {"first", "second, beside the first", "third, after the others"}) {
-    static std::unique_ptr<Session> kept;
-    if (std::string(which).starts_with("third")) kept.reset();
+  std::unique_ptr<Session> kept;
+  for (const std::string which : {"first", "second, beside the first", "third, after the others"}) {
+    if (which.starts_with("third")) kept.reset();
     take_log();
     auto session = std::make_unique<Session>(kSparse, SessionOptions{.cells = 512});
     const std::string log = take_log();
@@ -39,7 +39,7 @@ TEST_F(HostScenarios, FlashAttentionAutoStaysOn) {
     session->prefill(text());
     session->decode(std::span(text()).first(4), kDepth);
     EXPECT_GT(take_totals().sparse_queries, 0) << which << " context";
-    if (kept == nullptr && std::string(which) == "first") kept = std::move(session);
+    if (which == "first") kept = std::move(session);
   }
 }
 
@@ -51,7 +51,7 @@ TEST_F(HostScenarios, WrongOptionsLeaveTheOldOnes) {
   EXPECT_NE(try_configure("error=-1"), "");
   take_totals();
   llama_token token = text()[0];
-  ASSERT_EQ(llama_decode(session.context(), llama_batch_get_one(&token, 1)), 0);   // no configure in between
+  ASSERT_EQ(llama_decode(session.context(), llama_batch_get_one(&token, 1)), 0);  // no configure in between
   llama_synchronize(session.context());
   const tactic_totals totals = take_totals();
   EXPECT_EQ(totals.queries, Host::get()->num_layers());

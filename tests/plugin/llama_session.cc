@@ -12,8 +12,8 @@
 
 namespace tactic::test {
 
-// Measured over all scenarios: mean 0.0007 to 0.0034, max 0.005 to 0.065. Without its safeguard the mildest one (context
-// shift) has mean 0.036 and max 0.7.
+// Measured over all scenarios: mean 0.0007 to 0.0034, max 0.005 to 0.065. Without its safeguard the mildest one
+// (context shift) has mean 0.036 and max 0.7.
 const Bound kNormal{0.012, 0.25};
 
 namespace {
@@ -38,7 +38,7 @@ void keep_log(ggml_log_level, const char* text, void*) {
 
 ggml_backend_reg_t plugin() {
   static const ggml_backend_reg_t reg = [] {
-    unsetenv("TACTIC");   // what the developer's shell has must not change the tests
+    unsetenv("TACTIC");  // what the developer's shell has must not change the tests
     unsetenv("TACTIC_STATS");
     unsetenv("GGML_BACKEND_PATH");
     llama_log_set(keep_log, nullptr);
@@ -57,7 +57,7 @@ Function plugin_function(const char* name) {
   return reinterpret_cast<Function>(address);
 }
 
-class Random {   // splitmix64
+class Random {  // splitmix64
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
   uint64_t next() {
@@ -130,7 +130,7 @@ tactic_totals take_totals() {
   return totals;
 }
 
-void forget_indexes() {   // they go when the options of new ones change
+void forget_indexes() {  // they go when the options of new ones change
   configure("segment=1024");
   configure("");
 }
@@ -142,7 +142,8 @@ std::string take_log() {
   return text;
 }
 
-Session::Session(const std::string& mode, const SessionOptions& options) : mode_(mode), cache_type_(options.cache_type) {
+Session::Session(const std::string& mode, const SessionOptions& options)
+    : mode_(mode), cache_type_(options.cache_type) {
   llama_context_params params = llama_context_default_params();
   params.n_ctx = options.cells * (options.unified ? 1 : options.num_seqs);
   params.n_batch = params.n_ubatch = kBatchTokens;
@@ -234,7 +235,8 @@ Outcome run(const std::string& mode, const SessionOptions& options, const Play& 
 }
 
 Divergence divergence(const Outcome& exact, const Outcome& other) {
-  if (exact.scores.size() != other.scores.size() || exact.scores.empty()) throw std::runtime_error("not the same steps");
+  if (exact.scores.size() != other.scores.size() || exact.scores.empty())
+    throw std::runtime_error("not the same steps");
   Divergence result;
   for (size_t i = 0; i < exact.scores.size(); ++i) {
     const double value = kl(exact.scores[i], other.scores[i]);
@@ -274,7 +276,8 @@ void expect_scenario(const Scenario& scenario, const Outcome& exact) {
 }
 
 std::string recall(uint64_t seed, int number) {
-  return "line " + std::to_string(number) + ": REGISTER_CONTENT is <" + std::to_string(content_of(seed, number)) + ">\n";
+  return "line " + std::to_string(number) + ": REGISTER_CONTENT is <" + std::to_string(content_of(seed, number)) +
+         ">\n";
 }
 
 std::string records(uint64_t seed, int first, int count) {
@@ -285,10 +288,10 @@ std::string records(uint64_t seed, int first, int count) {
 
 std::string words(uint64_t seed, int count) {
   static const char* const kWords[] = {
-      "the",   "river", "a",    "stone",  "walks", "under", "green", "light",  "and",   "sings", "of",    "winter",
-      "house", "old",   "boat", "carries", "seven", "birds", "over",  "silver", "hills", "while", "rain",  "falls",
-      "on",    "every", "door", "where",  "no",    "one",   "waits", "for",    "bread", "or",    "salt",  "today",
-      "clock", "moves", "slow", "engine", "letter", "from",  "north", "window", "paper", "blue",  "horse", "sleeps"};
+      "the",   "river", "a",    "stone",   "walks",  "under", "green", "light",  "and",   "sings", "of",    "winter",
+      "house", "old",   "boat", "carries", "seven",  "birds", "over",  "silver", "hills", "while", "rain",  "falls",
+      "on",    "every", "door", "where",   "no",     "one",   "waits", "for",    "bread", "or",    "salt",  "today",
+      "clock", "moves", "slow", "engine",  "letter", "from",  "north", "window", "paper", "blue",  "horse", "sleeps"};
   Random random(seed);
   std::string text;
   for (int i = 0; i < count; ++i) {

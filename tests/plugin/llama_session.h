@@ -53,7 +53,7 @@ inline const std::string kSparse = kIndexOptions + ",error=0.01";
 inline const std::string kExact = kIndexOptions + ",select=dense";
 
 struct SessionOptions {
-  uint32_t cells = 1024;   // per stream
+  uint32_t cells = 1024;  // per stream
   uint32_t num_seqs = 1;
   bool unified = false;
   ggml_type cache_type = GGML_TYPE_F16;
@@ -118,12 +118,12 @@ struct Scenario {
   std::string name = {};
   SessionOptions options = {};
   Play play = {};
-  Play exact_play = {};                   // a shorter way to the same cache, if there is one
-  std::vector<std::string> faults = {};   // options that take the safeguards out
+  Play exact_play = {};                  // a shorter way to the same cache, if there is one
+  std::vector<std::string> faults = {};  // options that take the safeguards out
   Bound bound = kNormal;
 };
-/// Plays the scenario exactly, sparsely and with each fault; expects that the sparse path was used, that it stays within
-/// the bound, and that no fault does.
+/// Plays the scenario exactly, sparsely and with each fault; expects that the sparse path was used, that it stays
+/// within the bound, and that no fault does.
 void expect_scenario(const Scenario& scenario);
 void expect_scenario(const Scenario& scenario, const Outcome& exact);
 /// The checks of the sparse play alone.

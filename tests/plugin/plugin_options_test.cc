@@ -107,8 +107,8 @@ TEST(PluginOptions, JunkIsNoNumber) {
                            "max_rows=0x4", "min_context=99999999999", "segment=1e3", "error=0,1"}) {
     EXPECT_NE(refusal(text), "") << text;
   }
-  for (const char* text : {"error=nan", "error=inf", "error=-inf", "tau=nan", "beta=nan", "mass=nan", "refine=nan",
-                           "outliers=nan"}) {
+  for (const char* text :
+       {"error=nan", "error=inf", "error=-inf", "tau=nan", "beta=nan", "mass=nan", "refine=nan", "outliers=nan"}) {
     EXPECT_NE(refusal(text), "") << text;
   }
 }

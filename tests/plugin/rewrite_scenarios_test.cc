@@ -28,7 +28,8 @@ Play prefill_and_decode(const std::vector<llama_token>& text, const std::vector<
 }
 
 TEST_F(RewriteScenarios, PlainDecode) {
-  expect_scenario({.name = "plain decode", .play = prefill_and_decode(tokens_of(records(1, 0, 60), kDepth), questions(1))});
+  expect_scenario(
+      {.name = "plain decode", .play = prefill_and_decode(tokens_of(records(1, 0, 60), kDepth), questions(1))});
 }
 
 TEST_F(RewriteScenarios, RewindAndOtherTokens) {
@@ -75,11 +76,13 @@ TEST_F(RewriteScenarios, RemovedCellsAreNotRead) {
   };
   auto start = text;
   start.resize(kDepth - 192);
-  expect_scenario({.name = "removed cells", .play = play, .exact_play = prefill_and_decode(start, rest), .faults = {"fault=mask"}});
+  expect_scenario(
+      {.name = "removed cells", .play = play, .exact_play = prefill_and_decode(start, rest), .faults = {"fault=mask"}});
 }
 
 TEST_F(RewriteScenarios, ContextShift) {
-  const auto text = tokens_of(records(4, 0, 60), kDepth), rest = tokens_of(recall(4, 26) + recall(4, 30) + recall(4, 34));
+  const auto text = tokens_of(records(4, 0, 60), kDepth),
+             rest = tokens_of(recall(4, 26) + recall(4, 30) + recall(4, 34));
   const Play play = [&](Session& s) {
     s.prefill(text);
     s.decode(std::span(rest).first(2), kDepth);
@@ -109,10 +112,13 @@ TEST_F(RewriteScenarios, StateRestoredOverAnotherText) {
     s.decode(rest, kDepth);
   };
   expect_scenario({.name = "state restored", .play = play, .faults = {"check=0,fault=verify"}}, exact);
-  expect_scenario({.name = "restored into a new context", .play = [&](Session& s) {
-                     s.restore(state);
-                     s.decode(rest, kDepth);
-                   }}, exact);
+  expect_scenario({.name = "restored into a new context",
+                   .play =
+                       [&](Session& s) {
+                         s.restore(state);
+                         s.decode(rest, kDepth);
+                       }},
+                  exact);
 }
 
 }  // namespace

@@ -46,12 +46,12 @@ TEST_F(SequenceScenarios, SharedPrefixInOneCache) {
 
 TEST_F(SequenceScenarios, OneStreamEach) {
   expect_scenario({.name = "a stream each", .options = {.cells = 512, .num_seqs = 3}, .play = [&](Session& s) {
-                     s.prefill(tokens_of(records(2, 0, 40), 384), 0, 0);
-                     s.prefill(tokens_of(words(22, 500), 384), 0, 1);
-                     s.prefill(tokens_of(records(23, 0, 40), 384), 0, 2);
-                     decode_together(s, {question(2, 7), question(22, 8), question(23, 9)}, 384);
+                     s.prefill(tokens_of(records(2, 0, 40), 320), 0, 0);
+                     s.prefill(tokens_of(words(22, 500), 320), 0, 1);
+                     s.prefill(tokens_of(records(23, 0, 40), 320), 0, 2);
+                     decode_together(s, {question(2, 7), question(22, 8), question(23, 9)}, 320);
                      // One after the other too: then the node shows one stream, not always the first.
-                     for (llama_seq_id seq = 2; seq >= 0; --seq) s.decode(question(2, 11 + seq), 414, seq);
+                     for (llama_seq_id seq = 2; seq >= 0; --seq) s.decode(question(2, 11 + seq), 350, seq);
                    }});
 }
 
@@ -60,10 +60,10 @@ TEST_F(SequenceScenarios, DifferentTextsInOneCache) {
                    .options = {.cells = 1280, .num_seqs = 3, .unified = true},
                    .play =
                        [&](Session& s) {
-                         s.prefill(tokens_of(records(3, 0, 40), 384), 0, 0);
-                         s.prefill(tokens_of(words(32, 500), 384), 0, 1);
-                         s.prefill(tokens_of(records(33, 0, 40), 384), 0, 2);
-                         decode_together(s, {question(3, 7), question(32, 8), question(33, 9)}, 384);
+                         s.prefill(tokens_of(records(3, 0, 40), 320), 0, 0);
+                         s.prefill(tokens_of(words(32, 500), 320), 0, 1);
+                         s.prefill(tokens_of(records(33, 0, 40), 320), 0, 2);
+                         decode_together(s, {question(3, 7), question(32, 8), question(33, 9)}, 320);
                        },
                    .faults = {"fault=mask"}});
 }
@@ -88,7 +88,8 @@ TEST_F(SequenceScenarios, SequenceCopiedToAnotherStream) {
 
 // As a draft is verified: four tokens of one sequence at a time, of which the last two are rejected.
 TEST_F(SequenceScenarios, FewRowsOfOneSequence) {
-  const auto text = tokens_of(records(4, 0, 60), 576), rest = tokens_of(recall(4, 21) + recall(4, 33) + recall(4, 12), 40);
+  const auto text = tokens_of(records(4, 0, 60), 576),
+             rest = tokens_of(recall(4, 21) + recall(4, 33) + recall(4, 12), 40);
   const auto wrong = tokens_of(words(41, 100), 40);
   expect_scenario({.name = "few rows of one sequence",
                    .play =
@@ -144,15 +145,15 @@ TEST_F(SequenceScenarios, ContextFreedAndMadeAgain) {
 }
 
 TEST_F(SequenceScenarios, OtherCacheTypes) {
-  const auto text = tokens_of(records(7, 0, 40), 448), rest = question(7, 19);
+  const auto text = tokens_of(records(7, 0, 40), 320), rest = question(7, 9);
   const Play play = [&](Session& s) {
     s.prefill(text);
-    s.decode(rest, 448);
+    s.decode(rest, 320);
   };
   for (const ggml_type type : {GGML_TYPE_Q8_0, GGML_TYPE_BF16, GGML_TYPE_Q4_0}) {
     const std::string name = std::string("cache ") + ggml_type_name(type);
-    // Rows stored while decoding fall on other steps of the quantization after the least difference: with q4_0 the mean is
-    // 0.005 to 0.008 even when every row is read (tau=1000000).
+    // Rows stored while decoding fall on other steps of the quantization after the least difference: with q4_0 the mean
+    // is 0.005 to 0.008 even when every row is read (tau=1000000).
     const Bound bound = type == GGML_TYPE_Q4_0 ? Bound{0.04, 0.6} : kNormal;
     expect_scenario({.name = name, .options = {.cache_type = type}, .play = play, .bound = bound});
   }
@@ -160,10 +161,10 @@ TEST_F(SequenceScenarios, OtherCacheTypes) {
 
 // The host casts an f32 cache to f16 for each node: there is no cache to watch behind K.
 TEST_F(SequenceScenarios, CacheOfF32IsTheHosts) {
-  const auto text = tokens_of(records(7, 0, 40), 448);
+  const auto text = tokens_of(records(7, 0, 40), 320);
   const Outcome outcome = run(kSparse, {.cache_type = GGML_TYPE_F32}, [&](Session& s) {
     s.prefill(text);
-    s.decode(std::span(text).first(2), 448);
+    s.decode(std::span(text).first(2), 320);
   });
   EXPECT_EQ(outcome.totals.nodes, 0);
   EXPECT_EQ(outcome.scores.size(), 2u);

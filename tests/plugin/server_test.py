@@ -24,8 +24,8 @@ def records(seed, count):
 
 def prompts():
     """Two that share a long beginning and one that does not; each asks for lines that it holds."""
-    shared, other = records(1, 28), records(2, 28)
-    tail = ["".join(records(3 + i, 6)).replace("line", "entry") for i in range(3)]
+    shared, other = records(1, 20), records(2, 20)
+    tail = ["".join(records(3 + i, 5)).replace("line", "entry") for i in range(3)]
     ask = lambda lines, i: lines[i][: lines[i].index("<") + 1]
     return [
         "".join(shared) + tail[0] + ask(shared, 7),
