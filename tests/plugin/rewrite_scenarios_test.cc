@@ -81,16 +81,17 @@ TEST_F(RewriteScenarios, RemovedCellsAreNotRead) {
 }
 
 TEST_F(RewriteScenarios, ContextShift) {
-  const auto text = tokens_of(records(4, 0, 60), kDepth),
-             rest = tokens_of(recall(4, 26) + recall(4, 30) + recall(4, 34));
+  constexpr llama_pos kLong = 768, kShift = 256;
+  const auto text = tokens_of(records(4, 0, 60), kLong);
+  const auto rest = tokens_of(recall(4, 35) + recall(4, 40) + recall(4, 44));
   const Play play = [&](Session& s) {
     s.prefill(text);
-    s.decode(std::span(rest).first(2), kDepth);
+    s.decode(std::span(rest).first(2), kLong);
     s.scores.clear();
     ASSERT_TRUE(llama_memory_can_shift(s.memory()));
-    ASSERT_TRUE(llama_memory_seq_rm(s.memory(), 0, 16, 208));
-    llama_memory_seq_add(s.memory(), 0, 208, -1, -192);
-    s.decode(rest, kDepth - 192 + 2);
+    ASSERT_TRUE(llama_memory_seq_rm(s.memory(), 0, 16, 16 + kShift));
+    llama_memory_seq_add(s.memory(), 0, 16 + kShift, -1, -kShift);
+    s.decode(rest, kLong - kShift + 2);
   };
   expect_scenario({.name = "context shift", .play = play, .faults = {"check=0,fault=verify"}});
 }
