@@ -107,6 +107,7 @@ class AccelBackend {
 
  private:
   void write(const ggml_tensor* node, const PluginOptions& options) {
+    check_cells(node);
     const int64_t begin = now_ns(), rows = rows_to_store(node);
     share_rows(num_threads, rows, node->ne[0], [&](int64_t first, int64_t last) { store_rows(node, first, last); });
     const int64_t stored = now_ns();
@@ -172,7 +173,13 @@ class AccelBackend {
     if (layer != nullptr) shared().stats.add_clustering(attend_begin - cluster_begin);
     attention_.set_options(options.decode);
     attention_.set_num_threads(num_threads);
-    attention_.run(queries_, stats_.data());
+    try {
+      attention_.run(queries_, stats_.data());
+    } catch (const std::exception& error) {   // most likely memory: exact attention over the cache needs next to none
+      log_error("%s is read densely: %s", node->name, error.what());
+      for (DecodeQuery& query : queries_) query.index = nullptr, query.head_stats = nullptr;
+      attention_.run(queries_, stats_.data());
+    }
     for (const StepStats& stats : stats_) {
       if (stats.dense == DenseReason::kRowChanged) shared().watch.note_changed_row();
     }
@@ -238,7 +245,7 @@ void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
   props->name = device_name(device);
   props->description = device_description(device);
   props->type = device_type(device);
-  props->caps.buffer_from_host_ptr = true;
+  props->caps.mmap_support = true;   // tensors mapped from a file are host memory like any other
 }
 
 ggml_guid_t backend_guid() {

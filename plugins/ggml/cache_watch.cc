@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstdio>
-#include <cstring>
 
 namespace tactic::plugin {
 
@@ -128,15 +127,7 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
     }
   };
   for (int64_t i = 0; i < cells->ne[0]; ++i) {
-    const char* at = static_cast<const char*>(cells->data) + static_cast<size_t>(i) * cells->nb[0];
-    int64_t cell = 0;
-    if (cells->type == GGML_TYPE_I64) {
-      std::memcpy(&cell, at, 8);
-    } else {
-      int32_t narrow;
-      std::memcpy(&narrow, at, 4);
-      cell = narrow;
-    }
+    const int64_t cell = cell_number(cells, i);
     if (cell == run_end && cell % layer->cells != 0) {
       ++run_end;
       continue;

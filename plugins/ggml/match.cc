@@ -1,8 +1,10 @@
 #include "match.h"
 
 #include <cstring>
+#include <string>
 
 #include "ggml-backend.h"
+#include "tactic/error.h"
 
 namespace tactic::plugin {
 
@@ -102,9 +104,36 @@ bool match_write(const ggml_tensor* node) {
   if (node->op != GGML_OP_SET_ROWS) return false;
   const ggml_tensor *rows = node->src[0], *cells = node->src[1];
   if (rows->type != GGML_TYPE_F32 || (cells->type != GGML_TYPE_I64 && cells->type != GGML_TYPE_I32)) return false;
-  const bool quantized = ggml_is_quantized(node->type);
+  if (node->ne[0] != rows->ne[0] || node->ne[2] != rows->ne[2] || node->ne[3] != rows->ne[3] || cells->ne[0] != rows->ne[1]) return false;
+  if (cells->ne[1] < 1 || cells->ne[2] < 1 || rows->ne[2] % cells->ne[1] != 0 || rows->ne[3] % cells->ne[2] != 0) return false;
   return dtype_of(node->type).has_value() && node->nb[0] == ggml_type_size(node->type) && rows->nb[0] == sizeof(float) &&
-         (!quantized || node->ne[0] % 32 == 0);
+         node->ne[0] % ggml_blck_size(node->type) == 0;
+}
+
+int64_t cell_number(const ggml_tensor* cells, int64_t i1, int64_t i2, int64_t i3) {
+  const char* at = static_cast<const char*>(cells->data) + static_cast<size_t>(i1) * cells->nb[0] +
+                   static_cast<size_t>(i2 % cells->ne[1]) * cells->nb[1] + static_cast<size_t>(i3 % cells->ne[2]) * cells->nb[2];
+  if (cells->type == GGML_TYPE_I32) {
+    int32_t cell;
+    std::memcpy(&cell, at, sizeof cell);
+    return cell;
+  }
+  int64_t cell;
+  std::memcpy(&cell, at, sizeof cell);
+  return cell;
+}
+
+void check_cells(const ggml_tensor* node) {
+  const ggml_tensor* cells = node->src[1];
+  for (int64_t i3 = 0; i3 < cells->ne[2]; ++i3) {
+    for (int64_t i2 = 0; i2 < cells->ne[1]; ++i2) {
+      for (int64_t i1 = 0; i1 < cells->ne[0]; ++i1) {
+        const int64_t cell = cell_number(cells, i1, i2, i3);
+        if (cell >= 0 && cell < node->ne[1]) continue;
+        throw Error("cell " + std::to_string(cell) + " of " + node->name + " must lie in 0.." + std::to_string(node->ne[1] - 1));
+      }
+    }
+  }
 }
 
 int64_t rows_to_store(const ggml_tensor* node) {
@@ -116,16 +145,7 @@ void store_rows(const ggml_tensor* node, int64_t begin, int64_t end) {
   const ggml_tensor *rows = node->src[0], *cells = node->src[1];
   for (int64_t r = begin; r < end; ++r) {
     const int64_t i1 = r % rows->ne[1], i2 = r / rows->ne[1] % rows->ne[2], i3 = r / (rows->ne[1] * rows->ne[2]);
-    const char* at = static_cast<const char*>(cells->data) + static_cast<size_t>(i1) * cells->nb[0] +
-                     static_cast<size_t>(i2 % cells->ne[1]) * cells->nb[1] + static_cast<size_t>(i3 % cells->ne[2]) * cells->nb[2];
-    int64_t cell = 0;
-    if (cells->type == GGML_TYPE_I64) {
-      std::memcpy(&cell, at, 8);
-    } else {
-      int32_t narrow;
-      std::memcpy(&narrow, at, 4);
-      cell = narrow;
-    }
+    const int64_t cell = cell_number(cells, i1, i2, i3);
     const auto* source = reinterpret_cast<const float*>(static_cast<const char*>(rows->data) + static_cast<size_t>(i1) * rows->nb[1] +
                                                         static_cast<size_t>(i2) * rows->nb[2] + static_cast<size_t>(i3) * rows->nb[3]);
     char* target = static_cast<char*>(node->data) + static_cast<size_t>(cell) * node->nb[1] + static_cast<size_t>(i2) * node->nb[2] +

@@ -37,6 +37,12 @@ std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const Plu
 /// SET_ROWS of f32 rows into a tensor of a type we know.
 bool match_write(const ggml_tensor* node);
 
+/// The cell that row i1 of matrix (i2, i3) of a SET_ROWS node goes to; `cells` repeats over the matrices.
+int64_t cell_number(const ggml_tensor* cells, int64_t i1, int64_t i2 = 0, int64_t i3 = 0);
+
+/// Throws Error if a cell lies outside the node's tensor. Called before anything is stored.
+void check_cells(const ggml_tensor* node);
+
 /// Stores rows [begin, end) of the node's rows, counted over all of its dimensions.
 void store_rows(const ggml_tensor* node, int64_t begin, int64_t end);
 int64_t rows_to_store(const ggml_tensor* node);
