@@ -9,21 +9,12 @@ namespace {
 
 void score(benchmark::State& state) {
   const auto group = static_cast<int32_t>(state.range(0));
-  const Cache cache(1, 3, 64, 8192);
-  KvIndex index({}, {3, 64, 64});
-  index.write(0, 8192);
-  index.maintain(cache.view(0));
+  IndexedLayer layer(3, 64, 8192, group);
   const std::vector<float> q = random_queries(group, 64, 3);
-  const RowFilter filter{nullptr, 8192, &index.state().indexed};
-  ClusterScores scores;
-  scores.num_clusters = index.state().total_clusters();
-  scores.dots.resize(static_cast<size_t>(group * scores.num_clusters));
-  scores.spreads.resize(static_cast<size_t>(scores.num_clusters));
-  scores.sizes.resize(static_cast<size_t>(scores.num_clusters));
   for (auto _ : state) {
-    for (int32_t head = 0; head < 3; ++head) cpu::score(index.state(), head, filter, q.data(), group, 0, scores.num_clusters, scores);
+    for (int32_t head = 0; head < 3; ++head) cpu::score(layer.index.state(), head, layer.filter, q.data(), group, 0, layer.scores.num_clusters, layer.scores);
   }
-  state.SetBytesProcessed(state.iterations() * 3 * index.num_clusters() * (64 + 10));
+  state.SetBytesProcessed(state.iterations() * 3 * layer.index.num_clusters() * (64 + 10));
 }
 
 BENCHMARK(score)->ArgName("group")->Arg(1)->Arg(3)->Arg(4)->Arg(8);

@@ -9,18 +9,9 @@ namespace {
 
 void select_sample(benchmark::State& state) {
   const int32_t group = 3;
-  const Cache cache(1, 1, 64, 8192);
-  KvIndex index({}, {1, 64, 64});
-  index.write(0, 8192);
-  index.maintain(cache.view(0));
+  IndexedLayer layer(1, 64, 8192, group);
   const std::vector<float> q = random_queries(group, 64, 3);
-  const RowFilter filter{nullptr, 8192, &index.state().indexed};
-  ClusterScores scores;
-  scores.num_clusters = index.state().total_clusters();
-  scores.dots.resize(static_cast<size_t>(group * scores.num_clusters));
-  scores.spreads.resize(static_cast<size_t>(scores.num_clusters));
-  scores.sizes.resize(static_cast<size_t>(scores.num_clusters));
-  cpu::score(index.state(), 0, filter, q.data(), group, 0, scores.num_clusters, scores);
+  cpu::score(layer.index.state(), 0, layer.filter, q.data(), group, 0, layer.scores.num_clusters, layer.scores);
   const float norms[group] = {1, 1, 1};
   const SoftmaxState exact[group] = {{0, 1}, {0, 1}, {0, 1}};
   SelectParams params;
@@ -33,8 +24,8 @@ void select_sample(benchmark::State& state) {
   Inclusion inclusion;
   HeadSelection selection;
   for (auto _ : state) {
-    cpu::select_sample(scores, params, options, inclusion);
-    if (state.range(0) != 0) cpu::draw(index.state(), 0, filter, scores, inclusion, 0.5, selection);
+    cpu::select_sample(layer.scores, params, options, inclusion);
+    if (state.range(0) != 0) cpu::draw(layer.index.state(), 0, layer.filter, layer.scores, inclusion, 0.5, selection);
   }
   state.counters["tokens"] = static_cast<double>(selection.tokens.size());
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/index_state.h"
+#include "core/steps.h"
 #include "tactic/kv_index.h"
 
 namespace tactic::bench {
@@ -72,5 +73,23 @@ inline std::vector<float> random_queries(int32_t rows, int32_t dim, uint32_t see
   for (float& x : q) x = normal(random);
   return q;
 }
+
+/// Every row of one layer in an index, and room for its scores against `group` queries.
+struct IndexedLayer {
+  Cache cache;
+  KvIndex index;
+  RowFilter filter;
+  ClusterScores scores;
+
+  IndexedLayer(int32_t heads, int32_t dim, int64_t len, int32_t group) : cache(1, heads, dim, len), index({}, {heads, dim, dim}) {
+    index.write(0, len);
+    index.maintain(cache.view(0));
+    filter = {nullptr, len, &index.state().indexed};
+    scores.num_clusters = index.state().total_clusters();
+    scores.dots.resize(static_cast<size_t>(group * scores.num_clusters));
+    scores.spreads.resize(static_cast<size_t>(scores.num_clusters));
+    scores.sizes.resize(static_cast<size_t>(scores.num_clusters));
+  }
+};
 
 }  // namespace tactic::bench

@@ -7,28 +7,13 @@
 
 namespace tactic::plugin {
 
-namespace {
-
-void log(ggml_log_level level, const char* format, va_list arguments) {
-  char text[1024];
-  std::vsnprintf(text, sizeof text, format, arguments);
-  ggml_log_internal(level, "tactic: %s\n", text);
-}
-
-}  // namespace
-
 void log_error(const char* format, ...) {
+  char text[1024];
   va_list arguments;
   va_start(arguments, format);
-  log(GGML_LOG_LEVEL_ERROR, format, arguments);
+  std::vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-}
-
-void log_info(const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  log(GGML_LOG_LEVEL_INFO, format, arguments);
-  va_end(arguments);
+  GGML_LOG_ERROR("tactic: %s\n", text);
 }
 
 }  // namespace tactic::plugin

@@ -118,6 +118,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       max = std::max(max, dots[c]);
     }
     task.not_finite = task.not_finite || !std::isfinite(max);
+    if (max == exact.max) continue;   // the usual case: a sink has the largest score
     exact.sum = exp_weights(task.exact.scores_of(g), task.exact.size(), max, task.exact.weights_of(g));
     exact.max = max;
   }
