@@ -229,6 +229,11 @@ Session::Session(Host& host, const Mode& mode, const SessionOptions& options)
   params.n_threads = params.n_threads_batch = options.threads > 0 ? options.threads : default_threads();
   params.type_k = params.type_v = options.cache_type;
   params.no_perf = true;
+  if (options.on_node != nullptr) {
+    params.cb_eval = options.on_node;
+    params.cb_eval_user_data = options.on_node_data;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+  }
   // With flash attention 'auto' llama.cpp asks here which device takes the attention nodes, and turns it off if that is
   // not the layer's own.
   host_.configure(stock_beside(mode));

@@ -95,6 +95,8 @@ struct SessionOptions {
   int64_t kv_len_max = 0;
   int32_t threads = 0;  // 0: all processors this process may use
   ggml_type cache_type = GGML_TYPE_F16;
+  ggml_backend_sched_eval_callback on_node = nullptr;  // sees every node; makes flash attention certain
+  void* on_node_data = nullptr;
 };
 
 /// A context and the mode it decodes in. One sequence, its tokens at positions 0 to kv_len - 1.

@@ -28,12 +28,13 @@ int main(int argc, char** argv) {
   tactic::tool::add_bench(app);
   tactic::tool::add_eval(app);
   tactic::tool::add_inspect(app);
+  tactic::tool::add_trace(app);
   try {
     // CLI11 would say that a subcommand is required.
     if (argc > 1 && argv[1][0] != '-' &&
         app.get_subcommands([&](CLI::App* verb) { return verb->check_name(argv[1]); }).empty()) {
       throw tactic::tool::CommandError("no verb '" + std::string(argv[1]) +
-                                       "'; there are run, bench, eval and inspect");
+                                       "'; there are run, bench, eval, inspect and trace");
     }
     if (argc == 1) throw tactic::tool::CommandError("no verb; tactic --help shows them");
     app.parse(argc, argv);

@@ -11,6 +11,7 @@ void add_run(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_eval(CLI::App& app);
 void add_inspect(CLI::App& app);
+void add_trace(CLI::App& app);
 
 /// -m, --plugin, -v, which every verb has.
 void add_host_options(CLI::App& verb, HostOptions& options);
