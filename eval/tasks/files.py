@@ -66,9 +66,9 @@ def hotpotqa(path):
 
 
 def babilong(path, name, count=estimate, problems=None):
-    """BABILong: input, question, target. The labels are the targets that the file has."""
+    """BABILong: input, question, target (several with commas). The labels are all targets that the file has."""
     rows = read_lines(path, lambda r: (_text(r, "input"), _text(r, "question"), _text(r, "target")), problems)
-    labels = sorted({target for _, _, target in rows})
+    labels = sorted({label for _, _, target in rows for label in target.split(",")})
     prefix = "The answer is"
     items = []
     for i, (context, question, target) in enumerate(rows):

@@ -18,15 +18,12 @@ def contains_any(output, item):
 
 
 def babilong(output, item):
-    """BABILong: the first sentence names the target and no other label; labels of the question itself do not count."""
-    first = re.split(r"[.\n]", output.strip().lower(), maxsplit=1)[0]
+    """BABILong: of the labels that are not in the question, those in the first sentence are the target's (one, or several
+    with commas), whatever the case."""
+    first = output.lower().split(".")[0]
     question = item.prompt.rsplit("Question:", 1)[-1].lower()
-    labels = {label.lower() for label in item.labels}
-
-    def named(text):
-        return {label for label in labels if re.search(rf"\b{re.escape(label)}\b", text)}
-
-    return float(named(first) - (named(question) - {item.answers[0].lower()}) == {item.answers[0].lower()})
+    said = {label for label in map(str.lower, item.labels) if label in first and label not in question}
+    return float(said == set(item.answers[0].lower().split(",")))
 
 
 def last_number(output, item):
