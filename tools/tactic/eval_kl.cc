@@ -7,8 +7,10 @@
 #include <cstdio>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 
+#include "baseline_run.h"
 #include "kl.h"
 #include "report.h"
 #include "text.h"
@@ -34,9 +36,34 @@ struct Source {
   std::vector<std::vector<llama_token>> windows;
 };
 
+// A mode of the plug-in, or another method that answers in its place.
+struct EvalMode {
+  Mode mode;
+  std::optional<eval::BaselineSpec> baseline;
+};
+
+std::vector<EvalMode> parse_eval_modes(const std::string& text) {
+  std::vector<EvalMode> modes;
+  for (const Mode& mode : parse_modes(text)) {
+    if (eval::is_baseline(mode.name)) {
+      modes.push_back({{mode.name, parse_mode("dense").options}, eval::parse_baseline(mode.name)});
+    } else {
+      modes.push_back({mode, std::nullopt});
+    }
+  }
+  return modes;
+}
+
 struct ModeResult {
   std::vector<TokenComparison> tokens;  // of all windows, one after the other
   tactic_totals totals = {};
+  double error_sum = 0;                 // of a baseline's mean errors, one a window
+};
+
+// The cache after `depth` tokens, and the queries of the last of them if a mode needs them.
+struct Prefilled {
+  std::vector<uint8_t> state;
+  PromptQueries queries;
 };
 
 std::vector<llama_token> records_window(const Host& host, const EvalOptions& options, uint64_t seed) {
@@ -106,45 +133,64 @@ std::vector<Source> make_sources(const Host& host, const EvalOptions& options) {
 
 // Decodes the window's last tokens in `mode`, calling take(step, logits).
 template <class Take>
-tactic_totals decode_window(Host& host, const Mode& mode, const SessionOptions& session_options,
-                            const EvalOptions& options, std::span<const uint8_t> state,
+tactic_totals decode_window(Host& host, const Mode& mode, HostDecoder* decoder, const SessionOptions& session_options,
+                            const EvalOptions& options, const Prefilled& prefilled,
                             const std::vector<llama_token>& window, Progress& progress, int64_t progress_begin,
                             Take take) {
   host.forget_indexes();
   Session session(host, mode, session_options);
-  session.restore(state, options.depth);
+  session.restore(prefilled.state, options.depth);
   host.configure(mode);
   host.take_totals();
   for (int64_t i = 0; i < options.steps; ++i) {
     take(i, session.decode(window[static_cast<size_t>(options.depth + i)]));
+    if (decoder != nullptr) decoder->rethrow();
     progress.update(progress_begin + i + 1);
   }
   return host.take_totals();
 }
 
-std::vector<uint8_t> prefill_state(Host& host, const SessionOptions& session_options,
-                                   std::span<const llama_token> tokens, const std::string& label) {
-  Session session(host, parse_mode("stock"), session_options);
-  Progress progress(label, static_cast<int64_t>(tokens.size()), "tok");
-  session.prefill(tokens, [&](int64_t done) { progress.update(done); });
-  return session.save();
+// The last `recorded` tokens are decoded one by one, so that their queries are seen.
+Prefilled prefill(Host& host, const SessionOptions& session_options, std::span<const llama_token> tokens, size_t recorded,
+                  const std::string& label) {
+  Prefilled result;
+  const auto many = static_cast<int64_t>(tokens.size() - recorded);
+  {
+    Session session(host, parse_mode("stock"), session_options);
+    Progress progress(label, many, "tok");
+    session.prefill(tokens.first(static_cast<size_t>(many)), [&](int64_t done) { progress.update(done); });
+    result.state = session.save();
+  }
+  if (recorded == 0) return result;
+  QueryRecorder recorder(host);
+  host.forget_indexes();
+  Session session(host, parse_mode("dense"), session_options);
+  session.restore(result.state, many);
+  for (const llama_token token : tokens.last(recorded)) session.decode(token);
+  recorder.rethrow();
+  result.queries = recorder.take();
+  result.state = session.save();
+  return result;
 }
 
-std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const std::vector<Mode>& modes,
+std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const std::vector<EvalMode>& modes,
                                  const Source& source) {
   const SessionOptions session_options = {.kv_len_max = options.depth + options.steps,
                                           .threads = options.threads,
                                           .cache_type = parse_cache_type(options.cache_type)};
+  constexpr int64_t kRecorded = 32;  // what the papers of eviction methods observe
+  const bool any_baseline = std::any_of(modes.begin(), modes.end(), [](const EvalMode& m) { return m.baseline.has_value(); });
+  const auto recorded = static_cast<size_t>(any_baseline ? std::min(kRecorded, options.depth - 1) : 0);
   std::vector<ModeResult> results(modes.size());
   LogitStore exact(options.steps, host.vocab_size());
   for (size_t w = 0; w < source.windows.size(); ++w) {
     const std::vector<llama_token>& window = source.windows[w];
     const std::string label = format("%s %zu/%zu", source.name.c_str(), w + 1, source.windows.size());
-    const auto state =
-        prefill_state(host, session_options, {window.data(), static_cast<size_t>(options.depth)}, label + " prefill");
+    const Prefilled prefilled = prefill(host, session_options, {window.data(), static_cast<size_t>(options.depth)},
+                                        recorded, label + " prefill");
     Progress progress(label, static_cast<int64_t>(modes.size() + 1) * options.steps, "tok");
     const tactic_totals totals =
-        decode_window(host, parse_mode("dense"), session_options, options, state, window, progress, 0,
+        decode_window(host, parse_mode("dense"), nullptr, session_options, options, prefilled, window, progress, 0,
                       [&](int64_t i, const float* logits) { exact.set(i, logits); });
     require_exact(totals, session_options.cache_type);
     for (size_t m = 0; m < modes.size(); ++m) {
@@ -153,8 +199,11 @@ std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const s
         const llama_token next = window[static_cast<size_t>(options.depth + i + 1)];
         results[m].tokens.push_back(compare_logits(exact.row(i), logits, host.vocab_size(), next));
       };
-      add_totals(results[m].totals,
-                 decode_window(host, modes[m], session_options, options, state, window, progress, begin, compare));
+      std::optional<BaselineDecoder> decoder;
+      if (modes[m].baseline) decoder.emplace(host, *modes[m].baseline, prefilled.queries, options.depth, options.seed);
+      add_totals(results[m].totals, decode_window(host, modes[m].mode, decoder ? &*decoder : nullptr, session_options,
+                                                  options, prefilled, window, progress, begin, compare));
+      if (decoder) results[m].error_sum += decoder->mean_error();
     }
   }
   return results;
@@ -213,7 +262,7 @@ void print_worst(const Host& host, const EvalOptions& options, const Source& sou
   }
 }
 
-void report(const Host& host, const EvalOptions& options, const std::vector<Mode>& modes, const Source& source,
+void report(const Host& host, const EvalOptions& options, const std::vector<EvalMode>& modes, const Source& source,
             const std::vector<ModeResult>& results, JsonLines& json) {
   Table table({"mode", "mean KL", "95% interval", "median", "p99", "max", "same top", "95% interval", "perplexity",
                "tokens/KV head", "read fraction", "dense"});
@@ -223,7 +272,7 @@ void report(const Host& host, const EvalOptions& options, const std::vector<Mode
     const Summary s = summarize(results[m].tokens, options.steps);
     const ReadFigures read(results[m].totals, kv_len);
     exact_perplexity = s.exact_perplexity;
-    table.add({modes[m].name, format("%.5f", s.mean_kl), format("%.5f-%.5f", s.mean_interval.low, s.mean_interval.high),
+    table.add({modes[m].mode.name, format("%.5f", s.mean_kl), format("%.5f-%.5f", s.mean_interval.low, s.mean_interval.high),
                format("%.5f", s.median_kl), format("%.4f", s.p99_kl), format("%.4f", s.max_kl),
                format("%.1f%%", 100 * s.same_top),
                format("%.1f-%.1f%%", 100 * s.same_top_interval.low, 100 * s.same_top_interval.high),
@@ -232,8 +281,8 @@ void report(const Host& host, const EvalOptions& options, const std::vector<Mode
                read.taken ? format("%.1f%%", 100 * read.dense_share) : "llama.cpp"});
     Json line = record_header(host, "eval kl");
     line.update({{"text", source.name},
-                 {"mode", modes[m].name},
-                 {"options", modes[m].options},
+                 {"mode", modes[m].mode.name},
+                 {"options", modes[m].mode.options},
                  {"depth", options.depth},
                  {"steps", options.steps},
                  {"windows", options.windows},
@@ -254,6 +303,7 @@ void report(const Host& host, const EvalOptions& options, const std::vector<Mode
                  {"dense_share", read.dense_share},
                  {"taken", read.taken},
                  {"totals", totals_json(results[m].totals)}});
+    if (modes[m].baseline) line["attention_error"] = results[m].error_sum / static_cast<double>(options.windows);
     json.write(line);
   }
   std::printf("\n%s: %lld tokens after %lld, %lld window(s), cache %s; exact perplexity %.4f\n", source.name.c_str(),
@@ -261,18 +311,18 @@ void report(const Host& host, const EvalOptions& options, const std::vector<Mode
               static_cast<long long>(options.windows), options.cache_type.c_str(), exact_perplexity);
   table.print(stdout);
   if (options.worst > 0) std::printf("worst positions:\n");
-  for (size_t m = 0; m < modes.size(); ++m) print_worst(host, options, source, modes[m], results[m].tokens);
+  for (size_t m = 0; m < modes.size(); ++m) print_worst(host, options, source, modes[m].mode, results[m].tokens);
   std::fflush(stdout);
 }
 
 void eval_kl(const EvalOptions& options) {
-  const std::vector<Mode> modes = parse_modes(options.modes);
+  const std::vector<EvalMode> modes = parse_eval_modes(options.modes);
   parse_cache_type(options.cache_type);
   if (options.texts.empty() && options.records < 0) throw CommandError("nothing to evaluate; give --text or --records");
   if (options.recall && options.records < 0) throw CommandError("--recall goes with --records");
   JsonLines json(options.json);
-  std::vector<Mode> all_modes = modes;
-  all_modes.push_back(parse_mode("dense"));
+  std::vector<Mode> all_modes = {parse_mode("dense")};
+  for (const EvalMode& mode : modes) all_modes.push_back(mode.mode);
   Host host(options.host, all_modes);
   if (options.depth + options.steps > llama_model_n_ctx_train(host.model())) {
     std::fprintf(stderr, "tactic: note: %lld tokens are beyond the model's training context of %d\n",
@@ -316,7 +366,10 @@ void add_eval(CLI::App& app) {
       ->check(CLI::Range(0, 1000))
       ->capture_default_str();
   verb->add_option("--json", options->json, "append one JSON object per text and mode")->type_name("FILE");
+  std::string methods;
+  for (const std::string& line : eval::baseline_help()) methods += "\n  " + line;
   verb->footer(
+      "Other methods as modes, with their defaults:" + methods + "\n"
       "Example:\n  tactic eval kl -m model.gguf --text book.txt --records 0 -d 6144 -n 384 --modes "
       "'stock;sample,error=0.02'\n"
       "Exact: attention over the whole stored cache, summed in f32. Intervals: bootstrap over blocks of 16 tokens; "

@@ -184,10 +184,12 @@ void Host::find_plugin_functions() {
     void* configure = find("tactic_configure");
     void* take_totals = find("tactic_take_totals");
     void* inspect = find("tactic_inspect");
-    if (configure == nullptr || take_totals == nullptr || inspect == nullptr) continue;
+    void* set_decoder = find("tactic_set_decoder");
+    if (configure == nullptr || take_totals == nullptr || inspect == nullptr || set_decoder == nullptr) continue;
     configure_ = reinterpret_cast<tactic_configure_fn>(configure);
     take_totals_ = reinterpret_cast<tactic_take_totals_fn>(take_totals);
     inspect_ = reinterpret_cast<tactic_inspect_fn>(inspect);
+    set_decoder_ = reinterpret_cast<tactic_set_decoder_fn>(set_decoder);
     return;
   }
 }
@@ -212,6 +214,10 @@ tactic_totals Host::take_totals() {
   tactic_totals totals = {};
   if (has_plugin()) take_totals_(&totals);
   return totals;
+}
+
+void Host::set_decoder(tactic_decode_fn decode, void* user) {
+  if (set_decoder_ != nullptr) set_decoder_(decode, user);
 }
 
 std::string Host::inspect() const {

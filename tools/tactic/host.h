@@ -75,6 +75,9 @@ class Host {
   /// JSON text; empty without the plug-in.
   std::string inspect() const;
 
+  /// Hands one-row attention to `decode` ("tactic_set_decoder").
+  void set_decoder(tactic_decode_fn decode, void* user);
+
   const HostOptions& options() const { return options_; }
 
  private:
@@ -87,6 +90,7 @@ class Host {
   tactic_configure_fn configure_ = nullptr;
   tactic_take_totals_fn take_totals_ = nullptr;
   tactic_inspect_fn inspect_ = nullptr;
+  tactic_set_decoder_fn set_decoder_ = nullptr;
   std::string configured_;
   bool is_configured_ = false;
 };
