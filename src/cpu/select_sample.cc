@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/random.h"
 #include "cpu/steps.h"
 
 #ifndef TACTIC_CPU_TAIL_SUMS_
@@ -187,10 +188,10 @@ void draw(const IndexState& index, int32_t head, const RowFilter& filter, const 
           const Inclusion& inclusion, double offset, HeadSelection& out) {
   out.clear();
   std::vector<int32_t> readable;
-  double sum = offset;
   for (const bool certain : {true, false}) {
     int32_t base = 0;
     for (const Segment& segment : index.segments) {
+      double sum = segment_offset(offset, segment.row_begin);
       const HeadClusters& clusters = segment.heads[static_cast<size_t>(head)];
       const float* sizes = scores.sizes.data() + base;
       const float* probability = inclusion.probability.data() + base;

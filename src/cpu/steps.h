@@ -16,7 +16,7 @@ void score(const IndexState& index, int32_t head, const RowFilter& filter, const
 /// Inclusion probability of every cluster's members (docs/method.md 3).
 void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options, Inclusion& out);
 
-/// Draws rows with those probabilities by systematic sampling; offset in [0, 1).
+/// Draws rows with those probabilities by systematic sampling, segment by segment; offset in [0, 1).
 void draw(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
           const Inclusion& inclusion, double offset, HeadSelection& out);
 

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/random.h"
 #include "reference/steps.h"
 
 namespace tactic::reference {
@@ -69,9 +70,15 @@ void draw(const IndexState& index, int32_t head, const RowFilter& filter, const 
           const Inclusion& inclusion, double offset, HeadSelection& out) {
   const HeadSelection all = readable(index, head, filter);
   out.clear();
-  double sum = offset;
   for (const bool certain : {true, false}) {
+    auto next = index.segments.begin();
+    int64_t end = 0;
+    double sum = 0;
     for (size_t i = 0; i < all.tokens.size(); ++i) {
+      for (; all.tokens[i] >= end; ++next) {   // segments come one after the other, each with an offset of its own
+        end = next->row_begin + next->num_rows;
+        sum = segment_offset(offset, next->row_begin);
+      }
       const float p = inclusion.probability[all.clusters[i]];
       if ((p >= 1) != certain) continue;
       const double before = sum;
