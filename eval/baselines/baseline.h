@@ -22,6 +22,8 @@
 
 namespace tactic::eval {
 
+class ClusterCache;   // common.h
+
 /// What is known when the prompt is in the cache.
 struct Layer {
   const Rows* rows = nullptr;
@@ -32,6 +34,7 @@ struct Layer {
   std::span<const float> prompt_q;    // [n, num_q_heads, head_dim]: the last n prompt positions, oldest first
   int32_t layer = 0, num_layers = 1;
   uint64_t seed = 0;
+  ClusterCache* clusterings = nullptr;   // shared by methods of this layer that are made one after the other, or nullptr
 
   int32_t group_size() const { return num_q_heads / kv.num_kv_heads; }
 };

@@ -69,6 +69,8 @@ std::vector<float> Clusters::dots(const float* q) const {
 }
 
 Clusters cluster_keys(const Layer& layer, int32_t kv_head, Range range, int64_t cluster_tokens, int32_t iterations, int64_t segment) {
+  const ClusterCache::Key key = {kv_head, range.begin, range.end, cluster_tokens, iterations, segment};
+  if (layer.clusterings != nullptr && layer.clusterings->found.contains(key)) return layer.clusterings->found.at(key);
   Clusters clusters;
   for (int64_t begin = range.begin; begin < range.end; begin += segment) {
     ClusterTask task;
@@ -91,6 +93,7 @@ Clusters cluster_keys(const Layer& layer, int32_t kv_head, Range range, int64_t 
     for (const uint16_t row : found.outliers) clusters.members.push_back({static_cast<int32_t>(begin + row)});
   }
   set_means(layer, kv_head, clusters);
+  if (layer.clusterings != nullptr) layer.clusterings->found[key] = clusters;
   return clusters;
 }
 

@@ -1,6 +1,8 @@
 // What several baselines share.
 #pragma once
 
+#include <array>
+
 #include "baselines/baseline.h"
 
 namespace tactic::eval {
@@ -41,6 +43,13 @@ struct Clusters {
 
   int64_t size() const { return static_cast<int64_t>(members.size()); }
   std::vector<float> dots(const float* q) const;
+};
+
+/// Clusterings of one layer by (KV head, first row, end, cluster size, iterations, segment).
+class ClusterCache {
+ public:
+  using Key = std::array<int64_t, 6>;
+  std::map<Key, Clusters> found;
 };
 
 /// k-means over the keys of rows [range) in runs of at most `segment` rows; clusters that stay empty are left out.

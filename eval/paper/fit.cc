@@ -57,7 +57,7 @@ const char* curve_name(Curve curve) {
   return "";
 }
 
-int64_t fitted_tokens(std::span<const double> weights, Curve curve, double target_mass) {
+int64_t fitted_tokens(std::span<const double> weights, double certain, Curve curve, double target_mass) {
   const auto n = static_cast<int64_t>(weights.size());
   if (target_mass >= 1) return n;
   const int64_t peak = n < 256 ? n : std::max<int64_t>(16, n / 50), width = std::max<int64_t>(8, n / 100);
@@ -71,7 +71,7 @@ int64_t fitted_tokens(std::span<const double> weights, Curve curve, double targe
     const auto y = fit(curve, window(peak - width), window(n / 10 - width / 2), window(n * 6 / 10 - width / 2));
     for (int64_t i = peak; i < n; ++i) believed[static_cast<size_t>(i)] = std::max(0.0, y(static_cast<double>(i + 1)));
   }
-  double total = 0, mass = 0;
+  double total = certain, mass = certain;
   for (const double weight : believed) total += weight;
   int64_t count = 0;
   while (count < n && !(mass >= target_mass * total)) mass += believed[static_cast<size_t>(count++)];

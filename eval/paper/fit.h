@@ -18,7 +18,8 @@ const char* curve_name(Curve curve);
 
 /// weights: [n] exp(score) up to a common factor, in the order of the clusters. Only the first 2% and two windows of 1% around
 /// 10% and 60% are looked at, as select_fit does (arXiv 2502.12216, section 4.3); the curve stands for the rest, cut off below 0.
-/// Returns the smallest number of rows whose believed mass reaches target_mass.
-int64_t fitted_tokens(std::span<const double> weights, Curve curve, double target_mass);
+/// `certain`: the weight of rows that are read anyway. Returns the smallest number of rows whose believed mass with theirs
+/// reaches target_mass.
+int64_t fitted_tokens(std::span<const double> weights, double certain, Curve curve, double target_mass);
 
 }  // namespace tactic::eval

@@ -1,5 +1,6 @@
 // The tables and figures of the paper (Tactic, arXiv 2502.12216), measured on a trace: each function gives JSON rows.
-// A case is one query head of one decode query at one layer; its rows are those of the prompt, sinks and newest included.
+// A case is one query head of one decode query at one layer. Rows are counted of the prompt without 4 sinks and the newest 64;
+// those and the rows after the prompt are read anyway, not counted, and their mass counts.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@ namespace tactic::eval {
 using Json = nlohmann::ordered_json;
 
 struct PaperOptions {
-  int64_t queries = 16;           // decode queries looked at, spread over the trace's
+  int64_t queries = 16;           // decode queries looked at, spread over those
+  int64_t within = 256;           // that lie at most so many rows after the prompt: the index covers the prompt
   int32_t cluster_tokens = 32;
   int32_t iterations = 10;
   int32_t ablation_layers = 6;    // layers on which clusterings are varied, spread over the model's

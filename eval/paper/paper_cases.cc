@@ -24,6 +24,14 @@ double mass_of(const std::vector<double>& weights, int64_t count) {
   return std::accumulate(weights.begin(), weights.begin() + count, 0.0);
 }
 
+// The rows outside `open`.
+std::vector<int32_t> certain_rows(const Step& step, Range open) {
+  std::vector<int32_t> rows(static_cast<size_t>(step.kv_len() - open.size()));
+  std::iota(rows.begin(), rows.begin() + open.begin, 0);
+  std::iota(rows.begin() + open.begin, rows.end(), static_cast<int32_t>(open.end));
+  return rows;
+}
+
 // |o - o_exact| / |o_exact| of attention over `tokens`.
 double error_of(const Step& step, int32_t h, const std::vector<double>& weights, const std::vector<float>& exact, const std::vector<int32_t>& tokens) {
   const auto dim = static_cast<size_t>(step.rows().v_head_dim());
@@ -47,9 +55,9 @@ struct FitMeans {
   Mean tokens, mass, success;
   void add(const FitMeans& other) { tokens.add(other.tokens), mass.add(other.mass), success.add(other.success); }
   void add_case(const CaseWeights& w, Curve curve, double target) {
-    const int64_t n = fitted_tokens(w.by_cluster, curve, target);
-    const double achieved = mass_of(w.by_cluster, n);
-    tokens.add(static_cast<double>(n)), mass.add(achieved), success.add(achieved >= target ? 1 : 0);
+    const int64_t n = fitted_tokens(w.by_cluster, w.certain, curve, target);
+    const double achieved = w.certain + mass_of(w.by_cluster, n);
+    tokens.add(static_cast<double>(n)), mass.add(achieved), success.add(achieved >= target - 1e-9 ? 1 : 0);
   }
 };
 
@@ -64,73 +72,74 @@ struct LayerSums {
   Mean distance[3][kBins];                        // oracle, Quest, fit
 };
 
-void add_union(const Step& step, const std::vector<CaseWeights>& cases, const std::vector<float>& exact, LayerSums& sums) {
+void add_union(const Step& step, Range open, const std::vector<CaseWeights>& cases, const std::vector<float>& exact, LayerSums& sums) {
   const int32_t group = step.group_size();
+  const std::vector<int32_t> certain = certain_rows(step, open);
+  const auto error = [&](int32_t h, std::vector<int32_t> rows) {
+    rows.insert(rows.end(), certain.begin(), certain.end());
+    return error_of(step, h, cases[static_cast<size_t>(h)].by_row, exact, rows);
+  };
   for (int32_t first = 0; first < step.num_q_heads(); first += group) {
     std::set<int32_t> all;
     double own = 0;
     std::vector<std::vector<int32_t>> sets;
     for (int32_t h = first; h < first + group; ++h) {
       const CaseWeights& w = cases[static_cast<size_t>(h)];
-      sets.emplace_back(w.cluster_order.begin(), w.cluster_order.begin() + fitted_tokens(w.by_cluster, Curve::kReciprocal, 0.9));
+      sets.emplace_back(w.cluster_order.begin(), w.cluster_order.begin() + fitted_tokens(w.by_cluster, w.certain, Curve::kReciprocal, 0.9));
       all.insert(sets.back().begin(), sets.back().end());
       own += static_cast<double>(sets.back().size());
     }
     const std::vector<int32_t> united(all.begin(), all.end());
     for (int32_t h = first; h < first + group; ++h) {
-      const CaseWeights& w = cases[static_cast<size_t>(h)];
-      sums.own_error.add(error_of(step, h, w.by_row, exact, sets[static_cast<size_t>(h - first)]));
-      sums.union_error.add(error_of(step, h, w.by_row, exact, united));
+      sums.own_error.add(error(h, sets[static_cast<size_t>(h - first)]));
+      sums.union_error.add(error(h, united));
     }
     sums.own_rows.add(own / group);
     sums.union_rows.add(static_cast<double>(united.size()));
-    sums.loads_per_row.add(own / static_cast<double>(united.size()));
+    if (!united.empty()) sums.loads_per_row.add(own / static_cast<double>(united.size()));
   }
 }
 
 int bin_of(double mass) { return std::clamp(static_cast<int>(mass * kBins), 0, kBins - 1); }
 
+// Rows in Quest's order of pages of 16, of one query head.
+std::vector<int32_t> quest_order(const Step& step, Range open, int32_t h) {
+  std::vector<float> bounds;
+  for (int64_t begin = open.begin; begin < open.end; begin += 16) {
+    float bound = 0;
+    for (int32_t d = 0; d < step.rows().head_dim(); ++d) {
+      float best = -HUGE_VALF;
+      for (int64_t row = begin; row < std::min(open.end, begin + 16); ++row) best = std::max(best, step.q(h)[d] * step.rows().k(h / step.group_size(), row)[d]);
+      bound += best;
+    }
+    bounds.push_back(bound);
+  }
+  std::vector<int32_t> order;
+  for (const int32_t page : largest(bounds, std::ssize(bounds))) {
+    for (int64_t row = open.begin + page * 16; row < std::min(open.end, open.begin + page * 16 + 16); ++row) order.push_back(static_cast<int32_t>(row));
+  }
+  return order;
+}
+
 // Each head reads for itself here, so that mass and distance are of one set.
-void add_distance(const Step& step, const std::vector<CaseWeights>& cases, const std::vector<float>& exact, const std::vector<std::vector<int32_t>>& pages,
-                  LayerSums& sums) {
+void add_distance(const Step& step, Range open, const std::vector<CaseWeights>& cases, const std::vector<float>& exact, LayerSums& sums) {
+  const std::vector<int32_t> certain = certain_rows(step, open);
   for (int32_t h = 0; h < step.num_q_heads(); ++h) {
     const CaseWeights& w = cases[static_cast<size_t>(h)];
-    std::vector<int32_t> rank(w.by_row.size());
-    std::iota(rank.begin(), rank.end(), 0);
+    const std::vector<int32_t> quest = quest_order(step, open, h);
+    std::vector<int32_t> rank = quest;
     std::sort(rank.begin(), rank.end(), [&](int32_t a, int32_t b) { return w.by_row[static_cast<size_t>(a)] > w.by_row[static_cast<size_t>(b)]; });
-    for (const int64_t budget : {32, 128, 512, 2048}) {
-      const std::vector<int32_t>* orders[] = {&rank, &pages[static_cast<size_t>(h)], &w.cluster_order};
+    const std::vector<int32_t>* orders[] = {&rank, &quest, &w.cluster_order};
+    for (const int64_t budget : {0, 32, 128, 512, 2048}) {
       for (size_t i = 0; i < std::size(orders); ++i) {
-        const std::vector<int32_t> read(orders[i]->begin(), orders[i]->begin() + std::min(budget, std::ssize(*orders[i])));
+        std::vector<int32_t> read = certain;
+        read.insert(read.end(), orders[i]->begin(), orders[i]->begin() + std::min(budget, std::ssize(*orders[i])));
         double mass = 0;
         for (const int32_t row : read) mass += w.by_row[static_cast<size_t>(row)];
         sums.distance[i][bin_of(mass)].add(error_of(step, h, w.by_row, exact, read));
       }
     }
   }
-}
-
-// Rows in Quest's order of pages of 16, per query head.
-std::vector<std::vector<int32_t>> quest_orders(const Step& step) {
-  const int32_t dim = step.rows().head_dim();
-  std::vector<std::vector<int32_t>> orders;
-  for (int32_t h = 0; h < step.num_q_heads(); ++h) {
-    std::vector<float> bounds;
-    for (int64_t begin = 0; begin < step.kv_len(); begin += 16) {
-      float bound = 0;
-      for (int32_t d = 0; d < dim; ++d) {
-        float best = -HUGE_VALF;
-        for (int64_t row = begin; row < std::min(step.kv_len(), begin + 16); ++row) best = std::max(best, step.q(h)[d] * step.rows().k(h / step.group_size(), row)[d]);
-        bound += best;
-      }
-      bounds.push_back(bound);
-    }
-    orders.emplace_back();
-    for (const int32_t page : largest(bounds, std::ssize(bounds))) {
-      for (int64_t row = page * 16; row < std::min<int64_t>(step.kv_len(), page * 16 + 16); ++row) orders.back().push_back(static_cast<int32_t>(row));
-    }
-  }
-  return orders;
 }
 
 LayerSums measure(const TraceLayer& traced, const PaperOptions& options, const std::vector<int64_t>& queries) {
@@ -140,25 +149,25 @@ LayerSums measure(const TraceLayer& traced, const PaperOptions& options, const s
   rows.extend(traced.kv);
   const Layer layer = layer_of(traced, rows, options.seed);
   std::vector<Clusters> clusters;
-  for (int32_t head = 0; head < traced.info->num_kv_heads; ++head) clusters.push_back(cluster_keys(layer, head, {0, prompt}, options.cluster_tokens, options.iterations, 65536));
+  for (int32_t head = 0; head < traced.info->num_kv_heads; ++head) clusters.push_back(cluster_keys(layer, head, case_rows(prompt), options.cluster_tokens, options.iterations, 65536));
   sums.head_tokens.resize(static_cast<size_t>(traced.info->num_q_heads));
   std::vector<float> exact(static_cast<size_t>(traced.info->num_q_heads) * static_cast<size_t>(traced.info->v_head_dim));
   for (const int64_t query : queries) {
-    const Step step(rows, traced.query(query), traced.info->head_dim, traced.info->num_q_heads, traced.info->sm_scale, prompt);
+    const Step step(rows, traced.query(query), traced.info->head_dim, traced.info->num_q_heads, traced.info->sm_scale, traced.visible(query).end);
     attend_dense(step, exact.data());
     std::vector<CaseWeights> cases;
     for (int32_t h = 0; h < step.num_q_heads(); ++h) {
       const CaseWeights& w = cases.emplace_back(case_weights(step, h, clusters[static_cast<size_t>(h / step.group_size())]));
       for (size_t m = 0; m < std::size(kMasses); ++m) {
-        sums.oracle[m].add(static_cast<double>(tokens_for(w.by_rank, kMasses[m])));
-        sums.ordered[m].add(static_cast<double>(tokens_for(w.by_cluster, kMasses[m])));
+        sums.oracle[m].add(static_cast<double>(tokens_for(w.by_rank, w.certain, kMasses[m])));
+        sums.ordered[m].add(static_cast<double>(tokens_for(w.by_cluster, w.certain, kMasses[m])));
         sums.fits[m].add_case(w, Curve::kReciprocal, kMasses[m]);
       }
       for (size_t c = 0; c < std::size(kCurves); ++c) sums.curves[c].add_case(w, kCurves[c], 0.9);
-      sums.head_tokens[static_cast<size_t>(h)].push_back(static_cast<double>(tokens_for(w.by_rank, 0.9)));
+      sums.head_tokens[static_cast<size_t>(h)].push_back(static_cast<double>(tokens_for(w.by_rank, w.certain, 0.9)));
     }
-    add_union(step, cases, exact, sums);
-    add_distance(step, cases, exact, quest_orders(step), sums);
+    add_union(step, case_rows(prompt), cases, exact, sums);
+    add_distance(step, case_rows(prompt), cases, exact, sums);
   }
   return sums;
 }
@@ -190,7 +199,7 @@ void write_sparsity(const Trace& trace, const std::vector<LayerSums>& layers, co
 }  // namespace
 
 std::vector<Json> paper_cases(const Trace& trace, const PaperOptions& options) {
-  const std::vector<int64_t> queries = decode_queries(trace.info(), options.queries);
+  const std::vector<int64_t> queries = decode_queries(trace.info(), options);
   const std::vector<int32_t> numbers = full_layers(trace);
   std::vector<TraceLayer> traced;
   for (const int32_t number : numbers) traced.push_back(trace.layer(number));

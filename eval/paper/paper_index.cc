@@ -28,7 +28,7 @@ std::vector<Json> paper_value_norms(const Trace& trace) {
 }
 
 std::vector<Json> paper_clusters(const Trace& trace, const PaperOptions& options) {
-  const std::vector<int64_t> queries = decode_queries(trace.info(), options.queries);
+  const std::vector<int64_t> queries = decode_queries(trace.info(), options);
   const std::vector<int32_t> all = full_layers(trace);
   std::vector<TraceLayer> traced;
   const auto take = std::min<size_t>(all.size(), static_cast<size_t>(options.ablation_layers));
@@ -47,7 +47,7 @@ std::vector<Json> paper_clusters(const Trace& trace, const PaperOptions& options
     rows.extend(traced[l].kv);
     const Layer layer = layer_of(traced[l], rows, options.seed);
     std::vector<Step> steps;
-    for (const int64_t query : queries) steps.emplace_back(rows, traced[l].query(query), rows.head_dim(), layer.num_q_heads, layer.sm_scale, prompt);
+    for (const int64_t query : queries) steps.emplace_back(rows, traced[l].query(query), rows.head_dim(), layer.num_q_heads, layer.sm_scale, traced[l].visible(query).end);
     const auto squares = [&](const Clusters& clusters, int32_t head) {
       double sum = 0;
       for (int64_t c = 0; c < clusters.size(); ++c) {
@@ -58,13 +58,14 @@ std::vector<Json> paper_clusters(const Trace& trace, const PaperOptions& options
       return sum;
     };
     for (int32_t head = 0; head < rows.num_kv_heads(); ++head) {
-      const double whole = squares(cluster_positions(layer, head, {0, prompt}, prompt), head);
+      const double whole = squares(cluster_positions(layer, head, case_rows(prompt), prompt), head);
       for (size_t s = 0; s < settings.size(); ++s) {
-        const Clusters clusters = cluster_keys(layer, head, {0, prompt}, settings[s].cluster_tokens, settings[s].iterations, 65536);
+        const Clusters clusters = cluster_keys(layer, head, case_rows(prompt), settings[s].cluster_tokens, settings[s].iterations, 65536);
         shares[l][s].add(squares(clusters, head) / whole);
         for (const Step& step : steps) {
           for (int32_t g = 0; g < step.group_size(); ++g) {
-            tokens[l][s].add(static_cast<double>(tokens_for(case_weights(step, head * step.group_size() + g, clusters).by_cluster, 0.9)));
+            const CaseWeights w = case_weights(step, head * step.group_size() + g, clusters);
+            tokens[l][s].add(static_cast<double>(tokens_for(w.by_cluster, w.certain, 0.9)));
           }
         }
       }

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 
 from .rows import error_rows, kl_rows, method_of, table, texts
 
@@ -27,17 +28,22 @@ def panels(count, width=5.2, height=4.2):
     return figure, axes[0]
 
 
+def rank(name):
+    base = name.split(",")[0]
+    return ORDER.index(base) if base in ORDER else len(ORDER)
+
+
 def methods(rows):
     found = dict.fromkeys(method_of(row["setting"]) for row in rows)
-    return sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    return sorted(found, key=lambda name: (rank(name), name))
 
 
 def style(name):
-    number = ORDER.index(name) if name in ORDER else sum(map(ord, name))
+    number = rank(name)
     ours = name in ("sample", "fit", "topk")
     return {"color": plt.get_cmap("tab20")(number % 20), "marker": MARKERS[number % len(MARKERS)], "markersize": 4,
-            "linewidth": 2.2 if name == "sample" else 1.2, "linestyle": "--" if name.startswith("oracle") else "-",
-            "zorder": 3 if ours else 2}
+            "linewidth": 2.2 if name == "sample" else 1.2,
+            "linestyle": "--" if name.startswith("oracle") else ":" if "," in name else "-", "zorder": 3 if ours else 2}
 
 
 def draw_frontier(axis, rows, key, title, ylabel):
@@ -47,6 +53,8 @@ def draw_frontier(axis, rows, key, title, ylabel):
         if points:
             axis.plot(*zip(*points), label=name, **style(name))
     axis.set(xscale="log", yscale="log", title=title, xlabel="read fraction (K, V and index)", ylabel=ylabel)
+    axis.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
+    axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axis.grid(True, which="both", alpha=0.2)
 
 

@@ -21,10 +21,13 @@ def read_rows(paths):
     return rows
 
 
+KNOBS = {"budget", "error", "mass", "epsilon", "l", "tau"}  # how much is read; other options make another method
+
+
 def method_of(setting):
-    """'quest,budget=512' -> 'quest'; the plug-in's own settings keep their selector's name."""
-    first = setting.split(",")[0]
-    return "sample" if first.startswith("quality=") else first
+    """'quest,budget=512' -> 'quest', 'magicpig,k=8,l=75' -> 'magicpig,k=8'; presets are points of 'sample'."""
+    first, *options = setting.split(",")
+    return ",".join(["sample" if first.startswith("quality=") else first] + [o for o in options if o.split("=")[0] not in KNOBS])
 
 
 def table(rows, name):

@@ -1,7 +1,9 @@
 """Tables as lists of rows of text, the first the header."""
 
+import math
+
 from .pictures import methods
-from .rows import error_rows, kl_rows, method_of, table
+from .rows import error_rows, kl_rows, method_of, table, texts
 
 
 def markdown(cells):
@@ -36,6 +38,33 @@ def kl(rows):
         low, high = row["mean_kl_95"]
         cells.append([row["text"], str(row["depth"]), row["setting"], f"{row['tokens_per_kv_head']:.0f}", f"{row['read_fraction']:.3f}",
                       f"{row['mean_kl']:.4f}", f"{low:.4f}-{high:.4f}", f"{row['p99_kl']:.3f}", f"{row['max_kl']:.3f}", percent(row["same_top"])])
+    return cells
+
+
+FRACTIONS = (0.1, 0.15, 0.2, 0.3)
+
+
+def at_fraction(points, fraction):
+    """Log-log between the two nearest points (read fraction, y); None outside of them."""
+    points = sorted(points)
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= fraction <= x1 and x0 < x1 and y0 > 0 and y1 > 0:
+            share = math.log(fraction / x0) / math.log(x1 / x0)
+            return math.exp(math.log(y0) + share * math.log(y1 / y0))
+    return None
+
+
+def equal_read(rows):
+    """What each method errs when it reads as much as the others."""
+    cells = [["measure", "text", "method"] + [f"reading {percent(f)}" for f in FRACTIONS]]
+    for measure, source, key in (("mean error", error_rows(rows), "mean_error"), ("mean KL", kl_rows(rows), "mean_kl")):
+        for text in texts(source):
+            own = [row for row in source if row["text"] == text]
+            for name in methods(own):
+                points = [(row["read_fraction"], row[key]) for row in own if method_of(row["setting"]) == name]
+                found = [at_fraction(points, f) for f in FRACTIONS]
+                if any(found):
+                    cells.append([measure, text, name] + [f"{y:.4f}" if y else "-" for y in found])
     return cells
 
 
@@ -79,6 +108,7 @@ def union(rows):
 
 TABLES = [
     ("Table 1: rows per query head for a target mass", table1),
+    ("The frontier at equal reading", equal_read),
     ("The frontier on traces", frontier),
     ("The frontier end to end", kl),
     ("Curves fitted to the tail, at P = 0.9", curves),

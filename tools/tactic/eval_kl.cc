@@ -173,8 +173,10 @@ Prefilled prefill(Host& host, const SessionOptions& session_options, std::span<c
   return result;
 }
 
+// Calls done(mode, result) when a mode has seen all windows.
+template <class Done>
 std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const std::vector<EvalMode>& modes,
-                                 const Source& source) {
+                                 const Source& source, Done done) {
   const SessionOptions session_options = {.kv_len_max = options.depth + options.steps,
                                           .threads = options.threads,
                                           .cache_type = parse_cache_type(options.cache_type)};
@@ -204,6 +206,7 @@ std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const s
       add_totals(results[m].totals, decode_window(host, modes[m].mode, decoder ? &*decoder : nullptr, session_options,
                                                   options, prefilled, window, progress, begin, compare));
       if (decoder) results[m].error_sum += decoder->mean_error();
+      if (w + 1 == source.windows.size()) done(modes[m], results[m]);
     }
   }
   return results;
@@ -262,15 +265,50 @@ void print_worst(const Host& host, const EvalOptions& options, const Source& sou
   }
 }
 
+double mean_kv_len(const EvalOptions& options) {
+  return static_cast<double>(options.depth) + static_cast<double>(options.steps + 1) / 2;
+}
+
+Json mode_json(const Host& host, const EvalOptions& options, const EvalMode& mode, const Source& source,
+               const ModeResult& result) {
+  const Summary s = summarize(result.tokens, options.steps);
+  const ReadFigures read(result.totals, mean_kv_len(options));
+  Json line = record_header(host, "eval kl");
+  line.update({{"text", source.name},
+               {"mode", mode.mode.name},
+               {"options", mode.mode.options},
+               {"depth", options.depth},
+               {"steps", options.steps},
+               {"windows", options.windows},
+               {"seed", options.seed},
+               {"cache_type", options.cache_type},
+               {"mean_kl", s.mean_kl},
+               {"mean_kl_95", {s.mean_interval.low, s.mean_interval.high}},
+               {"median_kl", s.median_kl},
+               {"p99_kl", s.p99_kl},
+               {"max_kl", s.max_kl},
+               {"same_top", s.same_top},
+               {"same_top_95", {s.same_top_interval.low, s.same_top_interval.high}},
+               {"perplexity", s.perplexity},
+               {"exact_perplexity", s.exact_perplexity},
+               {"tokens_per_kv_head", read.tokens_per_kv_head},
+               {"read_fraction", read.read_fraction},
+               {"mass_std_error", read.mass_std_error},
+               {"dense_share", read.dense_share},
+               {"taken", read.taken},
+               {"totals", totals_json(result.totals)}});
+  if (mode.baseline) line["attention_error"] = result.error_sum / static_cast<double>(options.windows);
+  return line;
+}
+
 void report(const Host& host, const EvalOptions& options, const std::vector<EvalMode>& modes, const Source& source,
-            const std::vector<ModeResult>& results, JsonLines& json) {
+            const std::vector<ModeResult>& results) {
   Table table({"mode", "mean KL", "95% interval", "median", "p99", "max", "same top", "95% interval", "perplexity",
                "tokens/KV head", "read fraction", "dense"});
-  const double kv_len = static_cast<double>(options.depth) + static_cast<double>(options.steps + 1) / 2;
   double exact_perplexity = 0;
   for (size_t m = 0; m < modes.size(); ++m) {
     const Summary s = summarize(results[m].tokens, options.steps);
-    const ReadFigures read(results[m].totals, kv_len);
+    const ReadFigures read(results[m].totals, mean_kv_len(options));
     exact_perplexity = s.exact_perplexity;
     table.add({modes[m].mode.name, format("%.5f", s.mean_kl), format("%.5f-%.5f", s.mean_interval.low, s.mean_interval.high),
                format("%.5f", s.median_kl), format("%.4f", s.p99_kl), format("%.4f", s.max_kl),
@@ -279,32 +317,6 @@ void report(const Host& host, const EvalOptions& options, const std::vector<Eval
                format("%.4f", s.perplexity), format("%.0f", read.tokens_per_kv_head),
                format("%.3f", read.read_fraction),
                read.taken ? format("%.1f%%", 100 * read.dense_share) : "llama.cpp"});
-    Json line = record_header(host, "eval kl");
-    line.update({{"text", source.name},
-                 {"mode", modes[m].mode.name},
-                 {"options", modes[m].mode.options},
-                 {"depth", options.depth},
-                 {"steps", options.steps},
-                 {"windows", options.windows},
-                 {"seed", options.seed},
-                 {"cache_type", options.cache_type},
-                 {"mean_kl", s.mean_kl},
-                 {"mean_kl_95", {s.mean_interval.low, s.mean_interval.high}},
-                 {"median_kl", s.median_kl},
-                 {"p99_kl", s.p99_kl},
-                 {"max_kl", s.max_kl},
-                 {"same_top", s.same_top},
-                 {"same_top_95", {s.same_top_interval.low, s.same_top_interval.high}},
-                 {"perplexity", s.perplexity},
-                 {"exact_perplexity", s.exact_perplexity},
-                 {"tokens_per_kv_head", read.tokens_per_kv_head},
-                 {"read_fraction", read.read_fraction},
-                 {"mass_std_error", read.mass_std_error},
-                 {"dense_share", read.dense_share},
-                 {"taken", read.taken},
-                 {"totals", totals_json(results[m].totals)}});
-    if (modes[m].baseline) line["attention_error"] = results[m].error_sum / static_cast<double>(options.windows);
-    json.write(line);
   }
   std::printf("\n%s: %lld tokens after %lld, %lld window(s), cache %s; exact perplexity %.4f\n", source.name.c_str(),
               static_cast<long long>(options.steps), static_cast<long long>(options.depth),
@@ -324,14 +336,19 @@ void eval_kl(const EvalOptions& options) {
   std::vector<Mode> all_modes = {parse_mode("dense")};
   for (const EvalMode& mode : modes) all_modes.push_back(mode.mode);
   Host host(options.host, all_modes);
-  if (options.depth + options.steps > llama_model_n_ctx_train(host.model())) {
-    std::fprintf(stderr, "tactic: note: %lld tokens are beyond the model's training context of %d\n",
-                 static_cast<long long>(options.depth + options.steps), llama_model_n_ctx_train(host.model()));
+  if (options.depth + options.steps > host.context_tokens()) {
+    std::fprintf(stderr, "tactic: note: %lld tokens are beyond the model's context of %lld\n",
+                 static_cast<long long>(options.depth + options.steps), static_cast<long long>(host.context_tokens()));
   }
   // All texts are read before the first minutes are spent.
   const std::vector<Source> sources = make_sources(host, options);
-  for (const Source& source : sources)
-    report(host, options, modes, source, evaluate(host, options, modes, source), json);
+  for (const Source& source : sources) {
+    // A mode's row is written when it is done: a run that is cut short keeps what it has.
+    const auto write = [&](const EvalMode& mode, const ModeResult& result) {
+      json.write(mode_json(host, options, mode, source, result));
+    };
+    report(host, options, modes, source, evaluate(host, options, modes, source, write));
+  }
 }
 
 }  // namespace
@@ -375,6 +392,7 @@ void add_eval(CLI::App& app) {
       "Exact: attention over the whole stored cache, summed in f32. Intervals: bootstrap over blocks of 16 tokens; "
       "Wilson.");
   verb->callback([options] { eval_kl(*options); });
+  add_eval_paper(*eval);
 }
 
 }  // namespace tactic::tool

@@ -252,9 +252,9 @@ void eval_tasks(const TasksOptions& options) {
       continue;
     }
     TaskRun run(host, options, item);
-    if (run.kv_len_max() > llama_model_n_ctx_train(host.model())) {
-      std::fprintf(stderr, "tactic: %s: skipped: it needs a context of %lld tokens, the model was trained for %d\n",
-                   item.id.c_str(), static_cast<long long>(run.kv_len_max()), llama_model_n_ctx_train(host.model()));
+    if (run.kv_len_max() > host.context_tokens()) {
+      std::fprintf(stderr, "tactic: %s: skipped: it needs a context of %lld tokens, the model has %lld\n",
+                   item.id.c_str(), static_cast<long long>(run.kv_len_max()), static_cast<long long>(host.context_tokens()));
       ++too_long;
       continue;
     }

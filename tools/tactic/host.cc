@@ -167,6 +167,10 @@ Host::~Host() {
   llama_backend_free();
 }
 
+int64_t Host::context_tokens() const {
+  return static_cast<int64_t>(options_.yarn * llama_model_n_ctx_train(model_));
+}
+
 void Host::load_plugin() {
   const std::string path = find_plugin(options_.plugin_path);
   if (!fs::exists(path)) throw CommandError("the plug-in " + path + " does not exist");
@@ -235,6 +239,11 @@ Session::Session(Host& host, const Mode& mode, const SessionOptions& options)
   params.n_threads = params.n_threads_batch = options.threads > 0 ? options.threads : default_threads();
   params.type_k = params.type_v = options.cache_type;
   params.no_perf = true;
+  if (const double yarn = host.options().yarn; yarn > 1) {
+    params.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_YARN;
+    params.rope_freq_scale = static_cast<float>(1 / yarn);
+    params.yarn_orig_ctx = static_cast<uint32_t>(llama_model_n_ctx_train(host.model()));
+  }
   if (options.on_node != nullptr) {
     params.cb_eval = options.on_node;
     params.cb_eval_user_data = options.on_node_data;

@@ -50,6 +50,7 @@ std::vector<Mode> parse_modes(const std::string& text);
 struct HostOptions {
   std::string model_path;
   std::string plugin_path;  // empty: TACTIC_PLUGIN, else beside the executable
+  double yarn = 1;          // factor by which YaRN extends the model's context
   bool verbose = false;
 };
 
@@ -63,6 +64,8 @@ class Host {
 
   llama_model* model() const { return model_; }
   const llama_vocab* vocab() const { return vocab_; }
+  /// Tokens the model was trained for, times what YaRN adds.
+  int64_t context_tokens() const;
   int32_t vocab_size() const { return llama_vocab_n_tokens(vocab_); }
   bool has_plugin() const { return configure_ != nullptr; }
 

@@ -12,6 +12,9 @@ void add_host_options(CLI::App& verb, HostOptions& options) {
   verb.add_option("-m,--model", options.model_path, "GGUF file")->required()->type_name("FILE");
   verb.add_option("--plugin", options.plugin_path, "libggml-tactic.so (else TACTIC_PLUGIN, else beside the command)")
       ->type_name("FILE");
+  verb.add_option("--yarn", options.yarn, "extend the model's context by this factor with YaRN")
+      ->check(CLI::Range(1.0, 64.0))
+      ->capture_default_str();
   verb.add_flag("-v,--verbose", options.verbose, "show llama.cpp's log");
 }
 

@@ -62,6 +62,13 @@ def test_report_is_one_page_with_pictures_inside_and_a_markdown_table(tmp_path):
     assert "stock" not in text and "all traces" not in text
 
 
+def test_methods_are_compared_at_equal_reading():
+    assert tables.at_fraction([(0.4, 0.01), (0.1, 0.04)], 0.2) == pytest.approx(0.02)
+    assert tables.at_fraction([(0.4, 0.01), (0.1, 0.04)], 0.05) is None
+    cells = tables.equal_read([error_row("quest,budget=1", 0.1, 0.04), error_row("quest,budget=4", 0.4, 0.01), error_row("topk,budget=1", 0.1, 0.02)])
+    assert cells[1:] == [["mean error", "prose", "quest", "0.0400", "0.0267", "0.0200", "0.0133"]]
+
+
 def test_a_repeated_run_replaces_its_rows():
     twice = [error_row("quest,budget=512", 0.2, 0.2), error_row("quest,budget=512", 0.2, 0.3)]
     assert [row["mean_error"] for row in rows.error_rows(twice)] == [0.3]
@@ -73,7 +80,9 @@ def test_only_what_is_there_is_shown(tmp_path):
     assert tables.kl(MEASURED[:3]) == tables.kl([])
 
 
-def test_presets_are_points_of_sample():
+def test_presets_are_points_of_sample_and_other_options_make_another_method():
+    assert rows.method_of("magicpig,k=8,l=75") == "magicpig,k=8"
+    assert rows.method_of("topk") == "topk"
     assert rows.method_of("quality=high") == "sample"
     assert rows.method_of("sample,error=0.02") == "sample"
     assert rows.method_of("quest,budget=512") == "quest"
