@@ -321,6 +321,7 @@ void add_eval(CLI::App& app) {
       "Exact: attention over the whole stored cache, summed in f32. Intervals: bootstrap over blocks of 16 tokens; "
       "Wilson.");
   verb->callback([options] { eval_kl(*options); });
+  add_eval_trace(*eval);
 }
 
 }  // namespace tactic::tool
