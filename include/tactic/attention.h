@@ -12,6 +12,7 @@
 #include "tactic/kv_index.h"
 #include "tactic/kv_view.h"
 #include "tactic/options.h"
+#include "tactic/selection.h"
 #include "tactic/stats.h"
 
 namespace tactic {
@@ -33,6 +34,8 @@ struct DecodeQuery {
   int64_t out_head_stride = 0;        // in floats
   float* lse = nullptr;               // [num_q_heads] natural log of the sum of exp(score), or nullptr
   HeadStats* head_stats = nullptr;    // [num_kv_heads], filled by sparse steps on the CPU, or nullptr
+  MassEstimate* masses = nullptr;     // [num_q_heads], or nullptr
+  Selection* selection = nullptr;     // every row read and its log weight, for those who want to look at it, or nullptr
 };
 
 /// Which implementation computes. kReference is the specification in double precision and one thread.

@@ -39,10 +39,11 @@ struct IndexOptions {
 /// What a decode step does.
 struct DecodeOptions {
   Select select = Select::kSample;
-  float target_error = 0.02f;   // kSample: relative standard error of the attention mass; ignored when tau > 0
+  float target_error = 0.02f;   // kSample: relative standard error of the attention mass, were draws independent; ignored when tau > 0
   float tau = 0.0f;             // kSample: expected number of tokens read is at most tau per KV head
   float refine = 0.01f;         // kSample: a sampled token that stands for more than this share has its cluster read whole
-  float target_mass = 0.9f;     // kFit: share of the attention mass to read, 0 < target_mass <= 1
+  float target_mass = 0.0f;     // kFit: share of the attention mass to read; 0: 0.9. kSample: the step measures the mass of the rows
+                                // read with certainty and reads on until every head surely has this share; 0: any mass will do
   int32_t budget = 1024;        // kTopK: tokens per query head
   float beta = 0.0f;            // kSample: weight of the spread term; 0: calibrated per layer and head from what is read
   bool check_rows = true;       // compare the check value of each indexed row that is read

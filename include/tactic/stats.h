@@ -35,6 +35,13 @@ struct StepStats {
   }
 };
 
+/// What a step believes of the mass of the rows it read with certainty, for one query head.
+struct MassEstimate {
+  double mass = 1;
+  double std_error = 0;
+  double low = 1, high = 1;   // its 95% interval
+};
+
 /// The same for one KV head of a sparse step, for those who want to look at it.
 struct HeadStats {
   int64_t tokens = 0;            // rows read

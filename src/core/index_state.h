@@ -42,6 +42,8 @@ struct Segment {
 struct Calibration {
   double sum_xx = 0, sum_xy = 0;       // x = spread * |q|^2 / 2, y = true log mean weight minus the centroid's score
   double variance_ratio = 1;           // measured over predicted variance of the mass
+  std::vector<int32_t> suspects;       // rows found heavy by chance, the latest last
+  std::vector<double> usual_variance;  // [group_size] running mean of the drawn rows' variance relative to their squared sum; empty: unknown
 
   /// The slope, held near `prior` until pairs of total weight `prior_weight` are in.
   float beta(double prior_weight, double prior) const {
@@ -88,6 +90,11 @@ struct IndexState {
     return total;
   }
 };
+
+/// A row that was heavy although its cluster promised little becomes an outlier when that happens again: sinks in
+/// mid-context whose keys are long stand in ordinary clusters and draw 5-10% of whole heads for thousands of steps.
+/// `row` must be visible and indexed.
+void found_heavy(IndexState& index, int32_t head, int32_t row);
 
 /// Check value of one stored row: a hash of eight bytes whose place depends on the row number, so that a set of rows
 /// covers all dimensions. `bytes`: length of the row, at least 8. Four bits: one row slips through in 16 cases, the

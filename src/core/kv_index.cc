@@ -102,6 +102,46 @@ void KvIndex::truncate(int64_t kv_len) {
   std::erase_if(s.segments, [&](const Segment& segment) { return segment.row_begin >= kv_len; });
 }
 
+namespace {
+
+constexpr size_t kSuspects = 64;   // per KV head; induction finds new rows all the time, which must not push out the lasting ones at once
+
+// Takes the row out of its cluster. As many rows again as the segment's outliers of least norm may join those.
+void make_outlier(Segment& segment, HeadClusters& clusters, float outlier_fraction, int32_t row) {
+  if (static_cast<float>(clusters.outliers.size()) >= 4 * outlier_fraction * static_cast<float>(segment.num_rows)) return;
+  const auto member = static_cast<uint16_t>(row - segment.row_begin);
+  auto at = clusters.members.begin();
+  for (uint16_t& size : clusters.sizes) {
+    const auto end = at + size;
+    const auto found = std::lower_bound(at, end, member);
+    if (found != end && *found == member) {
+      clusters.members.erase(found);
+      --size;
+      clusters.outliers.insert(std::lower_bound(clusters.outliers.begin(), clusters.outliers.end(), member), member);
+      return;
+    }
+    at = end;
+  }
+}
+
+}  // namespace
+
+void found_heavy(IndexState& index, int32_t head, int32_t row) {
+  std::vector<int32_t>& suspects = index.calibration[static_cast<size_t>(head)].suspects;
+  const auto known = std::find(suspects.begin(), suspects.end(), row);
+  if (known == suspects.end()) {
+    if (suspects.size() == kSuspects) suspects.erase(suspects.begin());
+    suspects.push_back(row);
+    return;
+  }
+  suspects.erase(known);
+  for (Segment& segment : index.segments) {
+    if (row >= segment.row_begin && row < segment.row_begin + segment.num_rows) {
+      make_outlier(segment, segment.heads[static_cast<size_t>(head)], index.options.outlier_fraction, row);
+    }
+  }
+}
+
 void KvIndex::clear() {
   IndexState& s = *state_;
   s.segments.clear();

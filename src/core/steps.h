@@ -60,6 +60,9 @@ struct Inclusion {
   std::vector<float> scratch;
 };
 
+/// The share of the mass that select_fit reads.
+inline float fit_mass(const DecodeOptions& options) { return options.target_mass > 0 ? options.target_mass : 0.9f; }
+
 /// The share above which a sampled row has its cluster read whole. A sampled row stands for about 1 / tau by design; with
 /// a limit near that, refinement would throw the sample away and the mass it speaks for with it (at 2 / tau the mass is
 /// biased, at 8 / tau by less than 1%).

@@ -86,7 +86,7 @@ void validate(const DecodeOptions& o) {
   require(o.target_error > 0 && o.target_error <= 1, "target_error", o.target_error, "in (0, 1]");
   require(o.tau == 0 || (o.tau >= 1 && o.tau <= 1e9f), "tau", o.tau, "0 or in 1..1e9");
   require(o.refine > 0 && o.refine <= 1, "refine", o.refine, "in (0, 1]");
-  require(o.target_mass > 0 && o.target_mass <= 1, "target_mass", o.target_mass, "in (0, 1]");
+  require(o.target_mass >= 0 && o.target_mass <= 1, "target_mass", o.target_mass, "0 (not set) or up to 1");
   require(o.budget >= 1, "budget", o.budget, "at least 1");
   require(o.beta >= 0 && o.beta <= 10, "beta", o.beta, "0 (calibrated) or up to 10");
 }

@@ -286,6 +286,10 @@ class CpuRun : public BackendRun {
     for (Task& task : kept_) {
       if (task.sparse) learn(task, options);
     }
+    for (const DecodeQuery& query : queries) {
+      if (query.selection != nullptr) query.selection->heads.resize(static_cast<size_t>(query.kv.num_kv_heads));
+    }
+    for (const Task& task : kept_) report(task);
     if (stats != nullptr) {
       for (size_t i = 0; i < queries.size(); ++i) {
         const KvView& kv = queries[i].kv;

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/random.h"
+#include "core/read_on.h"
 #include "cpu/steps.h"
 
 namespace tactic::cpu {
@@ -14,12 +15,8 @@ namespace {
 constexpr double kPriorWeight = 20;
 constexpr double kPriorSlope = 0.75;
 constexpr double kForget = 0.98;
-
-// The spread term, as in select_sample.
-double growth(double s2, int64_t size) {
-  const double cap2 = 2 * std::log(static_cast<double>(std::max<int64_t>(size, 2)));
-  return s2 <= cap2 ? s2 / 2 : std::sqrt(cap2 * s2) - cap2 / 2;
-}
+constexpr double kUsualRate = 0.05;
+constexpr float kHeavy = 0.01f;   // share of a head
 
 const Segment* find_segment(const IndexState& index, int64_t row) {
   auto at = std::upper_bound(index.segments.begin(), index.segments.end(), row,
@@ -41,8 +38,11 @@ void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int3
   task.q_norms2.assign(group, 0);
   task.exact_state.assign(group, {});
   task.state.assign(group, {});
-  task.certain_mass.assign(group, 1);
-  task.variance.assign(group, 0);
+  task.masses.assign(group, {});
+  task.independent_variance.assign(group, 0);
+  task.certain.assign(group, 0);
+  task.refined_sum.assign(group, 0);
+  task.relative_variance.assign(group, 0);
   for (size_t g = 0; g < group; ++g) {
     const float* q = query.q + (head * task.group_size + static_cast<int64_t>(g)) * query.q_head_stride;
     for (size_t d = 0; d < dim; ++d) {
@@ -101,7 +101,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       break;
     case Select::kFit:
       task.probed = select_fit(index, task.head, task.filter, task.clusters, task.query->kv.k, task.q.data(), task.head_dim(),
-                               task.group_size, task.exact_state.data(), options.target_mass, task.selection);
+                               task.group_size, task.exact_state.data(), fit_mass(options), task.selection);
       break;
     case Select::kDense: break;
   }
@@ -126,26 +126,22 @@ void select_rows(Task& task, const DecodeOptions& options) {
 
 namespace {
 
-// A sampled row that speaks for too large a share in any head had its cluster underestimated: the cluster is read whole
-// and its rows lose their weights. Returns whether there was any.
-bool refine(Task& task, float limit) {
-  HeadSelection& selection = task.selection;
-  std::vector<int32_t> found;   // clusters, ascending
-  for (int64_t i = selection.num_certain; i < task.selected.size(); ++i) {
-    const int32_t cluster = selection.clusters[static_cast<size_t>(i)];
-    if (!found.empty() && found.back() == cluster) continue;
-    for (int32_t g = 0; g < task.group_size; ++g) {
-      if (task.selected.weights_of(g)[i] > limit * task.state[static_cast<size_t>(g)].sum) {
-        found.push_back(cluster);
-        break;
-      }
-    }
+// Room for the scores of rows that were added; those of the rows before stay.
+void grow_scores(RowList& list, int32_t group_size, int64_t old_size) {
+  const int64_t old_stride = list.stride;
+  list.reserve_scores(group_size);
+  for (int32_t g = group_size - 1; g > 0; --g) {
+    std::copy_backward(list.weights.begin() + g * old_stride, list.weights.begin() + g * old_stride + old_size, list.weights.begin() + g * list.stride + old_size);
   }
-  task.refined_clusters = static_cast<int64_t>(found.size());
-  if (found.empty()) return false;
+}
+
+// Clusters (ascending) are read whole: those of their rows that were drawn lose their weights, the others are added.
+void read_whole(Task& task, const std::vector<int32_t>& found) {
+  HeadSelection& selection = task.selection;
+  const int64_t old_size = task.refined.size();
   auto next = found.begin();
   int32_t base = 0;
-  size_t at = static_cast<size_t>(selection.num_certain);
+  auto at = static_cast<size_t>(selection.num_certain);
   for (const Segment& segment : task.query->index->state().segments) {
     const HeadClusters& clusters = segment.heads[static_cast<size_t>(task.head)];
     const uint16_t* members = clusters.members.data();
@@ -153,7 +149,8 @@ bool refine(Task& task, float limit) {
       const int32_t size = clusters.sizes[static_cast<size_t>(c)];
       if (*next == base + c) {
         ++next;
-        while (selection.clusters[at] != base + c) ++at;
+        task.whole[static_cast<size_t>(base + c)] = 1;
+        while (at < selection.tokens.size() && selection.clusters[at] < base + c) ++at;
         for (int32_t m = 0; m < size; ++m) {
           const auto row = static_cast<int32_t>(segment.row_begin + members[m]);
           if (at < selection.tokens.size() && selection.tokens[at] == row) {
@@ -170,13 +167,77 @@ bool refine(Task& task, float limit) {
     }
     base += padded_clusters(segment.num_clusters);
   }
-  task.refined.reserve_scores(task.group_size);
-  attend_scores(task.query->kv.k, task.head, task.refined.tokens.data(), task.refined.size(), task.q.data(), task.head_dim(),
-                task.group_size, task.refined.scores.data(), task.refined.stride);
+  grow_scores(task.refined, task.group_size, old_size);
+  const int64_t added = task.refined.size() - old_size;
+  attend_scores(task.query->kv.k, task.head, task.refined.tokens.data() + old_size, added, task.q.data(), task.head_dim(), task.group_size,
+                task.refined.scores.data() + old_size, task.refined.stride);
   for (int32_t g = 0; g < task.group_size; ++g) {
-    exp_weights(task.refined.scores_of(g), task.refined.size(), task.state[static_cast<size_t>(g)].max, task.refined.weights_of(g));
+    exp_weights(task.refined.scores_of(g) + old_size, added, task.state[static_cast<size_t>(g)].max, task.refined.weights_of(g) + old_size);
   }
-  return true;
+}
+
+// Clusters of which a sampled row speaks for too large a share in any head: they were underestimated.
+std::vector<int32_t> underestimated(const Task& task, float limit) {
+  std::vector<int32_t> found;   // ascending
+  for (int64_t i = task.selection.num_certain; i < task.selected.size(); ++i) {
+    const int32_t cluster = task.selection.clusters[static_cast<size_t>(i)];
+    if (!found.empty() && found.back() == cluster) continue;
+    for (int32_t g = 0; g < task.group_size; ++g) {
+      const float weight = task.selected.weights[static_cast<size_t>(g * task.selected.stride + i)];
+      if (weight > limit * task.state[static_cast<size_t>(g)].sum) {
+        found.push_back(cluster);
+        break;
+      }
+    }
+  }
+  return found;
+}
+
+// The state from the sums of weights. Returns the total, or 0 when it is out of range.
+double settle_head(Task& task, int32_t g, const WeightSums& sum) {
+  const SoftmaxState& exact = task.exact_state[static_cast<size_t>(g)];
+  const double total = exact.sum + sum.certain + sum.sampled;
+  if (!(total > 1e-20 && total < 1e30)) task.not_finite = true;
+  task.state[static_cast<size_t>(g)] = {exact.max, static_cast<float>(total)};
+  task.certain[static_cast<size_t>(g)] = total - sum.sampled;
+  return task.not_finite ? 0 : total;
+}
+
+// Sums over all weights anew, some clusters having been read whole.
+void settle_again(Task& task) {
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    WeightSums sum;
+    const float* weights = task.selected.weights_of(g);
+    for (int64_t i = 0; i < task.selected.size(); ++i) (task.selection.log_weights[static_cast<size_t>(i)] == 0 ? sum.certain : sum.sampled) += weights[i];
+    for (int64_t i = 0; i < task.refined.size(); ++i) sum.certain += task.refined.weights_of(g)[i];
+    settle_head(task, g, sum);
+  }
+}
+
+// The masses as the whole draw measures them, and how sure they are.
+void measure_masses(Task& task, bool first) {
+  const std::vector<double>& known = task.query->index->state().calibration[static_cast<size_t>(task.head)].usual_variance;
+  std::vector<char> left = task.whole;   // clusters whose draws speak
+  for (size_t c = 0; c < left.size(); ++c) left[c] = task.whole[c] != 0 && task.refined_whole[c] == 0;
+  const Undrawn undrawn = undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, left);
+  const int64_t draws = task.selected.size() - task.selection.num_certain;
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    DrawnVariance drawn;
+    double sum = 0;
+    for (int64_t i = 0; i < draws; ++i) {
+      const auto cluster = static_cast<size_t>(task.selection.clusters[static_cast<size_t>(task.selection.num_certain + i)]);
+      if (left[cluster] != 0) continue;
+      const float z = task.drawn[static_cast<size_t>(g * draws + i)];
+      drawn.add(z, task.inclusion.probability[cluster]);
+      sum += z;
+    }
+    const double certain = task.certain[static_cast<size_t>(g)];
+    const double total = certain + std::max(0.0, sum - task.refined_sum[static_cast<size_t>(g)]);
+    const double mass = certain / total, usual = known.empty() ? 0 : known[static_cast<size_t>(g)];
+    const double variance = undrawn.any ? drawn.variance(total, task.inclusion.tau, undrawn.count_variance, usual) : 0;
+    if (first) task.relative_variance[static_cast<size_t>(g)] = undrawn.any ? drawn.relative(undrawn.count_variance) : 0;
+    task.masses[static_cast<size_t>(g)] = {mass, mass * std::sqrt(variance) / total, drawn.freedom(usual), task.state[static_cast<size_t>(g)].max + std::log(total)};
+  }
 }
 
 }  // namespace
@@ -194,34 +255,41 @@ void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums) {
 }
 
 void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums) {
-  bool underestimated = false;
-  const float limit = refine_limit(options, task.inclusion);
-  const auto settle = [&](int32_t g, const WeightSums& sum) {
-    SoftmaxState& state = task.state[static_cast<size_t>(g)];
-    const SoftmaxState& exact = task.exact_state[static_cast<size_t>(g)];
-    const double total = exact.sum + sum.certain + sum.sampled;
-    task.not_finite = task.not_finite || !(total > 1e-20 && total < 1e30);
-    state = {exact.max, static_cast<float>(total)};
-    task.certain_mass[static_cast<size_t>(g)] = 1 - sum.sampled / total;
-    task.variance[static_cast<size_t>(g)] = sum.variance / (total * total);
-    underestimated = underestimated || sum.largest_sampled > limit * total;
-  };
-  for (int32_t g = 0; g < task.group_size; ++g) settle(g, sums[g]);
-  if (task.not_finite || options.select != Select::kSample || !underestimated || !refine(task, limit)) return;
+  const bool sample = options.select == Select::kSample;
+  const float limit = sample ? refine_limit(options, task.inclusion) : 1.0f;
+  bool refine = false;
   for (int32_t g = 0; g < task.group_size; ++g) {
-    WeightSums sum;
+    const double total = settle_head(task, g, sums[g]);
+    task.independent_variance[static_cast<size_t>(g)] = sums[g].variance / (total * total);
+    refine = refine || sums[g].largest_sampled > limit * total;
+  }
+  if (task.not_finite || !sample) return;
+  task.whole.resize(task.inclusion.probability.size());
+  for (size_t c = 0; c < task.whole.size(); ++c) task.whole[c] = task.inclusion.probability[c] >= 1;
+  task.refined_whole.assign(task.whole.size(), 0);
+  task.drawn.clear();
+  for (int32_t g = 0; g < task.group_size; ++g) {
     const float* weights = task.selected.weights_of(g);
-    for (int64_t i = 0; i < task.selected.size(); ++i) {
-      const double weight = weights[i], log_weight = task.selection.log_weights[static_cast<size_t>(i)];
-      if (log_weight == 0) {
-        sum.certain += weight;
-      } else {
-        sum.sampled += weight;
-        sum.variance += weight * weight * (1 - std::exp(-log_weight));
-      }
-    }
-    for (int64_t i = 0; i < task.refined.size(); ++i) sum.certain += task.refined.weights_of(g)[i];
-    settle(g, sum);
+    task.drawn.insert(task.drawn.end(), weights + task.selection.num_certain, weights + task.selected.size());
+  }
+  const std::vector<double> certain = task.certain;
+  if (refine) {
+    const std::vector<int32_t> found = underestimated(task, limit);
+    task.refined_clusters = static_cast<int64_t>(found.size());
+    for (const int32_t c : found) task.refined_whole[static_cast<size_t>(c)] = 1;
+    read_whole(task, found);
+    settle_again(task);
+    for (size_t g = 0; g < certain.size(); ++g) task.refined_sum[g] = task.certain[g] - certain[g];
+  }
+  measure_masses(task, true);
+  if (options.target_mass <= 0) return;
+  const SelectParams params{task.group_size, task.q_norms2.data(), task.exact_state.data(), task.beta, 1};
+  while (!task.not_finite) {
+    const std::vector<int32_t> next = read_on(task.clusters, params, task.whole, task.masses, options.target_mass);
+    if (next.empty()) return;
+    read_whole(task, next);
+    settle_again(task);
+    measure_masses(task, false);
   }
 }
 
@@ -244,17 +312,46 @@ bool rows_unchanged(const Task& task, int64_t begin, int64_t end, bool values) {
   return difference == 0;
 }
 
+namespace {
+
+// Rows that weigh much in a head although their clusters were not read whole at first.
+void find_heavy(const Task& task) {
+  std::vector<int32_t> rows;
+  const auto look = [&](const RowList& list, int64_t begin, const std::vector<float>* log_weights) {
+    for (int64_t i = begin; i < list.size(); ++i) {
+      bool heavy = false;
+      for (int32_t g = 0; g < task.group_size && !heavy; ++g) {
+        const float weight = list.weights[static_cast<size_t>(g * list.stride + i)], limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
+        heavy = weight > limit && (log_weights == nullptr || weight * std::exp(-(*log_weights)[static_cast<size_t>(i)]) > limit);
+      }
+      if (heavy) rows.push_back(list.tokens[static_cast<size_t>(i)]);
+    }
+  };
+  look(task.selected, task.selection.num_certain, &task.selection.log_weights);
+  look(task.refined, 0, nullptr);
+  for (const int32_t row : rows) found_heavy(task.query->index->state(), task.head, row);
+}
+
+}  // namespace
+
 void learn(Task& task, const DecodeOptions& options) {
   if (options.select != Select::kSample) return;
   Calibration& known = task.query->index->state().calibration[static_cast<size_t>(task.head)];
   double measured = 0;
-  for (const double variance : task.variance) measured += variance;
+  for (const double variance : task.independent_variance) measured += variance;
   measured /= task.group_size;
   const double predicted = task.inclusion.predicted_variance / known.variance_ratio;
   if (measured > 0 && predicted > 0) {
     const double ratio = std::clamp(measured / predicted, 0.05, 20.0);
     known.variance_ratio = std::clamp(known.variance_ratio * std::pow(ratio / known.variance_ratio, 0.02), 0.1, 10.0);
   }
+  for (size_t g = 0; g < task.relative_variance.size(); ++g) {
+    if (!(task.relative_variance[g] > 0)) continue;
+    known.usual_variance.resize(task.relative_variance.size(), 0.0);
+    double& usual = known.usual_variance[g];
+    usual += (usual > 0 ? kUsualRate : 1.0) * (task.relative_variance[g] - usual);
+  }
+  find_heavy(task);
   // Whole clusters give pairs of spread term and true log mean weight; they are read anyway, but logarithms cost.
   if ((task.query->position + task.query->layer) % 8 != 0) return;
   known.sum_xx *= kForget;
@@ -268,7 +365,7 @@ void learn(Task& task, const DecodeOptions& options) {
       for (int32_t g = 0; g < task.group_size; ++g) {
         double sum = 0;
         for (int64_t m = i; m < end; ++m) sum += task.selected.weights_of(g)[m];
-        const double x = growth(task.q_norms2[static_cast<size_t>(g)] * task.clusters.spreads[static_cast<size_t>(cluster)], end - i);
+        const double x = spread_growth(task.q_norms2[static_cast<size_t>(g)] * task.clusters.spreads[static_cast<size_t>(cluster)], static_cast<double>(end - i));
         const double y = std::log(sum / static_cast<double>(end - i)) + task.state[static_cast<size_t>(g)].max -
                          task.clusters.dots[static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters) + static_cast<size_t>(cluster)];
         if (!std::isfinite(y)) continue;
@@ -277,6 +374,33 @@ void learn(Task& task, const DecodeOptions& options) {
       }
     }
     i = end;
+  }
+}
+
+void report(const Task& task) {
+  const DecodeQuery& query = *task.query;
+  if (query.masses != nullptr) {
+    for (size_t g = 0; g < static_cast<size_t>(task.group_size); ++g) {
+      const HeadMass& m = task.masses[g];
+      query.masses[static_cast<size_t>(task.head * task.group_size) + g] = {m.mass, m.std_error, mass_bound(m, kNormal95), mass_bound(m, -kNormal95)};
+    }
+  }
+  if (query.selection == nullptr) return;
+  HeadSelection& out = query.selection->heads[static_cast<size_t>(task.head)];
+  out.clear();
+  const auto push = [&](int32_t row, float log_weight, int32_t cluster) {
+    out.tokens.push_back(row);
+    out.log_weights.push_back(log_weight);
+    out.clusters.push_back(cluster);
+  };
+  for (const int32_t row : task.exact.tokens) push(row, 0, -1);
+  for (const int32_t row : task.refined.tokens) push(row, 0, -1);
+  for (const bool certain : {true, false}) {
+    for (size_t i = 0; i < task.selected.tokens.size(); ++i) {
+      const float log_weight = task.selection.log_weights[i];
+      if ((log_weight == 0) == certain) push(task.selected.tokens[i], log_weight, task.selection.clusters[i]);
+    }
+    if (certain) out.num_certain = static_cast<int64_t>(out.tokens.size());
   }
 }
 
@@ -303,8 +427,9 @@ void add_stats(const Task& task, StepStats& stats) {
   stats.kv_bytes += read * (k_bytes + v_bytes) + task.probed * k_bytes;
   for (int32_t g = 0; g < task.group_size; ++g) {
     const double share = 1.0 / task.query->num_q_heads;
-    stats.estimated_mass += task.certain_mass[static_cast<size_t>(g)] * share;
-    stats.mass_std_error += task.variance[static_cast<size_t>(g)] * share;   // a variance until the step is done
+    const HeadMass& m = task.masses[static_cast<size_t>(g)];
+    stats.estimated_mass += m.mass * share;
+    stats.mass_std_error += m.std_error * m.std_error * share;   // a variance until the step is done
   }
   for (const Segment& segment : task.query->index->state().segments) {
     // Per cluster: 8-bit residuals, scale, spread, size. Per row read: its number and check value.
@@ -316,7 +441,7 @@ void add_stats(const Task& task, StepStats& stats) {
   head = {read, task.exact.size(), 0, 0, task.inclusion.tau, task.beta};
   for (size_t g = 0; g < static_cast<size_t>(task.group_size); ++g) {
     head.exact_mass += task.exact_state[g].sum / task.state[g].sum / task.group_size;
-    head.estimated_mass += task.certain_mass[g] / task.group_size;
+    head.estimated_mass += task.masses[g].mass / task.group_size;
   }
 }
 

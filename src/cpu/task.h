@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/read_on.h"
 #include "core/steps.h"
 
 namespace tactic::cpu {
@@ -41,7 +42,13 @@ struct Task {
   std::vector<SoftmaxState> exact_state;   // [group_size]
   std::vector<SoftmaxState> state;     // [group_size] over everything read; max is that of the exact rows and of the
                                        // estimates, so that rows are weighed as soon as they are scored
-  std::vector<double> certain_mass, variance;   // [group_size] estimated mass of the certain rows, and its variance
+  std::vector<HeadMass> masses;        // [group_size] of the certain rows
+  std::vector<double> independent_variance;     // [group_size] of all weights, relative, had the draws been independent
+  std::vector<char> whole;             // [num_clusters] read whole
+  std::vector<float> drawn;            // [group_size, draws] weights of the draw, also of rows that lost theirs since
+  std::vector<char> refined_whole; // [num_clusters] read whole because of what was drawn
+  std::vector<double> certain, refined_sum;         // [group_size] sums of weights of all certain rows; of refined clusters
+  std::vector<double> relative_variance;            // [group_size] of the draw, 0: unknown
   float beta = 0;
   int64_t refined_clusters = 0, probed = 0;
   bool changed = false, not_finite = false;
@@ -75,6 +82,9 @@ bool rows_unchanged(const Task& task, int64_t begin, int64_t end, bool values);
 
 /// What the step learned about the index's estimates goes into the index. Called from one thread.
 void learn(Task& task, const DecodeOptions& options);
+
+/// Masses and rows, as far as the query asks for them. Its selection has room for all heads.
+void report(const Task& task);
 
 void add_stats(const Task& task, StepStats& stats);
 

@@ -68,20 +68,24 @@ int64_t refine(const IndexState& index, int32_t head, const RowFilter& filter, c
   }
   std::sort(found.begin(), found.end());
   found.erase(std::unique(found.begin(), found.end()), found.end());
-  std::vector<bool> certain(index.total_clusters()), refined(index.total_clusters());
-  for (const int32_t c : found) refined[c] = true;
+  read_whole(index, head, filter, found, selection);
+  return static_cast<int64_t>(found.size());
+}
+
+void read_whole(const IndexState& index, int32_t head, const RowFilter& filter, const std::vector<int32_t>& clusters, HeadSelection& selection) {
+  std::vector<bool> certain(index.total_clusters()), added(index.total_clusters());
+  for (const int32_t c : clusters) added[c] = true;
   for (int64_t i = 0; i < selection.num_certain; ++i) certain[selection.clusters[i]] = true;
   const HeadSelection all = readable(index, head, filter), before = selection;
-  std::vector<bool> whole(all.tokens.size());
-  for (size_t i = 0; i < whole.size(); ++i) whole[i] = certain[all.clusters[i]] || refined[all.clusters[i]];
-  keep(all, whole, selection);
+  std::vector<bool> kept(all.tokens.size());
+  for (size_t i = 0; i < kept.size(); ++i) kept[i] = certain[all.clusters[i]] || added[all.clusters[i]];
+  keep(all, kept, selection);
   for (size_t i = before.num_certain; i < before.tokens.size(); ++i) {
-    if (refined[before.clusters[i]]) continue;
+    if (added[before.clusters[i]]) continue;
     selection.tokens.push_back(before.tokens[i]);
     selection.log_weights.push_back(before.log_weights[i]);
     selection.clusters.push_back(before.clusters[i]);
   }
-  return static_cast<int64_t>(found.size());
 }
 
 void attend(const KvView& kv, int32_t head, const HeadSelection& selection, const float* q, int32_t group_size,

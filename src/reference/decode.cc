@@ -4,6 +4,7 @@
 
 #include "core/backend.h"
 #include "core/random.h"
+#include "core/read_on.h"
 #include "reference/steps.h"
 
 namespace tactic {
@@ -35,6 +36,43 @@ bool unchanged(const IndexState& index, const KvView& kv, int32_t head, const He
   });
 }
 
+// What the draw says of the mass read with certainty. `anyway`: rows read anyway. `drawn`: the selection before any cluster was
+// read whole because of it; clusters that `planned` names do not speak (they were read whole whatever was drawn).
+void measure(const IndexState& index, const RowsView& k, int32_t head, const HeadSelection& anyway, const HeadSelection& drawn,
+             const HeadSelection& selection, const Inclusion& inclusion, const std::vector<char>& planned, const std::vector<float>& sizes,
+             const float* q, int32_t dim, std::vector<HeadMass>& masses) {
+  const Undrawn undrawn = undrawn_rows(index, sizes, inclusion.probability, planned);
+  const std::vector<double>& known = index.calibration[head].usual_variance;
+  for (size_t g = 0; g < masses.size(); ++g) {
+    const auto score = [&](int32_t row) { return dot_row(k, head, row, q + g * dim, dim); };
+    std::vector<double> certain;
+    for (const int32_t row : anyway.tokens) certain.push_back(score(row));
+    for (int64_t i = 0; i < selection.num_certain; ++i) certain.push_back(score(selection.tokens[i]));
+    double max = -HUGE_VAL, sum = 0, rest = 0;
+    for (const double s : certain) max = std::max(max, s);
+    for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i) max = std::max(max, score(drawn.tokens[i]) + drawn.log_weights[i]);
+    for (const double s : certain) sum += std::exp(s - max);
+    // Rows of clusters read whole because of the draw are certain now; what they were drawn to speak for is still missing.
+    DrawnVariance variance;
+    std::vector<bool> refined(planned.size());
+    for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i) {
+      const int32_t c = drawn.clusters[i];
+      if (planned[c]) continue;
+      const double weight = std::exp(score(drawn.tokens[i]) + drawn.log_weights[i] - max);
+      variance.add(weight, inclusion.probability[c]);
+      rest += weight;
+      refined[c] = true;
+    }
+    for (int64_t i = 0; i < selection.num_certain; ++i) {
+      if (refined[selection.clusters[i]]) rest -= std::exp(score(selection.tokens[i]) - max);
+    }
+    const double total = sum + std::max(0.0, rest), usual = known.empty() ? 0 : known[g], mass = sum / total;
+    if (!(total > 0)) continue;
+    masses[g] = {mass, undrawn.any ? mass * std::sqrt(variance.variance(total, inclusion.tau, undrawn.count_variance, usual)) / total : 0,
+                 variance.freedom(usual), max + std::log(total)};
+  }
+}
+
 // Adds to `stats` (mass_std_error as a variance). Returns why the head cannot be answered so, if it cannot.
 DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filter, const DecodeOptions& options, double* out,
                    double* lse, StepStats& stats) {
@@ -60,34 +98,53 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   score(index, head, filter, q.data(), group_size, scores);
   int64_t probed = 0;
   Inclusion inclusion;
+  const Calibration& known = index.calibration[head];
+  const float beta = options.beta > 0 ? options.beta : known.beta(20, 0.75);
+  const SelectParams params{group_size, q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio)};
   if (options.select == Select::kSample) {
-    const Calibration& known = index.calibration[head];
-    const float beta = options.beta > 0 ? options.beta : known.beta(20, 0.75);
-    const SelectParams params{group_size, q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio)};
     select_sample(scores, params, options, inclusion);
     draw(index, head, filter, scores, inclusion, random_offset(query, head, options.seed), selection);
   } else if (options.select == Select::kTopK) {
     select_topk(index, head, filter, scores, group_size, options.budget, selection);
   } else {
-    probed = select_fit(index, head, filter, scores, kv.k, q.data(), dim, group_size, exact.data(), options.target_mass, selection);
+    probed = select_fit(index, head, filter, scores, kv.k, q.data(), dim, group_size, exact.data(), fit_mass(options), selection);
   }
   if (options.check_rows && !unchanged(index, kv, head, selection)) return DenseReason::kRowChanged;
+  std::vector<HeadMass> masses(group_size);
   if (options.select == Select::kSample) {
+    const HeadSelection drawn = selection;
     stats.refined_clusters += refine(index, head, filter, kv.k, q.data(), dim, group_size, exact.data(),
                                      refine_limit(options, inclusion), selection);
+    std::vector<char> planned(inclusion.probability.size()), whole;
+    for (size_t c = 0; c < planned.size(); ++c) planned[c] = inclusion.probability[c] >= 1;
+    whole = planned;
+    for (int64_t i = 0; i < selection.num_certain; ++i) whole[selection.clusters[i]] = 1;
+    for (;;) {
+      measure(index, kv.k, head, all, drawn, selection, inclusion, planned, scores.sizes, q.data(), dim, masses);
+      const std::vector<int32_t> next = options.target_mass > 0 ? read_on(scores, params, whole, masses, options.target_mass) : std::vector<int32_t>();
+      if (next.empty()) break;
+      for (const int32_t c : next) whole[c] = planned[c] = 1;
+      read_whole(index, head, filter, next, selection);
+    }
   }
   const size_t num_sampled = selection.tokens.size() - selection.num_certain, num_selected = selection.tokens.size();
+  if (query.selection != nullptr) {
+    HeadSelection& seen = query.selection->heads[head];
+    seen = all;
+    seen.clusters.assign(all.tokens.size(), -1);
+    seen.num_certain = static_cast<int64_t>(all.tokens.size()) + selection.num_certain;
+    seen.tokens.insert(seen.tokens.end(), selection.tokens.begin(), selection.tokens.end());
+    seen.log_weights.insert(seen.log_weights.end(), selection.log_weights.begin(), selection.log_weights.end());
+    seen.clusters.insert(seen.clusters.end(), selection.clusters.begin(), selection.clusters.end());
+  }
   all.tokens.insert(all.tokens.end(), selection.tokens.begin(), selection.tokens.end());
   all.log_weights.insert(all.log_weights.end(), selection.log_weights.begin(), selection.log_weights.end());
   attend(kv, head, all, q.data(), group_size, out, lse);
   for (int32_t g = 0; g < group_size; ++g) {
     if (!std::isfinite(lse[g])) return DenseReason::kNotFinite;
-    stats.estimated_mass += 1.0 / query.num_q_heads;
-    for (size_t i = all.tokens.size() - num_sampled; i < all.tokens.size(); ++i) {
-      const double weight = std::exp(dot_row(kv.k, head, all.tokens[i], &q[g * dim], dim) + all.log_weights[i] - lse[g]);
-      stats.estimated_mass -= weight / query.num_q_heads;
-      stats.mass_std_error += weight * weight * (1 - std::exp(-all.log_weights[i])) / query.num_q_heads;
-    }
+    stats.estimated_mass += masses[g].mass / query.num_q_heads;
+    stats.mass_std_error += masses[g].std_error * masses[g].std_error / query.num_q_heads;   // a variance until the sum is done
+    if (query.masses != nullptr) query.masses[head * group_size + g] = {masses[g].mass, masses[g].std_error, mass_bound(masses[g], kNormal95), mass_bound(masses[g], -kNormal95)};
   }
   stats.tokens_certain += static_cast<int64_t>(all.tokens.size() - num_sampled);
   stats.tokens_sampled += static_cast<int64_t>(num_sampled);
@@ -114,6 +171,7 @@ StepStats run(const DecodeQuery& query, const DecodeOptions& options) {
   std::vector<double> out(static_cast<size_t>(query.num_q_heads) * kv.v_head_dim), lse(query.num_q_heads);
   const auto out_of = [&](int32_t head) { return &out[static_cast<size_t>(head * group_size) * kv.v_head_dim]; };
   const StepStats before = stats;
+  if (query.selection != nullptr) query.selection->heads.resize(kv.num_kv_heads);
   for (int32_t head = 0; head < kv.num_kv_heads && reason == DenseReason::kNone; ++head) {
     reason = sparse(query, head, filter, options, out_of(head), &lse[head * group_size], stats);
   }
@@ -125,7 +183,16 @@ StepStats run(const DecodeQuery& query, const DecodeOptions& options) {
       const bool read = filter.is_visible(row) && (query.bias == nullptr || query.bias[row] != -HUGE_VALF);
       stats.tokens_certain += read ? kv.num_kv_heads : 0;
     }
-    for (int32_t head = 0; head < kv.num_kv_heads; ++head) dense(query, head, out_of(head), &lse[head * group_size]);
+    for (int32_t head = 0; head < kv.num_kv_heads; ++head) {
+      dense(query, head, out_of(head), &lse[head * group_size]);
+      if (query.selection == nullptr) continue;
+      HeadSelection& seen = query.selection->heads[head] = rows_read_anyway({}, head, {filter.visible, filter.kv_len, &none});
+      std::erase_if(seen.tokens, [&](int32_t row) { return query.bias != nullptr && query.bias[row] == -HUGE_VALF; });
+      seen.num_certain = static_cast<int64_t>(seen.tokens.size());
+      seen.log_weights.assign(seen.tokens.size(), 0.0f);
+      seen.clusters.assign(seen.tokens.size(), -1);
+    }
+    if (query.masses != nullptr) std::fill_n(query.masses, query.num_q_heads, MassEstimate{});
   }
   stats.mass_std_error = std::sqrt(stats.mass_std_error);
   stats.tokens_value = stats.tokens_certain + stats.tokens_sampled;

@@ -57,6 +57,9 @@ int64_t select_fit(const IndexState& index, int32_t head, const RowFilter& filte
 int64_t refine(const IndexState& index, int32_t head, const RowFilter& filter, const RowsView& k, const float* q,
                int32_t head_dim, int32_t group_size, const SoftmaxState* exact, float limit, HeadSelection& selection);
 
+/// Those clusters are read whole: as in refine.
+void read_whole(const IndexState& index, int32_t head, const RowFilter& filter, const std::vector<int32_t>& clusters, HeadSelection& selection);
+
 /// Attention of one KV head's group over `selection`: out [group_size, v_head_dim], lse [group_size] (natural log).
 /// q: [group_size, head_dim] scaled by sm_scale.
 void attend(const KvView& kv, int32_t head, const HeadSelection& selection, const float* q, int32_t group_size,

@@ -1,5 +1,8 @@
 #include "tactic/kv_index.h"
 
+#include <algorithm>
+#include <numeric>
+
 #include "support.h"
 #include "tactic/error.h"
 
@@ -362,6 +365,60 @@ TEST(RowBits, RangesAndCounts) {
   EXPECT_FALSE(bits.test(130));
   bits.reset_range(100, 100000);
   EXPECT_EQ(bits.count_range(0, 256), 61);
+}
+
+TEST(FoundHeavy, TwiceMakesAnOutlier) {
+  const CacheSpec spec = spec_of(1100);
+  const Cache cache(spec);
+  for (const float fraction : {0.01f, 0.0f}) {
+    SCOPED_TRACE(text("outlier_fraction ", fraction));
+    IndexOptions options = kSmall;
+    options.outlier_fraction = fraction;
+    const auto index = build_index(cache, options);
+    IndexState& state = index->state();
+    Segment& segment = state.segments[1];
+    HeadClusters& clusters = segment.heads[1];
+    const size_t members = clusters.members.size(), outliers = clusters.outliers.size();
+    const std::vector<uint16_t> rows = clusters.members, sizes = clusters.sizes;
+    const auto row = static_cast<int32_t>(segment.row_begin + rows[40]);
+    found_heavy(state, 1, row);
+    EXPECT_EQ(clusters.members, rows) << "once may be chance";
+    found_heavy(state, 1, row);
+    if (fraction == 0) {
+      EXPECT_EQ(clusters.members, rows) << "no outliers were wanted";
+      continue;
+    }
+    EXPECT_EQ(clusters.members.size(), members - 1);
+    EXPECT_EQ(std::accumulate(clusters.sizes.begin(), clusters.sizes.end(), size_t{0}), members - 1);
+    EXPECT_TRUE(std::binary_search(clusters.outliers.begin(), clusters.outliers.end(), rows[40]));
+    EXPECT_TRUE(std::is_sorted(clusters.outliers.begin(), clusters.outliers.end()));
+    EXPECT_EQ(state.segments[1].heads[0].outliers.size(), outliers) << "the other head is left alone";
+    size_t at = 0, before = 0;   // every cluster has its rows, but for the one
+    for (size_t c = 0; c < sizes.size(); ++c) {
+      for (size_t m = 0; m < sizes[c]; ++m) {
+        if (before + m == 40) continue;
+        EXPECT_EQ(clusters.members[at++], rows[before + m]);
+      }
+      before += sizes[c];
+    }
+    // A query reads it with the exact rows, and every row once.
+    Problem problem(spec, 2);
+    problem.query.index = index.get();
+    Selection selection;
+    problem.query.selection = &selection;
+    problem.run({.tau = 1e9f, .check_rows = false});
+    std::vector<int32_t> tokens = selection.heads[1].tokens;
+    std::sort(tokens.begin(), tokens.end());
+    ASSERT_EQ(tokens.size(), 1100u);
+    for (int32_t i = 0; i < 1100; ++i) ASSERT_EQ(tokens[static_cast<size_t>(i)], i);
+    // There is an end to it, and rows outside the index do no harm.
+    for (const uint16_t other : rows) {
+      for (int twice = 0; twice < 2; ++twice) found_heavy(state, 1, static_cast<int32_t>(segment.row_begin + other));
+    }
+    EXPECT_LE(static_cast<double>(clusters.outliers.size()), 4.0 * fraction * segment.num_rows + 1);
+    for (int twice = 0; twice < 2; ++twice) found_heavy(state, 1, 1099);
+    for (int twice = 0; twice < 2; ++twice) found_heavy(state, 1, 5000);
+  }
 }
 
 TEST(RowFilter, CountsAgreeWithSingleRows) {

@@ -43,7 +43,7 @@ TEST(Options, DecodeOptionsOutOfRangeNameValue) {
   expect_rejected(DecodeOptions{.tau = 0.5f}, "tau", "0.5");
   expect_rejected(DecodeOptions{.refine = 0}, "refine", "0");
   expect_rejected(DecodeOptions{.refine = 1.5f}, "refine", "1.5");
-  expect_rejected(DecodeOptions{.target_mass = 0}, "target_mass", "0");
+  expect_rejected(DecodeOptions{.target_mass = -0.1f}, "target_mass", "-0.1");
   expect_rejected(DecodeOptions{.target_mass = 1.01f}, "target_mass", "1.01");
   expect_rejected(DecodeOptions{.budget = 0}, "budget", "0");
   expect_rejected(DecodeOptions{.beta = -1}, "beta", "-1");

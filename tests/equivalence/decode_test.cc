@@ -240,6 +240,77 @@ TEST_P(DecodeSelect, HeadStatsAddUpToTheSteps) {
   }
 }
 
+// Reading on to a target mass names the same clusters.
+TEST(DecodeVerified, IsTheReference) {
+  for (const float target : {0.6f, 0.9f, 0.999f, 1.0f}) {
+    for (uint64_t seed = 1; seed <= 6; ++seed) {
+      SCOPED_TRACE(text("target ", target, " seed ", seed));
+      Problem problem({.kv_len = 2900}, 3, seed, 0.5f);
+      problem.build_index();
+      const DecodeOptions options{.tau = 60, .target_mass = target, .beta = 1};
+      const StepStats expected = problem.run(options, Backend::kReference);
+      const std::vector<float> out = problem.out, lse = problem.lse;
+      const StepStats stats = problem.run(options);
+      expect_alike(problem, stats, out, lse, expected, Select::kSample);
+    }
+  }
+}
+
+// Rows and masses that a step reports are those of its output and its statistics.
+TEST_P(DecodeSelect, ReportsWhatItDid) {
+  for (const Backend backend : {Backend::kCpu, Backend::kReference}) {
+    Problem problem({.kv_len = 2900}, 3);
+    problem.build_index();
+    Selection selection;
+    std::vector<MassEstimate> masses(6);
+    problem.query.selection = &selection;
+    problem.query.masses = masses.data();
+    const StepStats stats = problem.run(options_of(GetParam()), backend);
+    ASSERT_EQ(selection.heads.size(), 2u);
+    int64_t certain = 0, sampled = 0;
+    double mass = 0, variance = 0;
+    for (const MassEstimate& m : masses) {
+      mass += m.mass / 6;
+      variance += m.std_error * m.std_error / 6;
+      EXPECT_LE(m.low, m.mass);
+      EXPECT_GE(m.high, m.mass);
+    }
+    EXPECT_NEAR(mass, stats.estimated_mass, 1e-9);
+    EXPECT_NEAR(std::sqrt(variance), stats.mass_std_error, 1e-9);
+    for (int32_t head = 0; head < 2; ++head) {
+      const HeadSelection& rows = selection.heads[static_cast<size_t>(head)];
+      const size_t n = rows.tokens.size();
+      ASSERT_EQ(rows.log_weights.size(), n);
+      ASSERT_EQ(rows.clusters.size(), n);
+      certain += rows.num_certain;
+      sampled += static_cast<int64_t>(n) - rows.num_certain;
+      std::vector<int32_t> sorted = rows.tokens;
+      std::sort(sorted.begin(), sorted.end());
+      EXPECT_EQ(std::adjacent_find(sorted.begin(), sorted.end()), sorted.end());
+      for (int32_t g = 0; g < 3; ++g) {
+        const size_t q_head = static_cast<size_t>(head * 3 + g);
+        double sum = 0, certain_sum = 0;
+        std::vector<double> out(64);
+        for (size_t i = 0; i < n; ++i) {
+          EXPECT_EQ(rows.log_weights[i] == 0, static_cast<int64_t>(i) < rows.num_certain);
+          const std::vector<float> key = problem.cache.key(head, rows.tokens[i]), value = problem.cache.value(head, rows.tokens[i]);
+          double score = rows.log_weights[i];
+          for (size_t d = 0; d < 64; ++d) score += double{problem.query.sm_scale} * problem.q[q_head * 64 + d] * key[d];
+          const double weight = std::exp(score - problem.lse[q_head]);
+          sum += weight;
+          certain_sum += static_cast<int64_t>(i) < rows.num_certain ? weight : 0;
+          for (size_t d = 0; d < 64; ++d) out[d] += weight * value[d];
+        }
+        EXPECT_NEAR(sum, 1, 1e-4);
+        EXPECT_NEAR(certain_sum, masses[q_head].mass, 5 * masses[q_head].std_error + 1e-4);
+        for (size_t d = 0; d < 64; ++d) EXPECT_NEAR(out[d], problem.out[q_head * 64 + d], 1e-3);
+      }
+    }
+    EXPECT_EQ(certain, stats.tokens_certain);
+    EXPECT_EQ(sampled, stats.tokens_sampled);
+  }
+}
+
 TEST_P(DecodeSelect, StridesLeaveGapsAlone) {
   Problem problem(spec_of(1500), 3, 1, 0.3f);
   problem.build_index();

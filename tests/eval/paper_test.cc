@@ -1,9 +1,10 @@
-// The paper's tables on a small synthetic trace.
+// The paper's tables on a small synthetic trace, and baselines measured on it.
 #include <unistd.h>
 
 #include <filesystem>
 #include <numeric>
 
+#include "baselines/measure.h"
 #include "paper/paper.h"
 #include "support.h"
 #include "tactic/error.h"
@@ -146,6 +147,28 @@ TEST_F(PaperTest, ValueNormsAreRelativeToTheMedian) {
   ASSERT_EQ(rows.size(), 3u);
   EXPECT_NEAR(rows[0]["quantiles"][4][1].get<double>(), 1.0, 0.02);
   EXPECT_LT(rows[0]["quantiles"][0][1], rows[0]["quantiles"][8][1]);
+}
+
+TEST_F(PaperTest, BaselinesAreMeasuredInTheSameCases) {
+  const std::vector<int64_t> queries = {32, 41};
+  const std::vector<BaselineSpec> specs = {parse_baseline("oracle_topk,budget=1e9"), parse_baseline("recent_only,budget=100"), parse_baseline("snapkv,budget=100"),
+                                           parse_baseline("vattention,epsilon=0.5")};
+  const TraceLayer layer = trace_->layer(0);
+  const std::vector<DenseQuery> answers = dense_layer(layer, queries);
+  const std::vector<SettingCases> cases = measure_baselines(layer, 0, answers, specs, 1);
+  for (const SettingCases& c : cases) {
+    EXPECT_EQ(c.heads.size(), 12u);
+    EXPECT_EQ(c.steps.size(), 2u);
+    for (const HeadCase& head : c.heads) EXPECT_TRUE(head.error >= 0 && head.achieved_mass > 0 && head.achieved_mass < 1 + 1e-4) << head.error << " " << head.achieved_mass;
+  }
+  for (const HeadCase& head : cases[0].heads) EXPECT_LT(head.error, 1e-4);
+  EXPECT_NEAR(cases[0].steps[0].read_fraction, 1, 1e-9);
+  EXPECT_EQ(cases[0].steps[0].tokens, 601);
+  EXPECT_EQ(cases[0].heads[7].position, 609);
+  EXPECT_NEAR(cases[1].steps[0].read_fraction, 168.0 / 601, 1e-9);
+  EXPECT_EQ(cases[2].steps[1].tokens, 4 + 100 + 64 + 10);
+  EXPECT_GT(cases[3].steps[0].tokens_sampled, 0);
+  EXPECT_TRUE(measure_baselines(trace_->layer(2), 2, dense_layer(trace_->layer(2), queries), specs, 1)[0].heads.empty());
 }
 
 }  // namespace

@@ -393,6 +393,7 @@ void add_eval(CLI::App& app) {
       "Wilson.");
   verb->callback([options] { eval_kl(*options); });
   add_eval_paper(*eval);
+  add_eval_trace(*eval);
 }
 
 }  // namespace tactic::tool

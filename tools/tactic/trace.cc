@@ -14,6 +14,7 @@
 #include <ggml-backend.h>
 
 #include "report.h"
+#include "synthetic.h"
 #include "tactic/error.h"
 #include "text.h"
 #include "trace.h"
@@ -28,7 +29,7 @@ using eval::TraceLayerInfo;
 
 struct TraceOptions {
   HostOptions host;
-  std::string text, name, output, cache_type = "f16";
+  std::string text, name, output, synthetic, cache_type = "f16";
   int64_t records = -1, tokens = 8192, skip = 0, queries = 64, prompt_queries = 32, prompt = 0;
   int32_t threads = 0;
   uint64_t seed = 1;
@@ -219,7 +220,15 @@ TraceInfo plan_queries(const TraceOptions& options) {
 }
 
 void trace(const TraceOptions& options) {
+  if (!options.synthetic.empty()) {
+    try {
+      return eval::write_synthetic(options.output, eval::synthetic_preset(options.synthetic));
+    } catch (const Error& e) {
+      throw CommandError(e.what());
+    }
+  }
   const std::filesystem::path model = options.host.model_path, text = options.text;
+  if (options.host.model_path.empty()) throw CommandError("give --model, or --synthetic");
   if (options.text.empty() == (options.records < 0)) throw CommandError("give either --file or --records");
   TraceInfo info = plan_queries(options);
   info.model = model.filename().string();
@@ -261,6 +270,8 @@ void add_trace(CLI::App& app) {
   auto options = std::make_shared<TraceOptions>();
   CLI::App* verb = app.add_subcommand("trace", "Record K, V and queries of a prefill for tactic eval trace");
   add_host_options(*verb, options->host);
+  CLI::Option* synthetic = verb->add_option("--synthetic", options->synthetic, "no model: normed-128, flat-128 or normed-256");
+  verb->get_option("--model")->required(false)->excludes(synthetic);
   verb->add_option("-f,--file", options->text, "text to read")->type_name("FILE");
   verb->add_option("--records", options->records, "generated records instead, this many; 0: as many as are needed")->check(CLI::Range(0, 1 << 24));
   verb->add_option("--name", options->name, "of the text, in reports; else the file's");
