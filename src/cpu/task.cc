@@ -126,6 +126,11 @@ void select_rows(Task& task, const DecodeOptions& options) {
 
 namespace {
 
+// Weight, relative to the task's state, from which on a sampled row refines its cluster.
+float heavy_weight(const Task& task, int32_t g, float limit) {
+  return limit * std::exp(task.inclusion.log_totals[static_cast<size_t>(g)] - task.exact_state[static_cast<size_t>(g)].max);
+}
+
 // A sampled row that speaks for too large a share in any head had its cluster underestimated: the cluster is read whole
 // and its rows lose their weights. Returns whether there was any.
 bool refine(Task& task, float limit) {
@@ -135,7 +140,7 @@ bool refine(Task& task, float limit) {
     const int32_t cluster = selection.clusters[static_cast<size_t>(i)];
     if (!found.empty() && found.back() == cluster) continue;
     for (int32_t g = 0; g < task.group_size; ++g) {
-      if (task.selected.weights_of(g)[i] > limit * task.state[static_cast<size_t>(g)].sum) {
+      if (task.selected.weights_of(g)[i] > heavy_weight(task, g, limit)) {
         found.push_back(cluster);
         break;
       }
@@ -204,10 +209,10 @@ void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* 
     state = {exact.max, static_cast<float>(total)};
     task.certain_mass[static_cast<size_t>(g)] = 1 - sum.sampled / total;
     task.variance[static_cast<size_t>(g)] = sum.variance / (total * total);
-    underestimated = underestimated || sum.largest_sampled > limit * total;
+    underestimated = underestimated || (options.select == Select::kSample && sum.largest_sampled > heavy_weight(task, g, limit));
   };
   for (int32_t g = 0; g < task.group_size; ++g) settle(g, sums[g]);
-  if (task.not_finite || options.select != Select::kSample || !underestimated || !refine(task, limit)) return;
+  if (task.not_finite || !underestimated || !refine(task, limit)) return;
   for (int32_t g = 0; g < task.group_size; ++g) {
     WeightSums sum;
     const float* weights = task.selected.weights_of(g);

@@ -73,7 +73,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   }
   if (options.check_rows && !unchanged(index, kv, head, selection)) return DenseReason::kRowChanged;
   if (options.select == Select::kSample) {
-    stats.refined_clusters += refine(index, head, filter, kv.k, q.data(), dim, group_size, exact.data(),
+    stats.refined_clusters += refine(index, head, filter, kv.k, q.data(), dim, group_size, inclusion,
                                      refine_limit(options, inclusion), selection);
   }
   const size_t num_sampled = selection.tokens.size() - selection.num_certain, num_selected = selection.tokens.size();
