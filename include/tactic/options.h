@@ -41,7 +41,7 @@ struct DecodeOptions {
   Select select = Select::kSample;
   float target_error = 0.02f;   // kSample: relative standard error of the attention mass; ignored when tau > 0
   float tau = 0.0f;             // kSample: expected number of tokens read is at most tau per KV head
-  float refine = 0.01f;         // kSample: a sampled token that stands for more than this share has its cluster read whole
+  float refine = 0.01f;         // kSample: a sampled token that stands for more than this share has its cluster read whole; 1: never
   float target_mass = 0.9f;     // kFit: share of the attention mass to read, 0 < target_mass <= 1
   int32_t budget = 1024;        // kTopK: tokens per query head
   float beta = 0.0f;            // kSample: weight of the spread term; 0: calibrated per layer and head from what is read

@@ -65,6 +65,7 @@ struct Inclusion {
 /// can be judged as it is read. A sampled row stands for about 1 / tau by design; with a limit near that, refinement would
 /// throw the sample away and the mass it speaks for with it (at 2 / tau the mass is biased, at 8 / tau by less than 1%).
 inline float refine_limit(const DecodeOptions& options, const Inclusion& inclusion) {
+  if (options.refine >= 1) return __builtin_inff();
   const float ordinary = 8.0f / inclusion.tau;
   return options.refine > ordinary ? options.refine : ordinary;
 }
