@@ -59,7 +59,7 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
       hn::StoreU(mean, df, means + c);
       hn::StoreU(spread, df, rms + c);
       best = hn::Max(best, mean);
-      poison = hn::Add(poison, hn::IfThenElseZero(used, hn::Mul(dot, hn::Zero(df))));   // NaN if any is not finite
+      poison = hn::Add(poison, hn::IfThenElseZero(used, hn::Mul(mean, hn::Zero(df))));   // NaN if any is not finite
     }
     if (!(hn::GetLane(hn::SumOfLanes(df, poison)) == 0)) return false;
     const float max = std::max(hn::GetLane(hn::MaxOfLanes(df, best)), params.exact[g].max);
