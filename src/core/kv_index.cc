@@ -225,7 +225,8 @@ Segment build_segment(const IndexState& s, const KvView& kv, const Due& due) {
 
 void put_segment(IndexState& s, Segment segment) {
   const int64_t begin = segment.row_begin, end = begin + segment.num_rows;
-  s.segments.reserve(s.segments.size() + 1);   // the only thing here that can fail: no bit may name a segment that is not there
+  // The only thing here that can fail: no bit may name a segment that is not there.
+  s.segments.reserve(s.segments.size() + 1);
   std::erase_if(s.segments, [&](const Segment& old) {
     if (old.row_begin >= end || old.row_begin + old.num_rows <= begin) return false;
     s.indexed.reset_range(old.row_begin, old.row_begin + old.num_rows);

@@ -16,6 +16,7 @@ struct TailSums {
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/select_sample.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
+
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 

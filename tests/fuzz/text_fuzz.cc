@@ -1,4 +1,5 @@
-// What the command does with bytes from outside: text becomes UTF-8, whole or in pieces, and lists of numbers are numbers.
+// What the command does with bytes from outside: text becomes UTF-8, whole or in pieces, and lists of numbers
+// and modes are what they say.
 #include <algorithm>
 #include <string>
 
@@ -31,11 +32,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   require(repair_utf8(streamed, nullptr) == 0, "the whole is valid");
   if (places == 0) require(streamed == bytes, "valid text passes unchanged");
 
-  for (const char c : escape_controls(whole)) require(static_cast<unsigned char>(c) >= 0x20 && c != 0x7F, "no control is left");
+  for (const char c : escape_controls(whole))
+    require(static_cast<unsigned char>(c) >= 0x20 && c != 0x7F, "no control is left");
 
   try {
+    require(!parse_modes(bytes).empty(), "a list of modes names one");
+  } catch (const CommandError&) {
+  }
+  try {
     const std::vector<int64_t> numbers = parse_numbers(bytes.substr(0, 32), "--numbers", 0, 100000);
-    require(!numbers.empty() && std::all_of(numbers.begin(), numbers.end(), [](int64_t n) { return n >= 0 && n <= 100000; }),
+    require(!numbers.empty() &&
+                std::all_of(numbers.begin(), numbers.end(), [](int64_t n) { return n >= 0 && n <= 100000; }),
             "numbers lie in the range");
   } catch (const CommandError&) {
   }
