@@ -25,7 +25,7 @@ enum class Clustering : uint8_t {
 struct IndexOptions {
   Clustering clustering = Clustering::kIncremental;
   int32_t cluster_tokens = 16;              // mean cluster size; larger: smaller index, more tokens read
-  int32_t segment_tokens = 2048;            // rows clustered together, at most 65536
+  int32_t segment_tokens = 2048;            // rows clustered together, at most 65535
   int32_t provisional_tokens = 256;         // rows of the small segments that hold the newest tokens; divides segment_tokens
   int32_t provisional_cluster_tokens = 4;   // their mean cluster size
   int32_t iterations = 4;                   // k-means rounds (10 with Clustering::kWhole in the paper)

@@ -17,6 +17,7 @@ struct TailSums {
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/select_sample.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
+
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
@@ -61,7 +62,7 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
       hn::StoreU(mean, df, means + c);
       hn::StoreU(spread, df, rms + c);
       best = hn::Max(best, mean);
-      poison = hn::Add(poison, hn::IfThenElseZero(used, hn::Mul(dot, hn::Zero(df))));   // NaN if any is not finite
+      poison = hn::Add(poison, hn::IfThenElseZero(used, hn::Mul(mean, hn::Zero(df))));   // NaN if any is not finite
     }
     if (!(hn::GetLane(hn::SumOfLanes(df, poison)) == 0)) return false;
     const float max = std::max(hn::GetLane(hn::MaxOfLanes(df, best)), params.exact[g].max);

@@ -261,7 +261,7 @@ void learn(Task& task, const DecodeOptions& options) {
     known.variance_ratio = std::clamp(known.variance_ratio * std::pow(ratio / known.variance_ratio, 0.02), 0.1, 10.0);
   }
   // Whole clusters give pairs of spread term and true log mean weight; they are read anyway, but logarithms cost.
-  if ((task.query->position + task.query->layer) % 8 != 0) return;
+  if ((static_cast<uint64_t>(task.query->position) + static_cast<uint64_t>(task.query->layer)) % 8 != 0) return;
   known.sum_xx *= kForget;
   known.sum_xy *= kForget;
   const HeadSelection& selection = task.selection;
@@ -320,7 +320,7 @@ void add_stats(const Task& task, StepStats& stats) {
   HeadStats& head = task.query->head_stats[task.head];
   head = {read, task.exact.size(), 0, 0, task.inclusion.tau, task.beta};
   for (size_t g = 0; g < static_cast<size_t>(task.group_size); ++g) {
-    head.exact_mass += task.exact_state[g].sum / task.state[g].sum / task.group_size;
+    head.exact_mass += double{task.exact_state[g].sum} / task.state[g].sum / task.group_size;
     head.estimated_mass += task.certain_mass[g] / task.group_size;
   }
 }
