@@ -1,8 +1,8 @@
 // tactic eval tasks: answers to task items, and how probable each mode finds the right one.
 //
-// An item is prefilled once by llama.cpp's own attention. From that one saved state every mode decodes twice, each time
-// in a context of its own: along the right answer (log-probability, KL against exact attention), and greedily. Scores
-// and statistics are made from the lines by eval/tasks.
+// An item is prefilled once by llama.cpp's own attention, of items that begin alike only the differing end. From that
+// one saved state every mode decodes twice, each time in a context of its own: along the right answer (log-probability,
+// KL against exact attention), and greedily. Scores and statistics are made from the lines by eval/tasks.
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
@@ -120,6 +120,11 @@ struct Answer {
   tactic_totals totals = {};
 };
 
+struct Prefilled {
+  std::vector<llama_token> tokens;
+  std::vector<uint8_t> state;
+};
+
 class TaskRun {
  public:
   TaskRun(Host& host, const TasksOptions& options, const Item& item) : host_(host), item_(item) {
@@ -135,11 +140,22 @@ class TaskRun {
   int64_t prompt_tokens() const { return std::ssize(tokens_); }
   int64_t target_tokens() const { return std::ssize(target_); }
 
-  /// The last token is left out: each mode decodes it itself.
-  void prefill() {
+  /// The last token is left out: each mode decodes it itself. Whole batches that begin like the previous item's are
+  /// taken from its state, so that the bits are those of a prefill of everything.
+  void prefill(Prefilled& previous) {
+    const std::span<const llama_token> tokens(tokens_.data(), tokens_.size() - 1);
+    const auto alike =
+        std::mismatch(tokens.begin(), tokens.end(), previous.tokens.begin(), previous.tokens.end()).first;
+    int64_t shared = (alike - tokens.begin()) / Session::kBatchTokens * Session::kBatchTokens;
+    if (std::ssize(previous.tokens) > session_options_.kv_len_max) shared = 0;
     Session session(host_, parse_mode("stock"), session_options_);
-    session.prefill({tokens_.data(), tokens_.size() - 1});
+    if (shared > 0) {
+      session.restore(previous.state, std::ssize(previous.tokens));
+      session.truncate(shared);
+    }
+    session.prefill(tokens.subspan(static_cast<size_t>(shared)));
     state_ = session.save();
+    previous = {{tokens.begin(), tokens.end()}, state_};
     exact_.resize(target_.size() * static_cast<size_t>(host_.vocab_size()));
   }
 
@@ -236,6 +252,7 @@ void eval_tasks(const TasksOptions& options) {
   const Json facts = record_header(host, "eval tasks");
   const Json header = {{"commit", facts["commit"]}, {"model", model}, {"cache_type", options.cache_type}};
 
+  Prefilled previous;
   Progress progress("items", std::ssize(items), "items");
   for (const Item& item : items) {
     std::vector<Mode> wanted;
@@ -258,7 +275,7 @@ void eval_tasks(const TasksOptions& options) {
       ++too_long;
       continue;
     }
-    run.prefill();
+    run.prefill(previous);
     std::vector<Json> lines;
     const Answer reference = run.answer(exact, true);
     for (const Mode& mode : wanted) {
