@@ -98,11 +98,13 @@ std::map<std::string, std::set<std::string>> read_done(const std::string& out, c
   while (std::getline(file, line)) {
     is_whole = !file.eof();
     const Json json = Json::parse(line, nullptr, false);
-    if (!json.is_object() || !json.contains("id") || !json.contains("mode") || json.contains("error")) continue;
+    if (!json.is_object() || json.contains("error")) continue;
+    if (!json.contains("id") || !json["id"].is_string() || !json.contains("mode") || !json["mode"].is_string())
+      continue;
     const std::string id = json["id"];
     const auto known = fingerprints.find(id);
     if (known == fingerprints.end()) continue;
-    if (json.value("fingerprint", "") != known->second) {
+    if (!json.contains("fingerprint") || json["fingerprint"] != known->second) {
       throw CommandError(out + " has item " + id + " with another text, model or setting; give another --out");
     }
     done[id].insert(json["mode"].get<std::string>());
@@ -136,7 +138,15 @@ class TaskRun {
                         .cache_type = parse_cache_type(options.cache_type)};
   }
 
-  int64_t kv_len_max() const { return session_options_.kv_len_max; }
+  /// Why this item cannot be run with this model; empty if it can.
+  std::string why_not() const {
+    const int32_t trained = llama_model_n_ctx_train(host_.model());
+    if (tokens_.size() < 2) return "its prompt has fewer than two tokens";
+    if (session_options_.kv_len_max <= trained) return {};
+    return format("it needs a context of %lld tokens, the model was trained for %d",
+                  static_cast<long long>(session_options_.kv_len_max), trained);
+  }
+
   int64_t prompt_tokens() const { return std::ssize(tokens_); }
   int64_t target_tokens() const { return std::ssize(target_); }
 
@@ -243,7 +253,7 @@ void eval_tasks(const TasksOptions& options) {
     if (mode.name != exact.name) modes.push_back(mode);
   }
   parse_cache_type(options.cache_type);
-  int64_t broken = 0, left = 0, too_long = 0, finished = 0;
+  int64_t broken = 0, left = 0, unfit = 0, finished = 0;
   const std::string model = options.host.model_path.substr(options.host.model_path.rfind('/') + 1);
   const std::vector<Item> items = read_items(options, model, broken);
   const auto done = read_done(options.out, items);
@@ -269,10 +279,10 @@ void eval_tasks(const TasksOptions& options) {
       continue;
     }
     TaskRun run(host, options, item);
-    if (run.kv_len_max() > llama_model_n_ctx_train(host.model())) {
-      std::fprintf(stderr, "tactic: %s: skipped: it needs a context of %lld tokens, the model was trained for %d\n",
-                   item.id.c_str(), static_cast<long long>(run.kv_len_max()), llama_model_n_ctx_train(host.model()));
-      ++too_long;
+    const std::string reason = run.why_not();
+    if (!reason.empty()) {
+      std::fprintf(stderr, "tactic: %s: skipped: %s\n", item.id.c_str(), reason.c_str());
+      ++unfit;
       continue;
     }
     run.prefill(previous);
@@ -285,9 +295,9 @@ void eval_tasks(const TasksOptions& options) {
     for (const Json& line : lines) out.write(line);
     progress.update(++finished);
   }
-  std::printf("%lld of %zu items are in %s; %lld left for another run, %lld too long, %lld broken line(s) skipped\n",
+  std::printf("%lld of %zu items are in %s; %lld left for another run, %lld unfit, %lld broken line(s) skipped\n",
               static_cast<long long>(finished), items.size(), options.out.c_str(), static_cast<long long>(left),
-              static_cast<long long>(too_long), static_cast<long long>(broken));
+              static_cast<long long>(unfit), static_cast<long long>(broken));
 }
 
 }  // namespace

@@ -86,6 +86,6 @@ def test_too_long_items_and_bad_arguments(made, tmp_path):
     out = tmp_path / "out.jsonl"
     write_items([Item(id="long", task="t", prompt="word " * 9000, answers=["x"], metric="any", max_tokens=2)], tmp_path / "long")
     done = run(tmp_path / "long", out)
-    assert "long: skipped: it needs a context of" in done.stderr and "1 too long" in done.stdout
+    assert "long: skipped: it needs a context of" in done.stderr and "1 unfit" in done.stdout
     assert "cannot read the items" in run(tmp_path / "none", out, code=1).stderr
     assert "mode 'best=1'" in run(made, out, modes="best=1", code=1).stderr
