@@ -54,9 +54,9 @@ def niah(size, rng, context, filler, key_kind="word", value_kind="number", num_k
     haystack can be asked several questions: `question` says for which key, in the order in which keys were drawn."""
     num_keys = max(num_keys, num_queries)
     others = size if filler == "needle" else 0
-    text = context.haystack if filler == "text" else ()
+    avoided = context.haystack if filler == "text" else ()
     names = keys(rng, num_keys + others) if key_kind == "word" else _distinct(_uuid, rng, num_keys + others)
-    values = _distinct(_number if value_kind == "number" else _uuid, rng, num_keys * num_values + others, text)
+    values = _distinct(_number if value_kind == "number" else _uuid, rng, num_keys * num_values + others, avoided)
     noun = "number" if value_kind == "number" else "uuid"
     owners = [names[i // num_values] for i in range(num_keys * num_values)] + names[num_keys:]
     needles = [f"The secret {noun} of {owner} is {value}." for owner, value in zip(owners, values)]
