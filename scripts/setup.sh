@@ -106,6 +106,20 @@ get_llama() {
   touch "$LLAMA_DIR/ok"
 }
 
+# The interpreter with what eval/ needs. Not part of setup: the command and the plug-in do without.
+get_python() {
+  install_packages
+  local requirements=$TACTIC_ROOT/eval/requirements.txt key venv
+  key=$({ cat "$requirements"; /usr/bin/python3 -VV; } | sha256sum | cut -c1-12)
+  venv=$TACTIC_CACHE/venv-eval-$key
+  PYTHON=$venv/bin/python
+  [ -e "$venv/ok" ] && return
+  say "Installing the Python packages of eval/requirements.txt"
+  rm -rf "$venv"; mkdir -p "$TACTIC_CACHE"; /usr/bin/python3 -m venv "$venv"
+  "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$requirements" >&2
+  touch "$venv/ok"
+}
+
 setup() {
   mkdir -p "$TACTIC_CACHE"
   install_packages

@@ -290,6 +290,7 @@ void add_eval(CLI::App& app) {
   auto options = std::make_shared<EvalOptions>();
   CLI::App* eval = app.add_subcommand("eval", "Measure the error of modes");
   eval->require_subcommand(1);
+  add_eval_tasks(*eval);
   CLI::App* verb = eval->add_subcommand("kl", "KL of next-token distributions against exact attention, token by token");
   add_host_options(*verb, options->host);
   verb->add_option("--text", options->texts, "text to decode; may be repeated")->type_name("FILE")->take_all();

@@ -10,6 +10,7 @@ namespace tactic::tool {
 void add_run(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_eval(CLI::App& app);
+void add_eval_tasks(CLI::App& eval);
 void add_inspect(CLI::App& app);
 
 /// -m, --plugin, -v, which every verb has.

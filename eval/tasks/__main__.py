@@ -1,0 +1,148 @@
+"""python -m tasks make|load|ask|summary: see docs/tasks.md."""
+
+import argparse
+import os
+import sys
+
+from . import client, files, results, ruler
+from .items import read_items, write_items
+from .tokens import ServerTokens, estimate
+from .words import Haystack
+
+import httpx
+from tqdm import tqdm
+
+
+def counter(server, model):
+    """The server's tokenizer, or the estimate where there is none."""
+    if not server:
+        print("note: no --server: tokens are estimated", file=sys.stderr)
+        return estimate
+    count = ServerTokens(server, model)
+    try:
+        count("probe")
+    except (httpx.HTTPStatusError, ValueError) as error:
+        print(f"note: no tokenizer ({error}): tokens are estimated", file=sys.stderr)
+        return estimate
+    return count
+
+
+def make(options):
+    names = list(ruler.TASKS) if options.tasks == "all" else options.tasks.split(",")
+    for name in names:
+        if name not in ruler.TASKS:
+            raise ValueError(f"task '{name}' is none of {', '.join(ruler.TASKS)}")
+    haystack = None
+    if options.haystack:
+        with open(options.haystack, encoding="utf-8") as file:
+            haystack = Haystack(file.read())
+    sources = {form: load(getattr(options, form)) for form, load in files.QUESTIONS.items() if getattr(options, form)}
+    if options.tasks == "all":
+        names = [n for n in names if n not in ("qa_1", "qa_2") or {"qa_1": "squad", "qa_2": "hotpotqa"}[n] in sources]
+        if len(names) < len(ruler.TASKS):
+            print("note: qa_1 needs --squad, qa_2 --hotpotqa: left out", file=sys.stderr)
+    context = ruler.Context(haystack, sources, counter(options.server, options.model))
+    wanted = [(name, i) for i in range(options.count) for name in names]
+    made = []
+    for name, i in tqdm(wanted, unit="haystack"):
+        made += ruler.make_items(name, i, options.length, options.seed, context, options.questions)
+    write_items(made, options.out)
+
+
+def load(options):
+    count = counter(options.server, options.model)
+    problems, items = [], []
+    for path in options.files:
+        name = os.path.splitext(os.path.basename(path))[0]
+        name = name if options.form == "longbench" else f"{options.form}-{name}"
+        extra = {"length": options.length} if options.form == "longbench" else {}
+        loaded = files.LOADERS[options.form](path, name, count, problems, **extra)
+        items.append(loaded[: options.count or None])
+    # Item by item from every file, so that the first n are a fair sample of all.
+    longest = max(map(len, items))
+    mixed = [part[i] for i in range(longest) for part in items if i < len(part)]
+    write_items(mixed, options.out)
+    print(f"{len(mixed)} items, {len(problems)} broken line(s) skipped", file=sys.stderr)
+
+
+def ask(options):
+    problems = []
+    items = read_items(options.items, problems)
+    settings = client.Settings(
+        server=options.server, model=options.model, mode=options.mode, api=options.api, seed=options.seed,
+        timeout_s=options.timeout, attempts=options.attempts, workers=options.workers, max_tokens=options.max_tokens,
+    )
+    report = client.ask_all(items[: options.count or None], options.out, settings)
+    print(f"{report}; {len(problems)} broken line(s) skipped", file=sys.stderr)
+    return 0 if report.complete else 3
+
+
+def summary(options):
+    table = results.summarize(options.items, options.results, options.baseline)
+    print(table.json() if options.json else table.markdown())
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="eval_tasks.sh", description="Long-context tasks: make items, ask servers, sum up.")
+    verbs = top.add_subparsers(dest="verb", required=True)
+
+    def tokenizer(verb):
+        verb.add_argument("--server", help="counts tokens by its /tokenize; without: an estimate")
+        verb.add_argument("--model", default="", help="name of the model, if the server wants one")
+        verb.add_argument("-o", "--out", required=True, help="file of items")
+
+    verb = verbs.add_parser("make", help="generate items of RULER's tasks")
+    verb.add_argument("--tasks", default="all", help=f"all, or some of {','.join(ruler.TASKS)}")
+    verb.add_argument("--length", type=int, required=True, help="tokens of a prompt")
+    verb.add_argument("-n", "--count", type=int, default=20, help="haystacks of each task")
+    verb.add_argument("--questions", type=int, default=1, help="items from each haystack, where it has so many keys")
+    verb.add_argument("--seed", type=int, default=1)
+    verb.add_argument("--haystack", help="text file; without: generated sentences")
+    verb.add_argument("--squad", help="questions for qa_1, in the form of SQuAD")
+    verb.add_argument("--hotpotqa", help="questions for qa_2, in the form of HotpotQA")
+    tokenizer(verb)
+    verb.set_defaults(run=make)
+
+    verb = verbs.add_parser("load", help="items from published files")
+    verb.add_argument("form", choices=files.LOADERS)
+    verb.add_argument("files", nargs="+")
+    verb.add_argument("-n", "--count", type=int, default=0, help="items of each file; 0: all")
+    verb.add_argument("--length", type=int, help="longbench: tokens of a prompt at most")
+    tokenizer(verb)
+    verb.set_defaults(run=load)
+
+    verb = verbs.add_parser("ask", help="let a server answer")
+    verb.add_argument("--items", required=True)
+    verb.add_argument("-o", "--out", required=True, help="results; what it has is not asked again")
+    verb.add_argument("--server", required=True, help="such as http://localhost:8080/v1")
+    verb.add_argument("--model", default="default")
+    verb.add_argument("--mode", required=True, help="what the results are called: dense, sparse, ...")
+    verb.add_argument("--api", choices=("chat", "completions"), default="chat")
+    verb.add_argument("-n", "--count", type=int, default=0, help="only the first items; 0: all")
+    verb.add_argument("--seed", type=int, default=1)
+    verb.add_argument("--timeout", type=float, default=600, help="seconds for a whole answer")
+    verb.add_argument("--attempts", type=int, default=5)
+    verb.add_argument("--workers", type=int, default=1, help="requests at a time")
+    verb.add_argument("--max-tokens", type=int, default=0, help="no answer is longer; 0: as the item says")
+    verb.set_defaults(run=ask)
+
+    verb = verbs.add_parser("summary", help="scores, intervals, each mode against the baseline")
+    verb.add_argument("results", nargs="+")
+    verb.add_argument("--items", required=True, action="append", help="may be repeated")
+    verb.add_argument("--baseline", default="dense")
+    verb.add_argument("--json", action="store_true", help="JSON lines instead of a Markdown table")
+    verb.set_defaults(run=summary)
+    return top
+
+
+def main(arguments=None):
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (OSError, ValueError, KeyError, httpx.HTTPError) as error:
+        print(f"eval_tasks: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

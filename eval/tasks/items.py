@@ -1,0 +1,107 @@
+"""Items and JSON lines. docs/tasks.md lists the fields."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+
+METRICS = ("all", "any", "babilong", "last_number", "f1")
+
+
+@dataclass
+class Item:
+    id: str
+    task: str
+    prompt: str  # what the user says
+    answers: list  # of strings
+    metric: str  # one of METRICS
+    max_tokens: int
+    prefix: str = ""  # how the answer begins, given to the model; for servers only by the completions API
+    target: str = ""  # the right continuation of the prefix, whose log-probability is measured
+    prompt_tokens: int = 0  # of prompt and prefix, without chat template
+    labels: list = field(default_factory=list)  # every possible answer, for `babilong`
+
+    def __post_init__(self):
+        if self.metric not in METRICS:
+            raise ValueError(f"metric '{self.metric}' is none of {', '.join(METRICS)}")
+        if not (isinstance(self.answers, list) and self.answers and all(isinstance(a, str) for a in self.answers)):
+            raise ValueError("answers must be a list of at least one string")
+        for name in ("id", "task", "prompt"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name} must be a string that is not empty")
+        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+            raise ValueError(f"max_tokens ({self.max_tokens}) must be a positive integer")
+
+
+def parse_item(record):
+    names = Item.__dataclass_fields__
+    missing = [n for n in ("id", "task", "prompt", "answers", "metric", "max_tokens") if n not in record]
+    if missing:
+        raise ValueError(f"no field {', '.join(missing)}")
+    return Item(**{name: record[name] for name in names if name in record})
+
+
+def read_lines(path, parse, problems=None):
+    """`parse(record)` of every JSON object of a file of JSON lines. A line that is broken or that `parse` refuses
+    (ValueError, KeyError, TypeError) is named on stderr and skipped; its name goes into the list `problems`."""
+    good = []
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not a JSON object")
+                good.append(parse(record))
+            except (ValueError, KeyError, TypeError) as error:
+                what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+                problem = f"{path}:{number}: skipped: {what}"
+                print(problem, file=sys.stderr)
+                if problems is not None:
+                    problems.append(problem)
+    return good
+
+
+def read_items(path, problems=None):
+    seen = set()
+
+    def parse(record):
+        item = parse_item(record)
+        if item.id in seen:
+            raise ValueError(f"the id {item.id} stands there twice")
+        seen.add(item.id)
+        return item
+
+    return read_lines(path, parse, problems)
+
+
+def write_items(items, path):
+    with open(path, "w", encoding="utf-8") as file:
+        for item in items:
+            file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
+
+
+class Appender:
+    """Appends JSON objects, one a line, each at once on disk's way. A last line that was cut short is closed first."""
+
+    def __init__(self, path):
+        whole = True
+        if os.path.exists(path) and os.path.getsize(path):
+            with open(path, "rb") as file:
+                file.seek(-1, os.SEEK_END)
+                whole = file.read(1) == b"\n"
+        self._file = open(path, "a", encoding="utf-8")
+        if not whole:
+            self._file.write("\n")
+
+    def write(self, record):
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()

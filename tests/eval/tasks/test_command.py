@@ -1,0 +1,91 @@
+"""`tactic eval tasks` on a real model: TACTIC_TEST_MODEL names it, TACTIC_TEST_COMMAND the command."""
+
+import json
+import os
+import subprocess
+
+import pytest
+from tasks import ruler
+from tasks.items import Item, write_items
+from tasks.results import summarize
+
+MODEL, COMMAND = os.environ.get("TACTIC_TEST_MODEL"), os.environ.get("TACTIC_TEST_COMMAND")
+pytestmark = pytest.mark.skipif(not (MODEL and COMMAND), reason="TACTIC_TEST_MODEL or TACTIC_TEST_COMMAND is not set")
+MODES = "stock;sample,error=0.02,min_context=256"
+
+
+def run(items, out, *more, modes=MODES, code=0):
+    command = [COMMAND, "eval", "tasks", "-m", MODEL, "--items", items, "-o", out, "--modes", modes, "--max-tokens", "6", *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    path = tmp_path_factory.mktemp("items") / "items.jsonl"
+    items = ruler.make_items("niah_multikey_1", 0, 700, 1, ruler.Context(), questions=2)  # one haystack
+    bare = Item(id="bare", task="hello", prompt=items[0].prompt, answers=["x"], metric="any", max_tokens=2)
+    write_items([*items, bare], path)
+    with open(path, "a") as file:
+        file.write('{"id": "broken", "task": "t"}\n{"id": "cut\n')
+    return path
+
+
+def test_lines_resume_and_summary(made, tmp_path):
+    out = tmp_path / "out.jsonl"
+    first = run(made, out, "--limit", "1")
+    assert "items.jsonl:4: skipped" in first.stderr and "items.jsonl:5: skipped" in first.stderr
+    assert "1 of 1 items" in first.stdout and "2 broken line(s)" in first.stdout
+    names = ["dense", "stock", "sample,error=0.02,min_context=256"]
+    dense, stock, sparse = lines(out)
+    assert [line["mode"] for line in (dense, stock, sparse)] == names
+    assert dense["kl"] == 0 and dense["same_top"] == dense["answer_tokens"] >= 7 and dense["read_fraction"] == 1
+    assert dense["answer_logprob"] < 0
+    for line in (stock, sparse):
+        assert 0 < line["kl"] <= line["kl_max"] < 1
+        assert abs(line["answer_logprob"] - dense["answer_logprob"]) < 2
+        assert line["output_tokens"] <= 6 and line["prompt_tokens"] == dense["prompt_tokens"] > 650
+    assert not stock["taken"] and sparse["taken"] and sparse["read_fraction"] < 1
+
+    # The process was killed in the middle of a line: what is missing is done, what is there is not done again.
+    whole = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(whole[:2]) + whole[2][:40])
+    done = run(made, out)
+    assert "3 of 3 items" in done.stdout
+    good = [line for line in out.read_text().splitlines() if line.endswith("}")]
+    assert good[:2] == [line.rstrip("\n") for line in whole[:2]]
+    again = {(r["id"], r["mode"]): r for r in map(json.loads, good)}
+    assert len(good) == len(again) == 9
+    assert again[sparse["id"], sparse["mode"]] == sparse  # same item, same mode: same bits
+
+    # An item whose first batch comes from the item before has the bits of one that is prefilled alone.
+    alone = tmp_path / "alone.jsonl"
+    (tmp_path / "second.jsonl").write_text(made.read_text().splitlines(keepends=True)[1])
+    run(tmp_path / "second.jsonl", alone)
+    assert [again[r["id"], r["mode"]] for r in lines(alone)] == lines(alone)
+    assert "answer_logprob" not in again["bare", "dense"]
+
+    rows = summarize([made], [out], "dense").rows
+    assert {(r["task"], r["mode"]): r["n"] for r in rows} == {(t, m): n for t, n in (("niah_multikey_1", 2), ("hello", 1)) for m in names}
+    assert run(made, out).stdout.startswith("3 of 3 items") and len(out.read_text().splitlines()) == 10
+
+
+def test_other_items_are_not_mixed(made, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text(json.dumps({"id": "bare", "mode": "dense", "output": "", "fingerprint": "of another text"}) + "\n")
+    assert "item bare with another text, model or setting" in run(made, out, code=1).stderr
+    assert len(lines(out)) == 1
+
+
+def test_too_long_items_and_bad_arguments(made, tmp_path):
+    out = tmp_path / "out.jsonl"
+    write_items([Item(id="long", task="t", prompt="word " * 9000, answers=["x"], metric="any", max_tokens=2)], tmp_path / "long")
+    done = run(tmp_path / "long", out)
+    assert "long: skipped: it needs a context of" in done.stderr and "1 unfit" in done.stdout
+    assert "cannot read the items" in run(tmp_path / "none", out, code=1).stderr
+    assert "mode 'best=1'" in run(made, out, modes="best=1", code=1).stderr

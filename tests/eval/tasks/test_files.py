@@ -1,0 +1,88 @@
+import json
+
+import pytest
+from tasks import files
+from tasks.items import Appender, Item, read_items, write_items
+from tasks.tokens import estimate
+
+
+def lines(tmp_path, *records):
+    path = tmp_path / "set.jsonl"
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
+    return path
+
+
+def test_babilong(tmp_path, capsys):
+    good = {"input": "Mary went to the garden.", "question": "Where is Mary? ", "target": "garden"}
+    other = {"input": "John went to the office.", "question": "Where is John? ", "target": "office"}
+    problems = []
+    path = lines(tmp_path, good, '{"input": "cut sh', {"input": "x", "question": "y"}, "[1]", other)
+    items = files.babilong(path, "babilong-qa1", problems=problems)
+    assert [i.answers for i in items] == [["garden"], ["office"]]
+    assert items[0].labels == ["garden", "office"] and items[0].target == " garden"
+    assert items[0].prompt.count(good["input"]) == 1 and items[0].prompt.endswith("Question: Where is Mary?")
+    assert len(problems) == 3
+    shown = capsys.readouterr().err
+    assert "set.jsonl:2: skipped" in shown and ":3: skipped: no field 'target'" in shown and ":4: skipped" in shown
+
+
+def test_longeval(tmp_path):
+    record = {"random_idx": ["torpid-kid", 7], "expected_number": 2416, "prompt": "lines ... I need the number. "}
+    items = files.longeval(lines(tmp_path, record, {**record, "expected_number": "x"}), "longeval")
+    assert len(items) == 1 and items[0].answers == ["2416"] and items[0].metric == "last_number"
+    assert items[0].prefix + items[0].target == "The <REGISTER_CONTENT> in line torpid-kid is <2416>"
+
+
+# A sample in the published form, written for this test.
+LONGBENCH = [
+    {"input": "Who keeps the light?", "context": "A tower stands on the cape. Old Marten keeps the light. " * 30, "answers": ["Old Marten", "Marten"],
+     "length": 330, "dataset": dataset, "language": "en", "all_classes": None, "_id": f"{n:04x}"}
+    for n, dataset in enumerate(["narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"])
+]  # fmt: skip
+
+
+def test_longbench_sets(tmp_path):
+    items = files.longbench(lines(tmp_path, *LONGBENCH, {**LONGBENCH[0], "dataset": "gov_report"}), "longbench")
+    assert [i.task for i in items] == list(files.LONGBENCH)
+    assert {i.metric for i in items} == {"f1"} and items[0].answers == ["Old Marten", "Marten"]
+    assert [i.max_tokens for i in items] == [128, 128, 64, 32, 32, 32]
+
+
+def test_longbench_context_loses_its_middle(tmp_path):
+    context = "".join(f"Sentence number {i}. " for i in range(400))
+    item = files.longbench(lines(tmp_path, {**LONGBENCH[0], "context": context}), "longbench", length=500)[0]
+    assert 490 <= item.prompt_tokens <= 500
+    assert "Sentence number 0." in item.prompt and "Sentence number 399." in item.prompt
+    assert "Sentence number 200." not in item.prompt and item.prompt_tokens == estimate(item.prompt + "\nAnswer:")
+
+
+def test_items_are_read_as_written_and_broken_ones_named(tmp_path, capsys):
+    items = [Item(id=f"i{n}", task="t", prompt="p\n\"q\" ü", answers=["a"], metric="any", max_tokens=4) for n in range(3)]
+    path = tmp_path / "items.jsonl"
+    write_items(items, path)
+    with open(path, "a") as file:
+        file.write('{"id": "i0", "task": "t", "prompt": "p", "answers": ["a"], "metric": "any", "max_tokens": 4}\n')
+        file.write('{"id": "i9", "task": "t", "prompt": "p", "answers": ["a"], "metric": "best", "max_tokens": 4}\n')
+        file.write('{"id": "i9", "task": "t", "prompt": "p", "answers": [], "metric": "any", "max_tokens": 4}\n')
+        file.write('{"id": "i9", "prompt": "p", "answers": ["a"], "metric": "any", "max_tokens": "4"}\n\n\x00\xff\n')
+    problems = []
+    assert read_items(path, problems) == items
+    assert len(problems) == 5
+    shown = capsys.readouterr().err
+    for part in ("the id i0 stands there twice", "metric 'best' is none of", "at least one string", "no field task"):
+        assert part in shown
+
+
+def test_a_line_cut_short_spoils_no_other(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"a": 1}\n{"a": ')
+    with Appender(path) as out:
+        out.write({"a": 2})
+    assert path.read_text() == '{"a": 1}\n{"a": \n{"a": 2}\n'
+
+
+@pytest.mark.parametrize("bad", [{"prompt": ""}, {"max_tokens": 0}, {"answers": "a"}, {"answers": [1]}])
+def test_bad_items_are_refused(bad):
+    good = {"id": "i", "task": "t", "prompt": "p", "answers": ["a"], "metric": "any", "max_tokens": 4}
+    with pytest.raises(ValueError):
+        Item(**{**good, **bad})
