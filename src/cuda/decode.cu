@@ -38,12 +38,10 @@ class DecodeBlock {
     BlockCluster::arrive();
     const int tiles = own.clusters() / 16;
     // What the kernel before this one writes must be waited for; the index was last changed by a copy, which is done.
-    CentroidTile<kDim> ahead[kTilesAhead];
+    CentroidTile<kDim> now, next;
     const int score_warps = num_score_warps();
-#pragma unroll
-    for (int i = 0; i < kTilesAhead; ++i) {
-      if (warp < score_warps && warp + i * score_warps < tiles) load_tile(warp + i * score_warps, ahead[i]);
-    }
+    if (warp < score_warps && warp < tiles) load_tile(warp, now);
+    if (warp < score_warps && warp + score_warps < tiles) load_tile(warp + score_warps, next);
     if (p.half_empty) let_next_kernel_start();   // there is room for its blocks beside these
     float mean[kMeanLoads];
     const int k_own = warp - first_mean_warp(score_warps);
@@ -54,8 +52,7 @@ class DecodeBlock {
     wait_for_previous_kernel();
     load_queries();
     __syncthreads();
-    make_query_fragments<Chunk<kDType>::kBf16, kDim>(q, group, fragments);
-    score_and_attend_exact(score_warps, ahead, mean);
+    score_and_attend_exact(score_warps, now, next, mean);
     float shifts[kHeads];
     const float limit = exchange_estimates(shifts);
     if (!p.half_empty) let_next_kernel_start();
@@ -90,7 +87,6 @@ class DecodeBlock {
   }
 
   static constexpr int kMeanLoads = (kDim + 31) / 32;
-  static constexpr int kTilesAhead = 2;   // tiles of centroids that a warp has on their way
 
   // The first warps quantize the queries, a head each, while others score the mean keys of segments.
   __device__ static int first_mean_warp(int score_warps) { return score_warps >= 2 * kHeads ? kHeads : 0; }
@@ -131,9 +127,11 @@ class DecodeBlock {
     return tiles > 0 ? kWarps - min(max(exact_warps, 1), kWarps - 1) : 0;
   }
 
-  __device__ void score_and_attend_exact(int score_warps, CentroidTile<kDim> (&ahead)[kTilesAhead], float (&mean)[kMeanLoads]) {
+  __device__ void score_and_attend_exact(int score_warps, CentroidTile<kDim>& now, CentroidTile<kDim>& next, float (&mean)[kMeanLoads]) {
     const int tiles = own.clusters() / 16;
+    // Fragments are made late: registers are short while tiles of centroids are on their way.
     if (warp >= score_warps) {
+      make_query_fragments<Chunk<kDType>::kBf16, kDim>(q, group, fragments);
       attend_exact(warp - score_warps, kWarps - score_warps);
       return;
     }
@@ -143,16 +141,18 @@ class DecodeBlock {
     const float beta = p.beta > 0 ? p.beta : __ldg(p.index.betas + row_of_head);
     CentroidQuery<kDim, kHeads> query;
     load_centroid_query<kDim, kHeads>(quantized, p.batch.sm_scale, query);
-    for (int first = warp; first < tiles; first += kTilesAhead * score_warps) {
-#pragma unroll
-      for (int i = 0; i < kTilesAhead; ++i) {
-        const int tile = first + i * score_warps, later = tile + kTilesAhead * score_warps;
-        if (tile >= tiles) break;
-        score_tile<kDim, kHeads>(ahead[i], query, tables.mean_dots + own.segment_of(tile * 16) * kHeads, beta, tables.exponents + tile * 16, tables.stride,
-                                 tables.places + tile * 16, estimates);
-        if (later < tiles) load_tile(later, ahead[i]);
-      }
+    const auto score = [&](int tile, const CentroidTile<kDim>& loaded) {
+      score_tile<kDim, kHeads>(loaded, query, tables.mean_dots + own.segment_of(tile * 16) * kHeads, beta, tables.exponents + tile * 16, tables.stride,
+                               tables.places + tile * 16, estimates);
+    };
+    for (int tile = warp; tile < tiles; tile += 2 * score_warps) {
+      score(tile, now);
+      if (tile + 2 * score_warps < tiles) load_tile(tile + 2 * score_warps, now);
+      if (tile + score_warps >= tiles) break;
+      score(tile + score_warps, next);
+      if (tile + 3 * score_warps < tiles) load_tile(tile + 3 * score_warps, next);
     }
+    make_query_fragments<Chunk<kDType>::kBf16, kDim>(q, group, fragments);
   }
 
   __device__ RowTile row_tile(int32_t row, float log_weight) const {
