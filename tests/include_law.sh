@@ -19,7 +19,7 @@ forbid "reference/|cpu/|cuda/|$users" src/core
 forbid "cpu/|cuda/|$users" src/reference
 forbid "reference/|cuda/|$users" src/cpu
 forbid "reference/|cpu/|$users" src/cuda
-forbid 'ggml|llama|gguf' include src eval bench tests/core tests/cpu tests/equivalence tests/properties tests/support.h tests/support.cc
+forbid 'ggml|llama|gguf' include src eval bench tests/core tests/cpu tests/equivalence tests/eval tests/properties tests/support.h tests/support.cc
 forbid 'torch|ATen|c10/|pybind11' include src plugins tools eval bench
 forbid 'nlohmann|CLI/' include src plugins
 long=$(sources | xargs -r wc -l | awk '$2 != "total" && $1 > 500 {print $2 ": " $1 " lines, at most 500"}')

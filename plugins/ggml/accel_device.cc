@@ -140,8 +140,9 @@ class AccelBackend {
     // A graph built under other options is computed all the same.
     const std::optional<AttentionMatch> match = match_attention(node, without_limits(options));
     if (!match) throw Error(std::string("attention node ") + node->name + " cannot be computed here");
-    const std::shared_ptr<CacheLayer> layer =
-        options.enabled && options.decode.select != Select::kDense ? shared().watch.layer_of(*match, options.index) : nullptr;
+    const bool offered = shared().decoder.is_set() && match->rows() == 1;
+    const bool indexed = options.enabled && options.decode.select != Select::kDense && !offered;
+    const std::shared_ptr<CacheLayer> layer = indexed || offered ? shared().watch.layer_of(*match, options.index) : nullptr;
     const int64_t num_queries = match->rows() * match->streams();
     queries_.assign(static_cast<size_t>(num_queries), {});
     stats_.resize(static_cast<size_t>(num_queries));
@@ -167,29 +168,33 @@ class AccelBackend {
         query.stream_id = static_cast<uint64_t>(row);
         query.out = match->output(row, stream);
         query.out_head_stride = static_cast<int64_t>(match->out->nb[1] / sizeof(float));
-        if (layer != nullptr) use_index(*layer, layer->first_stream(*match) + static_cast<size_t>(stream), row, options, bits, query);
+        if (layer != nullptr) query.layer = layer->layer;
+        if (indexed && layer != nullptr) use_index(*layer, layer->first_stream(*match) + static_cast<size_t>(stream), row, options, bits, query);
       }
     }
     const int64_t attend_begin = now_ns();
     if (layer != nullptr) shared().stats.add_clustering(attend_begin - cluster_begin);
-    attention_.set_options(options.decode);
-    attention_.set_num_threads(num_threads);
-    try {
-      attention_.run(queries_, stats_.data());
-    } catch (const std::exception& error) {   // most likely memory: exact attention over the cache needs next to none
-      log_error("%s is read densely: %s", node->name, error.what());
-      for (DecodeQuery& query : queries_) query.index = nullptr, query.head_stats = nullptr;
-      attention_.run(queries_, stats_.data());
-    }
+    if (!offered || !shared().decoder.answer(queries_, stats_.data())) run(*node, options);
     for (const StepStats& stats : stats_) {
       if (stats.dense == DenseReason::kRowChanged) shared().watch.note_changed_row();
     }
     shared().stats.add_node(stats_.data(), num_queries, layer != nullptr ? layer->layer : last_layer_, now_ns() - attend_begin);
   }
 
+  void run(const ggml_tensor& node, const PluginOptions& options) {
+    attention_.set_options(options.decode);
+    attention_.set_num_threads(num_threads);
+    try {
+      attention_.run(queries_, stats_.data());
+    } catch (const std::exception& error) {   // most likely memory: exact attention over the cache needs next to none
+      log_error("%s is read densely: %s", node.name, error.what());
+      for (DecodeQuery& query : queries_) query.index = nullptr, query.head_stats = nullptr;
+      attention_.run(queries_, stats_.data());
+    }
+  }
+
   void use_index(CacheLayer& layer, size_t stream, int64_t row, const PluginOptions& options, const MaskRow& bits, DecodeQuery& query) {
     if (stream >= layer.streams.size()) return;
-    query.layer = layer.layer;
     query.stream_id += stream * 64;
     try {
       shared().watch.before_step(layer, stream, bits.visible, row == 0, options.faults);

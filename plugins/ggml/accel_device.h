@@ -7,6 +7,7 @@
 
 #include "cache_watch.h"
 #include "ggml-backend-impl.h"
+#include "host_decoder.h"
 #include "plugin_options.h"
 #include "plugin_stats.h"
 
@@ -16,6 +17,7 @@ namespace tactic::plugin {
 struct Shared {
   CacheWatch watch;
   PluginStats stats;
+  HostDecoder decoder;
 
   std::shared_ptr<const PluginOptions> options() const;
   /// New indexes if the index options changed.

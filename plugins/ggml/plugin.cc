@@ -40,6 +40,8 @@ extern "C" size_t tactic_inspect(char* json, size_t size) {
   }
 }
 
+extern "C" void tactic_set_decoder(tactic_decode_fn decode, void* user) { shared().decoder.set(decode, user); }
+
 const char* reg_name(ggml_backend_reg_t) { return "TACTIC"; }
 size_t reg_device_count(ggml_backend_reg_t) { return 1; }
 ggml_backend_dev_t reg_device(ggml_backend_reg_t reg, size_t) { return accel_device(reg); }
@@ -54,6 +56,7 @@ void* reg_proc_address(ggml_backend_reg_t, const char* name) {
       {"tactic_configure", reinterpret_cast<void*>(&tactic_configure)},
       {"tactic_take_totals", reinterpret_cast<void*>(&tactic_take_totals)},
       {"tactic_inspect", reinterpret_cast<void*>(&tactic_inspect)},
+      {"tactic_set_decoder", reinterpret_cast<void*>(&tactic_set_decoder)},
   };
   for (const Entry& entry : entries) {
     if (std::strcmp(entry.name, name) == 0) return entry.function;

@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "tactic/c_api.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -44,6 +46,13 @@ typedef void (*tactic_take_totals_fn)(struct tactic_totals* totals);
 ///   "exact_tokens": n, "exact_mass": x, "estimated_mass": x, "tau": x}, ...]}]}
 /// Writes at most `size` bytes with a terminating zero and returns the bytes needed.
 typedef size_t (*tactic_inspect_fn)(char* json, size_t size);
+
+/// "tactic_set_decoder": from now on every attention node of one query row is offered to `decode`, which may fill query->out and
+/// `stats` (from zeros) and return 0, or return anything else and have it answered exactly. So methods other than Tactic's are
+/// measured end to end. query->layer is the model's, query->index NULL, query->position the number of rows it sees. Calls come
+/// from one thread per context, for the nodes that the options take over. NULL ends it.
+typedef int (*tactic_decode_fn)(void* user, const tactic_query* query, tactic_step_stats* stats);
+typedef void (*tactic_set_decoder_fn)(tactic_decode_fn decode, void* user);
 
 #ifdef __cplusplus
 }

@@ -287,9 +287,9 @@ void bench(const BenchOptions& options) {
   if (options.kl) all_modes.push_back(parse_mode("dense"));
   Host host(options.host, all_modes);
   const int64_t kv_len_max = depths.back() + options.decoded();
-  if (kv_len_max > llama_model_n_ctx_train(host.model())) {
-    std::fprintf(stderr, "tactic: note: depth %lld is beyond the model's training context of %d tokens\n",
-                 static_cast<long long>(kv_len_max), llama_model_n_ctx_train(host.model()));
+  if (kv_len_max > host.context_tokens()) {
+    std::fprintf(stderr, "tactic: note: depth %lld is beyond the model's context of %lld tokens\n",
+                 static_cast<long long>(kv_len_max), static_cast<long long>(host.context_tokens()));
   }
   const std::vector<llama_token> tokens = bench_tokens(host, options, kv_len_max);
   const auto prefill_threads = static_cast<int32_t>(*std::max_element(threads.begin(), threads.end()));

@@ -7,8 +7,10 @@
 #include <cstdio>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 
+#include "baseline_run.h"
 #include "kl.h"
 #include "report.h"
 #include "text.h"
@@ -34,9 +36,34 @@ struct Source {
   std::vector<std::vector<llama_token>> windows;
 };
 
+// A mode of the plug-in, or another method that answers in its place.
+struct EvalMode {
+  Mode mode;
+  std::optional<eval::BaselineSpec> baseline;
+};
+
+std::vector<EvalMode> parse_eval_modes(const std::string& text) {
+  std::vector<EvalMode> modes;
+  for (const Mode& mode : parse_modes(text)) {
+    if (eval::is_baseline(mode.name)) {
+      modes.push_back({{mode.name, parse_mode("dense").options}, eval::parse_baseline(mode.name)});
+    } else {
+      modes.push_back({mode, std::nullopt});
+    }
+  }
+  return modes;
+}
+
 struct ModeResult {
   std::vector<TokenComparison> tokens;  // of all windows, one after the other
   tactic_totals totals = {};
+  double error_sum = 0;                 // of a baseline's mean errors, one a window
+};
+
+// The cache after `depth` tokens, and the queries of the last of them if a mode needs them.
+struct Prefilled {
+  std::vector<uint8_t> state;
+  PromptQueries queries;
 };
 
 std::vector<llama_token> records_window(const Host& host, const EvalOptions& options, uint64_t seed) {
@@ -106,45 +133,66 @@ std::vector<Source> make_sources(const Host& host, const EvalOptions& options) {
 
 // Decodes the window's last tokens in `mode`, calling take(step, logits).
 template <class Take>
-tactic_totals decode_window(Host& host, const Mode& mode, const SessionOptions& session_options,
-                            const EvalOptions& options, std::span<const uint8_t> state,
+tactic_totals decode_window(Host& host, const Mode& mode, HostDecoder* decoder, const SessionOptions& session_options,
+                            const EvalOptions& options, const Prefilled& prefilled,
                             const std::vector<llama_token>& window, Progress& progress, int64_t progress_begin,
                             Take take) {
   host.forget_indexes();
   Session session(host, mode, session_options);
-  session.restore(state, options.depth);
+  session.restore(prefilled.state, options.depth);
   host.configure(mode);
   host.take_totals();
   for (int64_t i = 0; i < options.steps; ++i) {
     take(i, session.decode(window[static_cast<size_t>(options.depth + i)]));
+    if (decoder != nullptr) decoder->rethrow();
     progress.update(progress_begin + i + 1);
   }
   return host.take_totals();
 }
 
-std::vector<uint8_t> prefill_state(Host& host, const SessionOptions& session_options,
-                                   std::span<const llama_token> tokens, const std::string& label) {
-  Session session(host, parse_mode("stock"), session_options);
-  Progress progress(label, static_cast<int64_t>(tokens.size()), "tok");
-  session.prefill(tokens, [&](int64_t done) { progress.update(done); });
-  return session.save();
+// The last `recorded` tokens are decoded one by one, so that their queries are seen.
+Prefilled prefill(Host& host, const SessionOptions& session_options, std::span<const llama_token> tokens, size_t recorded,
+                  const std::string& label) {
+  Prefilled result;
+  const auto many = static_cast<int64_t>(tokens.size() - recorded);
+  {
+    Session session(host, parse_mode("stock"), session_options);
+    Progress progress(label, many, "tok");
+    session.prefill(tokens.first(static_cast<size_t>(many)), [&](int64_t done) { progress.update(done); });
+    result.state = session.save();
+  }
+  if (recorded == 0) return result;
+  QueryRecorder recorder(host);
+  host.forget_indexes();
+  Session session(host, parse_mode("dense"), session_options);
+  session.restore(result.state, many);
+  for (const llama_token token : tokens.last(recorded)) session.decode(token);
+  recorder.rethrow();
+  result.queries = recorder.take();
+  result.state = session.save();
+  return result;
 }
 
-std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const std::vector<Mode>& modes,
-                                 const Source& source) {
+// Calls done(mode, result) when a mode has seen all windows.
+template <class Done>
+std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const std::vector<EvalMode>& modes,
+                                 const Source& source, Done done) {
   const SessionOptions session_options = {.kv_len_max = options.depth + options.steps,
                                           .threads = options.threads,
                                           .cache_type = parse_cache_type(options.cache_type)};
+  constexpr int64_t kRecorded = 32;  // what the papers of eviction methods observe
+  const bool any_baseline = std::any_of(modes.begin(), modes.end(), [](const EvalMode& m) { return m.baseline.has_value(); });
+  const auto recorded = static_cast<size_t>(any_baseline ? std::min(kRecorded, options.depth - 1) : 0);
   std::vector<ModeResult> results(modes.size());
   LogitStore exact(options.steps, host.vocab_size());
   for (size_t w = 0; w < source.windows.size(); ++w) {
     const std::vector<llama_token>& window = source.windows[w];
     const std::string label = format("%s %zu/%zu", source.name.c_str(), w + 1, source.windows.size());
-    const auto state =
-        prefill_state(host, session_options, {window.data(), static_cast<size_t>(options.depth)}, label + " prefill");
+    const Prefilled prefilled = prefill(host, session_options, {window.data(), static_cast<size_t>(options.depth)},
+                                        recorded, label + " prefill");
     Progress progress(label, static_cast<int64_t>(modes.size() + 1) * options.steps, "tok");
     const tactic_totals totals =
-        decode_window(host, parse_mode("dense"), session_options, options, state, window, progress, 0,
+        decode_window(host, parse_mode("dense"), nullptr, session_options, options, prefilled, window, progress, 0,
                       [&](int64_t i, const float* logits) { exact.set(i, logits); });
     require_exact(totals, session_options.cache_type);
     for (size_t m = 0; m < modes.size(); ++m) {
@@ -153,8 +201,12 @@ std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const s
         const llama_token next = window[static_cast<size_t>(options.depth + i + 1)];
         results[m].tokens.push_back(compare_logits(exact.row(i), logits, host.vocab_size(), next));
       };
-      add_totals(results[m].totals,
-                 decode_window(host, modes[m], session_options, options, state, window, progress, begin, compare));
+      std::optional<BaselineDecoder> decoder;
+      if (modes[m].baseline) decoder.emplace(host, *modes[m].baseline, prefilled.queries, options.depth, options.seed);
+      add_totals(results[m].totals, decode_window(host, modes[m].mode, decoder ? &*decoder : nullptr, session_options,
+                                                  options, prefilled, window, progress, begin, compare));
+      if (decoder) results[m].error_sum += decoder->mean_error();
+      if (w + 1 == source.windows.size()) done(modes[m], results[m]);
     }
   }
   return results;
@@ -213,75 +265,90 @@ void print_worst(const Host& host, const EvalOptions& options, const Source& sou
   }
 }
 
-void report(const Host& host, const EvalOptions& options, const std::vector<Mode>& modes, const Source& source,
-            const std::vector<ModeResult>& results, JsonLines& json) {
+double mean_kv_len(const EvalOptions& options) {
+  return static_cast<double>(options.depth) + static_cast<double>(options.steps + 1) / 2;
+}
+
+Json mode_json(const Host& host, const EvalOptions& options, const EvalMode& mode, const Source& source,
+               const ModeResult& result) {
+  const Summary s = summarize(result.tokens, options.steps);
+  const ReadFigures read(result.totals, mean_kv_len(options));
+  Json line = record_header(host, "eval kl");
+  line.update({{"text", source.name},
+               {"mode", mode.mode.name},
+               {"options", mode.mode.options},
+               {"depth", options.depth},
+               {"steps", options.steps},
+               {"windows", options.windows},
+               {"seed", options.seed},
+               {"cache_type", options.cache_type},
+               {"mean_kl", s.mean_kl},
+               {"mean_kl_95", {s.mean_interval.low, s.mean_interval.high}},
+               {"median_kl", s.median_kl},
+               {"p99_kl", s.p99_kl},
+               {"max_kl", s.max_kl},
+               {"same_top", s.same_top},
+               {"same_top_95", {s.same_top_interval.low, s.same_top_interval.high}},
+               {"perplexity", s.perplexity},
+               {"exact_perplexity", s.exact_perplexity},
+               {"tokens_per_kv_head", read.tokens_per_kv_head},
+               {"read_fraction", read.read_fraction},
+               {"mass_std_error", read.mass_std_error},
+               {"dense_share", read.dense_share},
+               {"taken", read.taken},
+               {"totals", totals_json(result.totals)}});
+  if (mode.baseline) line["attention_error"] = result.error_sum / static_cast<double>(options.windows);
+  return line;
+}
+
+void report(const Host& host, const EvalOptions& options, const std::vector<EvalMode>& modes, const Source& source,
+            const std::vector<ModeResult>& results) {
   Table table({"mode", "mean KL", "95% interval", "median", "p99", "max", "same top", "95% interval", "perplexity",
                "tokens/KV head", "read fraction", "dense"});
-  const double kv_len = static_cast<double>(options.depth) + static_cast<double>(options.steps + 1) / 2;
   double exact_perplexity = 0;
   for (size_t m = 0; m < modes.size(); ++m) {
     const Summary s = summarize(results[m].tokens, options.steps);
-    const ReadFigures read(results[m].totals, kv_len);
+    const ReadFigures read(results[m].totals, mean_kv_len(options));
     exact_perplexity = s.exact_perplexity;
-    table.add({modes[m].name, format("%.5f", s.mean_kl), format("%.5f-%.5f", s.mean_interval.low, s.mean_interval.high),
+    table.add({modes[m].mode.name, format("%.5f", s.mean_kl), format("%.5f-%.5f", s.mean_interval.low, s.mean_interval.high),
                format("%.5f", s.median_kl), format("%.4f", s.p99_kl), format("%.4f", s.max_kl),
                format("%.1f%%", 100 * s.same_top),
                format("%.1f-%.1f%%", 100 * s.same_top_interval.low, 100 * s.same_top_interval.high),
                format("%.4f", s.perplexity), format("%.0f", read.tokens_per_kv_head),
                format("%.3f", read.read_fraction),
                read.taken ? format("%.1f%%", 100 * read.dense_share) : "llama.cpp"});
-    Json line = record_header(host, "eval kl");
-    line.update({{"text", source.name},
-                 {"mode", modes[m].name},
-                 {"options", modes[m].options},
-                 {"depth", options.depth},
-                 {"steps", options.steps},
-                 {"windows", options.windows},
-                 {"seed", options.seed},
-                 {"cache_type", options.cache_type},
-                 {"mean_kl", s.mean_kl},
-                 {"mean_kl_95", {s.mean_interval.low, s.mean_interval.high}},
-                 {"median_kl", s.median_kl},
-                 {"p99_kl", s.p99_kl},
-                 {"max_kl", s.max_kl},
-                 {"same_top", s.same_top},
-                 {"same_top_95", {s.same_top_interval.low, s.same_top_interval.high}},
-                 {"perplexity", s.perplexity},
-                 {"exact_perplexity", s.exact_perplexity},
-                 {"tokens_per_kv_head", read.tokens_per_kv_head},
-                 {"read_fraction", read.read_fraction},
-                 {"mass_std_error", read.mass_std_error},
-                 {"dense_share", read.dense_share},
-                 {"taken", read.taken},
-                 {"totals", totals_json(results[m].totals)}});
-    json.write(line);
   }
   std::printf("\n%s: %lld tokens after %lld, %lld window(s), cache %s; exact perplexity %.4f\n", source.name.c_str(),
               static_cast<long long>(options.steps), static_cast<long long>(options.depth),
               static_cast<long long>(options.windows), options.cache_type.c_str(), exact_perplexity);
   table.print(stdout);
   if (options.worst > 0) std::printf("worst positions:\n");
-  for (size_t m = 0; m < modes.size(); ++m) print_worst(host, options, source, modes[m], results[m].tokens);
+  for (size_t m = 0; m < modes.size(); ++m) print_worst(host, options, source, modes[m].mode, results[m].tokens);
   std::fflush(stdout);
 }
 
 void eval_kl(const EvalOptions& options) {
-  const std::vector<Mode> modes = parse_modes(options.modes);
+  const std::vector<EvalMode> modes = parse_eval_modes(options.modes);
   parse_cache_type(options.cache_type);
   if (options.texts.empty() && options.records < 0) throw CommandError("nothing to evaluate; give --text or --records");
   if (options.recall && options.records < 0) throw CommandError("--recall goes with --records");
   JsonLines json(options.json);
-  std::vector<Mode> all_modes = modes;
-  all_modes.push_back(parse_mode("dense"));
+  std::vector<Mode> all_modes = {parse_mode("dense")};
+  for (const EvalMode& mode : modes) all_modes.push_back(mode.mode);
   Host host(options.host, all_modes);
-  if (options.depth + options.steps > llama_model_n_ctx_train(host.model())) {
-    std::fprintf(stderr, "tactic: note: %lld tokens are beyond the model's training context of %d\n",
-                 static_cast<long long>(options.depth + options.steps), llama_model_n_ctx_train(host.model()));
+  if (options.depth + options.steps > host.context_tokens()) {
+    std::fprintf(stderr, "tactic: note: %lld tokens are beyond the model's context of %lld\n",
+                 static_cast<long long>(options.depth + options.steps), static_cast<long long>(host.context_tokens()));
   }
   // All texts are read before the first minutes are spent.
   const std::vector<Source> sources = make_sources(host, options);
-  for (const Source& source : sources)
-    report(host, options, modes, source, evaluate(host, options, modes, source), json);
+  for (const Source& source : sources) {
+    // A mode's row is written when it is done: a run that is cut short keeps what it has.
+    const auto write = [&](const EvalMode& mode, const ModeResult& result) {
+      json.write(mode_json(host, options, mode, source, result));
+    };
+    report(host, options, modes, source, evaluate(host, options, modes, source, write));
+  }
 }
 
 }  // namespace
@@ -316,12 +383,16 @@ void add_eval(CLI::App& app) {
       ->check(CLI::Range(0, 1000))
       ->capture_default_str();
   verb->add_option("--json", options->json, "append one JSON object per text and mode")->type_name("FILE");
+  std::string methods;
+  for (const std::string& line : eval::baseline_help()) methods += "\n  " + line;
   verb->footer(
+      "Other methods as modes, with their defaults:" + methods + "\n"
       "Example:\n  tactic eval kl -m model.gguf --text book.txt --records 0 -d 6144 -n 384 --modes "
       "'stock;sample,error=0.02'\n"
       "Exact: attention over the whole stored cache, summed in f32. Intervals: bootstrap over blocks of 16 tokens; "
       "Wilson.");
   verb->callback([options] { eval_kl(*options); });
+  add_eval_paper(*eval);
 }
 
 }  // namespace tactic::tool

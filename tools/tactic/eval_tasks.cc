@@ -140,11 +140,11 @@ class TaskRun {
 
   /// Why this item cannot be run with this model; empty if it can.
   std::string why_not() const {
-    const int32_t trained = llama_model_n_ctx_train(host_.model());
+    const int64_t most = host_.context_tokens();
     if (tokens_.size() < 2) return "its prompt has fewer than two tokens";
-    if (session_options_.kv_len_max <= trained) return {};
-    return format("it needs a context of %lld tokens, the model was trained for %d",
-                  static_cast<long long>(session_options_.kv_len_max), trained);
+    if (session_options_.kv_len_max <= most) return {};
+    return format("it needs a context of %lld tokens, the model has %lld",
+                  static_cast<long long>(session_options_.kv_len_max), static_cast<long long>(most));
   }
 
   int64_t prompt_tokens() const { return std::ssize(tokens_); }

@@ -167,6 +167,10 @@ Host::~Host() {
   llama_backend_free();
 }
 
+int64_t Host::context_tokens() const {
+  return static_cast<int64_t>(options_.yarn * llama_model_n_ctx_train(model_));
+}
+
 void Host::load_plugin() {
   const std::string path = find_plugin(options_.plugin_path);
   if (!fs::exists(path)) throw CommandError("the plug-in " + path + " does not exist");
@@ -184,10 +188,12 @@ void Host::find_plugin_functions() {
     void* configure = find("tactic_configure");
     void* take_totals = find("tactic_take_totals");
     void* inspect = find("tactic_inspect");
-    if (configure == nullptr || take_totals == nullptr || inspect == nullptr) continue;
+    void* set_decoder = find("tactic_set_decoder");
+    if (configure == nullptr || take_totals == nullptr || inspect == nullptr || set_decoder == nullptr) continue;
     configure_ = reinterpret_cast<tactic_configure_fn>(configure);
     take_totals_ = reinterpret_cast<tactic_take_totals_fn>(take_totals);
     inspect_ = reinterpret_cast<tactic_inspect_fn>(inspect);
+    set_decoder_ = reinterpret_cast<tactic_set_decoder_fn>(set_decoder);
     return;
   }
 }
@@ -214,6 +220,10 @@ tactic_totals Host::take_totals() {
   return totals;
 }
 
+void Host::set_decoder(tactic_decode_fn decode, void* user) {
+  if (set_decoder_ != nullptr) set_decoder_(decode, user);
+}
+
 std::string Host::inspect() const {
   if (!has_plugin()) return {};
   std::string json(inspect_(nullptr, 0) + 1, '\0');
@@ -229,6 +239,16 @@ Session::Session(Host& host, const Mode& mode, const SessionOptions& options)
   params.n_threads = params.n_threads_batch = options.threads > 0 ? options.threads : default_threads();
   params.type_k = params.type_v = options.cache_type;
   params.no_perf = true;
+  if (const double yarn = host.options().yarn; yarn > 1) {
+    params.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_YARN;
+    params.rope_freq_scale = static_cast<float>(1 / yarn);
+    params.yarn_orig_ctx = static_cast<uint32_t>(llama_model_n_ctx_train(host.model()));
+  }
+  if (options.on_node != nullptr) {
+    params.cb_eval = options.on_node;
+    params.cb_eval_user_data = options.on_node_data;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+  }
   // With flash attention 'auto' llama.cpp asks here which device takes the attention nodes, and turns it off if that is
   // not the layer's own.
   host_.configure(stock_beside(mode));

@@ -50,6 +50,7 @@ std::vector<Mode> parse_modes(const std::string& text);
 struct HostOptions {
   std::string model_path;
   std::string plugin_path;  // empty: TACTIC_PLUGIN, else beside the executable
+  double yarn = 1;          // factor by which YaRN extends the model's context
   bool verbose = false;
 };
 
@@ -63,6 +64,8 @@ class Host {
 
   llama_model* model() const { return model_; }
   const llama_vocab* vocab() const { return vocab_; }
+  /// Tokens the model was trained for, times what YaRN adds.
+  int64_t context_tokens() const;
   int32_t vocab_size() const { return llama_vocab_n_tokens(vocab_); }
   bool has_plugin() const { return configure_ != nullptr; }
 
@@ -74,6 +77,9 @@ class Host {
   tactic_totals take_totals();
   /// JSON text; empty without the plug-in.
   std::string inspect() const;
+
+  /// Hands one-row attention to `decode` ("tactic_set_decoder").
+  void set_decoder(tactic_decode_fn decode, void* user);
 
   const HostOptions& options() const { return options_; }
 
@@ -87,6 +93,7 @@ class Host {
   tactic_configure_fn configure_ = nullptr;
   tactic_take_totals_fn take_totals_ = nullptr;
   tactic_inspect_fn inspect_ = nullptr;
+  tactic_set_decoder_fn set_decoder_ = nullptr;
   std::string configured_;
   bool is_configured_ = false;
 };
@@ -95,6 +102,8 @@ struct SessionOptions {
   int64_t kv_len_max = 0;
   int32_t threads = 0;  // 0: all processors this process may use
   ggml_type cache_type = GGML_TYPE_F16;
+  ggml_backend_sched_eval_callback on_node = nullptr;  // sees every node; makes flash attention certain
+  void* on_node_data = nullptr;
 };
 
 /// A context and the mode it decodes in. One sequence, its tokens at positions 0 to kv_len - 1.

@@ -12,6 +12,9 @@ void add_host_options(CLI::App& verb, HostOptions& options) {
   verb.add_option("-m,--model", options.model_path, "GGUF file")->required()->type_name("FILE");
   verb.add_option("--plugin", options.plugin_path, "libggml-tactic.so (else TACTIC_PLUGIN, else beside the command)")
       ->type_name("FILE");
+  verb.add_option("--yarn", options.yarn, "extend the model's context by this factor with YaRN")
+      ->check(CLI::Range(1.0, 64.0))
+      ->capture_default_str();
   verb.add_flag("-v,--verbose", options.verbose, "show llama.cpp's log");
 }
 
@@ -28,12 +31,13 @@ int main(int argc, char** argv) {
   tactic::tool::add_bench(app);
   tactic::tool::add_eval(app);
   tactic::tool::add_inspect(app);
+  tactic::tool::add_trace(app);
   try {
     // CLI11 would say that a subcommand is required.
     if (argc > 1 && argv[1][0] != '-' &&
         app.get_subcommands([&](CLI::App* verb) { return verb->check_name(argv[1]); }).empty()) {
       throw tactic::tool::CommandError("no verb '" + std::string(argv[1]) +
-                                       "'; there are run, bench, eval and inspect");
+                                       "'; there are run, bench, eval, inspect and trace");
     }
     if (argc == 1) throw tactic::tool::CommandError("no verb; tactic --help shows them");
     app.parse(argc, argv);

@@ -193,17 +193,22 @@ void JsonLines::write(const Json& object) {
   if (!file_) throw CommandError("cannot write " + path_);
 }
 
-Json record_header(const Host& host, const std::string& verb) {
+Json record_header(const std::string& verb) {
   const char* commit = std::getenv("TACTIC_COMMIT");
-  char description[128] = "";
-  llama_model_desc(host.model(), description, sizeof description);
   return {{"verb", verb},
           {"date", utc_now()},
           {"commit", commit != nullptr ? commit : TACTIC_COMMIT},
-          {"machine", {{"cpu", cpu_model()}, {"cores", std::thread::hardware_concurrency()}}},
-          {"host", {{"llama", llama_version()}, {"ggml", ggml_version()}}},
-          {"model", std::filesystem::path(host.options().model_path).filename().string()},
-          {"model_description", description}};
+          {"machine", {{"cpu", cpu_model()}, {"cores", std::thread::hardware_concurrency()}}}};
+}
+
+Json record_header(const Host& host, const std::string& verb) {
+  char description[128] = "";
+  llama_model_desc(host.model(), description, sizeof description);
+  Json header = record_header(verb);
+  header.update({{"host", {{"llama", llama_version()}, {"ggml", ggml_version()}}},
+                 {"model", std::filesystem::path(host.options().model_path).filename().string()},
+                 {"model_description", description}});
+  return header;
 }
 
 Progress::Progress(std::string label, int64_t total, const char* unit)

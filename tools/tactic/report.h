@@ -69,7 +69,9 @@ class JsonLines {
   std::string path_;
 };
 
-/// date, commit, machine, model: what every line starts with.
+/// date, commit, machine: what every line starts with.
+Json record_header(const std::string& verb);
+/// And the host and its model.
 Json record_header(const Host& host, const std::string& verb);
 
 /// On a terminal a bar that redraws itself; else a line now and then.

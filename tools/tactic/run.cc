@@ -101,7 +101,7 @@ std::string prompt_text(const RunOptions& options) {
 
 // Tokens the context must hold. Sets `max_tokens` to what fits.
 int64_t context_tokens(const Host& host, const RunOptions& options, int64_t prompt_tokens, int64_t* max_tokens) {
-  const int64_t trained = llama_model_n_ctx_train(host.model());
+  const int64_t trained = host.context_tokens();
   const int64_t limit = options.context > 0 ? options.context : trained;
   if (prompt_tokens >= limit) {
     throw CommandError(format("the prompt has %lld tokens and the context holds %lld%s",

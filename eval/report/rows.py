@@ -1,0 +1,58 @@
+"""Rows of JSON lines, and how methods are named."""
+
+import json
+
+
+def read_rows(paths):
+    """All objects of the files, in order. Raises ValueError naming file and line of what is no JSON object."""
+    rows = []
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}:{number}: {error}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}:{number}: not an object")
+                rows.append(row)
+    return rows
+
+
+KNOBS = {"budget", "error", "mass", "epsilon", "l", "tau"}  # how much is read; other options make another method
+
+
+def method_of(setting):
+    """'quest,budget=512' -> 'quest', 'magicpig,k=8,l=75' -> 'magicpig,k=8'; presets are points of 'sample'."""
+    first, *options = setting.split(",")
+    return ",".join(["sample" if first.startswith("quality=") else first] + [o for o in options if o.split("=")[0] not in KNOBS])
+
+
+def table(rows, name):
+    return [row for row in rows if row.get("table") == name]
+
+
+def texts(rows):
+    return list(dict.fromkeys(row["text"] for row in rows))
+
+
+def latest(rows, keys):
+    """The last row of each combination of keys."""
+    found = {}
+    for row in rows:
+        found[tuple(row.get(key) for key in keys)] = row
+    return list(found.values())
+
+
+def error_rows(rows):
+    """Of `tactic eval trace`, one a text and setting; without those over several texts."""
+    found = [row for row in rows if row.get("verb") == "eval trace" and row.get("model") != "several"]
+    return latest([row | {"text": row["trace"]} for row in found], ("model", "text", "setting"))
+
+
+def kl_rows(rows):
+    """Of `tactic eval kl`, one a text, depth and mode; without stock llama.cpp and exact attention."""
+    found = [row for row in rows if row.get("verb") == "eval kl" and row.get("taken") and row["read_fraction"] < 1]
+    return latest([row | {"setting": row["mode"]} for row in found], ("model", "text", "depth", "mode"))

@@ -1,0 +1,100 @@
+"""The report from rows as the command writes them."""
+
+import json
+import re
+
+import pytest
+
+from report import pictures, rows, tables
+from report.__main__ import make
+
+
+def error_row(setting, fraction, error, text="prose"):
+    return {"verb": "eval trace", "trace": text, "model": "m", "setting": setting, "tokens_per_kv_head": 8000 * fraction, "read_fraction": fraction,
+            "mean_error": error, "median_error": error, "p99_error": 4 * error, "max_error": 9 * error,
+            "max_at": {"layer": 1, "head": 2, "position": 8100}, "worst_head": {"layer": 3, "head": 4, "mean_error": 2 * error},
+            "error_by_layer": [error, 2 * error, error]}
+
+
+def kl_row(mode, fraction, kl, taken=True, error=None):
+    row = {"verb": "eval kl", "text": "prose", "model": "m", "mode": mode, "depth": 7168, "taken": taken, "read_fraction": fraction,
+           "tokens_per_kv_head": 700, "mean_kl": kl, "mean_kl_95": [kl / 2, kl * 2], "p99_kl": 4 * kl, "max_kl": 9 * kl, "same_top": 0.9}
+    return row | ({"attention_error": error} if error else {})
+
+
+PAPER = [
+    {"table": "table1", "model": "m", "text": "prose", "target_mass": 0.9, "oracle": 400.4, "clusters": 600, "fit": 700, "achieved_mass": 0.93,
+     "success": 0.71, "paper": {"model": "Llama", "oracle": 895, "clusters": 1723, "fit": 1975, "achieved_mass": 0.91, "success": 0.86}},
+    {"table": "table1", "model": "m", "text": "prose", "target_mass": 0.95, "oracle": 800, "clusters": 900, "fit": 1000, "achieved_mass": 0.96, "success": 0.7},
+    {"table": "value_norms", "text": "prose", "layer": 0, "quantiles": [[0, 0.1], [0.5, 1], [1, 3]]},
+    {"table": "sparsity_head", "text": "prose", "layer": 0, "head": 0, "tokens": 12, "median": 3},
+    {"table": "sparsity_query", "text": "prose", "position": 8000, "tokens": 12},
+    {"table": "distance", "text": "prose", "order": "quest", "mass": 0.525, "error": 0.4, "cases": 10},
+    {"table": "curves", "text": "prose", "curve": "a/x+b", "target_mass": 0.9, "tokens": 700, "achieved_mass": 0.93, "success": 0.71},
+    {"table": "clusters", "text": "prose", "cluster_tokens": 32, "iterations": 10, "wcss_share": 0.3, "tokens": 600},
+    {"table": "union", "text": "prose", "rows_own": 500, "rows_union": 900, "error_own": 0.07, "error_union": 0.04, "loads_per_row": 1.6,
+     "paper": {"model": "Llama", "loads_per_row_at_most": 1.65}},
+]
+MEASURED = [error_row("sample,error=0.01", 0.1, 0.04), error_row("sample,error=0.02", 0.05, 0.08), error_row("quest,budget=512", 0.2, 0.2),
+            error_row("sample,error=0.01", 0.1, 0.04, "all traces") | {"model": "several"},
+            kl_row("quality=high", 0.16, 0.004), kl_row("quest,budget=512", 0.2, 0.05, error=0.2), kl_row("stock", 1, 0.006, taken=False)]
+
+
+def write_rows(path, objects):
+    path.write_text("".join(json.dumps(o) + "\n" for o in objects))
+
+
+def test_report_is_one_page_with_pictures_inside_and_a_markdown_table(tmp_path):
+    write_rows(tmp_path / "paper.jsonl", PAPER)
+    write_rows(tmp_path / "more.rows", MEASURED)
+    names = make(str(tmp_path), [str(tmp_path / "more.rows")])
+    assert names == ["report.html", "report.md"] + [name + ".png" for name, _, _ in pictures.PICTURES]
+    for name in names[2:]:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(pictures.PICTURES)
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    text = (tmp_path / "report.md").read_text()
+    assert "| m | prose | 90.0% | 400 | 600 | 700 | 93.0% | 71.0% | Llama | 895 | 1723 | 1975 | 91.0% | 86.0% |" in text
+    assert "| m | prose | 95.0% | 800 | 900 | 1000 | 96.0% | 70.0% | - | - | - | - | - | - |" in text
+    assert "| prose | quest,budget=512 | 1600 | 0.200 | 0.2000 | 0.800 | 3, 4: 0.400 | 8100: 1.80 |" in text
+    assert "| prose | 7168 | quality=high | 700 | 0.160 | 0.0040 | 0.0020-0.0080 | 0.016 | 0.036 | 90.0% |" in text
+    assert "stock" not in text and "all traces" not in text
+
+
+def test_methods_are_compared_at_equal_reading():
+    assert tables.at_fraction([(0.4, 0.01), (0.1, 0.04)], 0.2) == pytest.approx(0.02)
+    assert tables.at_fraction([(0.4, 0.01), (0.1, 0.04)], 0.05) is None
+    cells = tables.equal_read([error_row("quest,budget=1", 0.1, 0.04), error_row("quest,budget=4", 0.4, 0.01), error_row("topk,budget=1", 0.1, 0.02)])
+    assert cells[1:] == [["mean error", "prose", "quest", "0.0400", "0.0267", "0.0200", "0.0133"]]
+
+
+def test_a_repeated_run_replaces_its_rows():
+    twice = [error_row("quest,budget=512", 0.2, 0.2), error_row("quest,budget=512", 0.2, 0.3)]
+    assert [row["mean_error"] for row in rows.error_rows(twice)] == [0.3]
+
+
+def test_only_what_is_there_is_shown(tmp_path):
+    write_rows(tmp_path / "x.jsonl", MEASURED[:3])
+    assert make(str(tmp_path), []) == ["report.html", "report.md", "frontier.png", "error_by_layer.png"]
+    assert tables.kl(MEASURED[:3]) == tables.kl([])
+
+
+def test_presets_are_points_of_sample_and_other_options_make_another_method():
+    assert rows.method_of("magicpig,k=8,l=75") == "magicpig,k=8"
+    assert rows.method_of("topk") == "topk"
+    assert rows.method_of("quality=high") == "sample"
+    assert rows.method_of("sample,error=0.02") == "sample"
+    assert rows.method_of("quest,budget=512") == "quest"
+
+
+@pytest.mark.parametrize("line", ["{\"table\": ", "[1]"])
+def test_a_broken_line_is_named(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text("{}\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: "):
+        make(str(tmp_path), [])
+
+
+def test_nothing_to_report_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="nothing to report"):
+        make(str(tmp_path), [])
