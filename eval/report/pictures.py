@@ -24,7 +24,7 @@ def png(figure):
 
 
 def panels(count, width=5.2, height=4.2):
-    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False, layout="constrained")
     return figure, axes[0]
 
 
@@ -62,13 +62,14 @@ def frontier(rows):
     """Error on traces and KL end to end against what is read, one panel a text."""
     errors, kls = error_rows(rows), kl_rows(rows)
     spots = [(errors, text, "mean_error", "mean error of attention") for text in texts(errors)]
-    spots += [(kls, text, "mean_kl", "mean KL against exact attention") for text in texts(kls)]
+    spots += [(kls, text, "mean_kl", "mean KL, end to end") for text in texts(kls)]
     if not spots:
         return None
     figure, axes = panels(len(spots))
     for axis, (source, text, key, label) in zip(axes, spots):
         draw_frontier(axis, [row for row in source if row["text"] == text], key, text, label)
-    axes[-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize=8)
+    lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
     return figure
 
 
