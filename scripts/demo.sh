@@ -2,7 +2,7 @@
 # The main job on real input: a question about a long text, answered by stock llama.cpp and with Tactic, side by side.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/build.sh"
-build -DTACTIC_BUILD_TESTS=OFF -DTACTIC_BUILD_BENCH=OFF
+build -DTACTIC_BUILD_TESTS=OFF -DTACTIC_BUILD_BENCH=OFF -DTACTIC_BUILD_CUDA=OFF
 TEXT=${1:-/usr/share/common-licenses/GPL-3}
 PROMPT=${2:-"In two or three sentences: what may a person who receives a program under this license do with it?"}
 [ -r "$TEXT" ] || die "$TEXT cannot be read"

@@ -43,7 +43,9 @@ def make(options):
             print("note: qa_1 needs --squad, qa_2 --hotpotqa: left out", file=sys.stderr)
     context = ruler.Context(haystack, sources, counter(options.server, options.model))
     wanted = [(name, i) for i in range(options.count) for name in names]
-    made = [ruler.make_item(name, i, options.length, options.seed, context) for name, i in tqdm(wanted, unit="item")]
+    made = []
+    for name, i in tqdm(wanted, unit="haystack"):
+        made += ruler.make_items(name, i, options.length, options.seed, context, options.questions)
     write_items(made, options.out)
 
 
@@ -92,7 +94,8 @@ def parser():
     verb = verbs.add_parser("make", help="generate items of RULER's tasks")
     verb.add_argument("--tasks", default="all", help=f"all, or some of {','.join(ruler.TASKS)}")
     verb.add_argument("--length", type=int, required=True, help="tokens of a prompt")
-    verb.add_argument("-n", "--count", type=int, default=20, help="items of each task")
+    verb.add_argument("-n", "--count", type=int, default=20, help="haystacks of each task")
+    verb.add_argument("--questions", type=int, default=1, help="items from each haystack, where it has so many keys")
     verb.add_argument("--seed", type=int, default=1)
     verb.add_argument("--haystack", help="text file; without: generated sentences")
     verb.add_argument("--squad", help="questions for qa_1, in the form of SQuAD")

@@ -44,7 +44,12 @@ def compare(pairs):
         both = sum(a == b == 1 for a, b in pairs)
         interval = stats.paired_rates(both, only_a, only_b, len(pairs) - both - only_a - only_b)
         return {"only_mode": only_a, "only_baseline": only_b, "p": stats.mcnemar_exact(only_a, only_b), "interval": interval}
-    return {"interval": stats.t_interval([a - b for a, b in pairs])}
+    differences = [a - b for a, b in pairs]
+    if len(set(differences)) == 1:
+        # Nothing varies, so t would be certain after any number of items; as few as these leave this much room.
+        room = stats.paired_rates(0, 0, 0, len(pairs))
+        return {"interval": stats.Interval(max(-1.0, differences[0] + room.low), min(1.0, differences[0] + room.high))}
+    return {"interval": stats.t_interval(differences)}
 
 
 def _against(rows):
@@ -58,8 +63,9 @@ def _against(rows):
         figures |= {"score_minus": stats.mean([a - b for a, b in scores]), "score_minus_95": [interval.low, interval.high]}
         figures |= found
     if logprobs:
-        interval = stats.t_interval(logprobs)
         figures |= {"logprob_pairs": len(logprobs), "logprob_minus": stats.mean(logprobs)}
+    if len(logprobs) > 1:
+        interval = stats.t_interval(logprobs)
         figures |= {"logprob_minus_95": [interval.low, interval.high]}
     return figures
 
@@ -81,7 +87,7 @@ class Table:
         """One line per task and mode."""
 
         def interval(row, name, digits):
-            if name not in row:
+            if name + "_95" not in row:
                 return "-"
             low, high = row[name + "_95"]
             return f"{row[name]:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){'' if low <= 0 <= high else ' *'}"

@@ -49,13 +49,14 @@ def _listing(words):
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def niah(size, rng, context, filler, key_kind="word", value_kind="number", num_keys=1, num_values=1, num_queries=1):
-    """Needle in a haystack. `filler`: noise (one passage repeated), text, or needle (needles of other keys)."""
+def niah(size, rng, context, filler, key_kind="word", value_kind="number", num_keys=1, num_values=1, num_queries=1, question=0):
+    """Needle in a haystack. `filler`: noise (one passage repeated), text, or needle (needles of other keys). The same
+    haystack can be asked several questions: `question` says for which key, in the order in which keys were drawn."""
     num_keys = max(num_keys, num_queries)
     others = size if filler == "needle" else 0
-    text = context.haystack if filler == "text" else ()
+    avoided = context.haystack if filler == "text" else ()
     names = keys(rng, num_keys + others) if key_kind == "word" else _distinct(_uuid, rng, num_keys + others)
-    values = _distinct(_number if value_kind == "number" else _uuid, rng, num_keys * num_values + others, text)
+    values = _distinct(_number if value_kind == "number" else _uuid, rng, num_keys * num_values + others, avoided)
     noun = "number" if value_kind == "number" else "uuid"
     owners = [names[i // num_values] for i in range(num_keys * num_values)] + names[num_keys:]
     needles = [f"The secret {noun} of {owner} is {value}." for owner, value in zip(owners, values)]
@@ -66,7 +67,7 @@ def niah(size, rng, context, filler, key_kind="word", value_kind="number", num_k
     else:
         sentences = [NOISE[i % len(NOISE)] for i in range(size)]
     text, order = _scatter(rng, needles, sentences)
-    asked = names[:num_queries]
+    asked = names[question : question + num_queries]
     answers = [values[i] for i in order if owners[i] == asked[0]] if num_queries == 1 else values[:num_queries]
     plural = "s" if len(answers) > 1 else ""
     verb = "are" if plural else "is"
@@ -197,33 +198,46 @@ class Context:
         self.count = count
 
 
-def make_item(task, index, length, seed, context):
-    """Item `index` of a task, with at most `length` tokens of prompt and prefix and no room for one more unit of filler.
-    The same arguments, the same item."""
+def questions_of(task):
+    """How many questions one haystack of the task can be asked; None: as many as it has needles."""
+    options = getattr(TASKS[task][0], "keywords", {})
+    if options.get("filler") == "needle":
+        return None
+    return options.get("num_keys", 1)
+
+
+def make_items(task, index, length, seed, context, questions=1):
+    """Haystack `index` of a task, asked `questions` questions (fewer where it has fewer keys): that many items of at most
+    `length` tokens of prompt and prefix, the longest without room for one more unit of filler. Same arguments, same items.
+    """
     build, max_tokens, metric = TASKS[task]
+    most = questions_of(task)
+    questions = questions if most is None else min(questions, most)
 
-    def fields(size):
-        return build(size, random.Random(f"{task}/{length}/{seed}/{index}"), context)
+    def fields(size, question):
+        # Before it is asked, a haystack of needles must have as many as there are questions.
+        extra = {"question": question} if question else {}
+        return build(size + (questions - 1 if most is None else 0), random.Random(f"{task}/{length}/{seed}/{index}"), context, **extra)
 
-    def count(size):
-        made = fields(size)
+    def tokens(made):
         return context.count(made["prompt"] + "\n" + made["prefix"])
+
+    def longest(size):
+        return max(tokens(fields(size, question)) for question in range(questions))
 
     largest = 1 << 24
     if task.startswith("qa_"):
         source = "squad" if task == "qa_1" else "hotpotqa"
         largest = len(context.questions[source].passages) if source in context.questions else 0
     try:
-        size = largest_size(count, length, largest)
+        size = largest_size(longest, length, largest)
     except ValueError as error:
         raise ValueError(f"{task}: {error}") from None
     if size == largest:
         raise ValueError(f"{task}: all {largest} passages make fewer than the {length} tokens wanted")
-    return Item(
-        id=f"{task}-{length}-{seed}-{index}",
-        task=task,
-        metric=metric,
-        max_tokens=max_tokens,
-        prompt_tokens=count(size),
-        **fields(size),
-    )
+    items = []
+    for question in range(questions):
+        made = fields(size, question)
+        name = f"{task}-{length}-{seed}-{index}" + (f"-{question}" if question else "")
+        items.append(Item(id=name, task=task, metric=metric, max_tokens=max_tokens, prompt_tokens=tokens(made), **made))
+    return items

@@ -56,7 +56,7 @@ class Attention {
 
   void set_options(const DecodeOptions& options);
   const DecodeOptions& options() const;
-  void set_num_threads(int32_t num_threads);  // 0: OpenMP's default
+  void set_num_threads(int32_t num_threads);  // at most 1024; 0: OpenMP's default
 
   struct Impl;
 

@@ -21,6 +21,7 @@ typedef struct {
   const int32_t* page_table;
   int32_t page_tokens;
   int64_t page_stride_bytes;
+  int32_t num_pages; /* 0: the table is not checked */
 } tactic_rows;
 
 typedef struct {
@@ -93,7 +94,7 @@ int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_s
 int64_t tactic_index_verify(tactic_index* index, const tactic_kv* kv);
 size_t tactic_index_memory_bytes(const tactic_index* index);
 
-/* num_threads 0: OpenMP's default. NULL on error. */
+/* num_threads at most 1024; 0: OpenMP's default. NULL on error. */
 tactic_attention* tactic_attention_create(const tactic_decode_options* options, int32_t num_threads);
 void tactic_attention_free(tactic_attention* attention);
 /* stats: [num_queries] or NULL. */

@@ -49,11 +49,12 @@ class KvIndex {
   /// Forgets everything but the options.
   void clear();
 
-  /// Threads that maintain() may use; 0: OpenMP's default. The result does not depend on it.
+  /// Threads that maintain() may use, at most 1024; 0: OpenMP's default. The result does not depend on it.
   void set_num_threads(int32_t num_threads);
 
   /// Bits of rows [64 * word, 64 * word + 64): the row was written.
   uint64_t written_word(int64_t word) const;
+  uint64_t indexed_word(int64_t word) const;   // the row is in clusters (or kept as an outlier) and unchanged since
   int64_t rows_written() const;       // rows that hold something
   int64_t rows_indexed() const;       // of those, rows in clusters (or kept as outliers) and unchanged since
   int64_t num_clusters() const;       // per KV head

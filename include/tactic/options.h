@@ -25,7 +25,7 @@ enum class Clustering : uint8_t {
 struct IndexOptions {
   Clustering clustering = Clustering::kIncremental;
   int32_t cluster_tokens = 16;              // mean cluster size; larger: smaller index, more tokens read
-  int32_t segment_tokens = 2048;            // rows clustered together, at most 65536
+  int32_t segment_tokens = 2048;            // rows clustered together, at most 65535
   int32_t provisional_tokens = 256;         // rows of the small segments that hold the newest tokens; divides segment_tokens
   int32_t provisional_cluster_tokens = 4;   // their mean cluster size
   int32_t iterations = 4;                   // k-means rounds (10 with Clustering::kWhole in the paper)
@@ -41,7 +41,7 @@ struct DecodeOptions {
   Select select = Select::kSample;
   float target_error = 0.02f;   // kSample: relative standard error of the attention mass, were draws independent; ignored when tau > 0
   float tau = 0.0f;             // kSample: expected number of tokens read is at most tau per KV head
-  float refine = 0.01f;         // kSample: a sampled token that stands for more than this share has its cluster read whole
+  float refine = 0.01f;         // kSample: a sampled token that stands for more than this share has its cluster read whole; 1: never
   float target_mass = 0.0f;     // kFit: share of the attention mass to read; 0: 0.9. kSample: the step measures the mass of the rows
                                 // read with certainty and reads on until every head surely has this share; 0: any mass will do
   int32_t budget = 1024;        // kTopK: tokens per query head

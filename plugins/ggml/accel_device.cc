@@ -113,6 +113,7 @@ class AccelBackend {
     const int64_t stored = now_ns();
     shared().stats.add_write(stored - begin);
     const std::shared_ptr<CacheLayer> layer = shared().watch.note_write(node, options);
+    if (layer != nullptr) layer->owner = this;
     // Prefill pays for its clusters as it goes; decode steps have their own budget.
     if (layer == nullptr || rows <= options.max_rows * static_cast<int64_t>(layer->streams.size())) return;
     if (!options.enabled || options.decode.select == Select::kDense || options.index.clustering == Clustering::kWhole) return;
@@ -147,7 +148,7 @@ class AccelBackend {
     stats_.resize(static_cast<size_t>(num_queries));
     if (masks_.size() < static_cast<size_t>(num_queries)) masks_.resize(static_cast<size_t>(num_queries));
     if (layer != nullptr && layer->layer <= last_layer_) ++step_;
-    if (layer != nullptr) last_layer_ = layer->layer;
+    if (layer != nullptr) last_layer_ = layer->layer, layer->owner = this;
     const int64_t cluster_begin = now_ns();
     for (int64_t stream = 0; stream < match->streams(); ++stream) {
       for (int64_t row = 0; row < match->rows(); ++row) {
@@ -196,7 +197,7 @@ class AccelBackend {
     if (stream >= layer.streams.size()) return;
     query.stream_id += stream * 64;
     try {
-      shared().watch.before_step(layer, stream, bits.visible, options.faults);
+      shared().watch.before_step(layer, stream, bits.visible, row == 0, options.faults);
       KvIndex& index = layer.streams[stream]->index;
       if (row == 0) maintain(layer, stream, budget_of(layer, index));
       query.index = &index;
@@ -225,6 +226,7 @@ AccelBackend* self(ggml_backend_t backend) { return static_cast<AccelBackend*>(b
 const char* backend_name(ggml_backend_t) { return "TACTIC"; }
 
 void backend_free(ggml_backend_t backend) {
+  shared().watch.forget(self(backend));
   delete self(backend);
   delete backend;
 }

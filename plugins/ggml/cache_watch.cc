@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdio>
+#include <utility>
 
 namespace tactic::plugin {
 
@@ -24,6 +25,17 @@ bool share_memory(const CacheLayer& a, const CacheLayer& b) {
   };
   return overlap(a.k_cache, a.k_stream_bytes, b.k_cache, b.k_stream_bytes) || overlap(a.k_cache, a.k_stream_bytes, b.v_cache, b.v_stream_bytes) ||
          overlap(a.v_cache, a.v_stream_bytes, b.k_cache, b.k_stream_bytes) || overlap(a.v_cache, a.v_stream_bytes, b.v_cache, b.v_stream_bytes);
+}
+
+// fn(begin, length) for each run of set bits.
+template <class Fn>
+void for_runs(uint64_t bits, Fn fn) {
+  while (bits != 0) {
+    const int begin = std::countr_zero(bits);
+    const int length = std::countr_one(bits >> begin);
+    fn(begin, length);
+    bits &= length == 64 ? 0 : ~(((uint64_t{1} << length) - 1) << begin);
+  }
 }
 
 }  // namespace
@@ -78,7 +90,7 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
           options, KvShape{layer->view.num_kv_heads, layer->view.head_dim, layer->view.v_head_dim}));
     }
     // Memory is in one cache only: what else lay there is gone, and must be neither read nor told of writes.
-    const std::shared_ptr<CacheLayer> made = layer;
+    std::shared_ptr<CacheLayer> made = layer;
     std::erase_if(layers_, [&](const auto& entry) { return entry.second != made && share_memory(*entry.second, *made); });
     made->last_used = ++clock_;
     if (layers_.size() > kMaxLayers) drop_oldest();
@@ -96,6 +108,11 @@ void CacheWatch::note_empty(const AttentionMatch& match) {
   const size_t first = layer.first_stream(match);
   const size_t end = std::min(layer.streams.size(), first + static_cast<size_t>(match.streams()));
   for (size_t s = first; s < end; ++s) layer.streams[s]->index.clear();
+}
+
+void CacheWatch::forget(const void* owner) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(layers_, [&](const auto& entry) { return entry.second->owner == owner; });
 }
 
 void CacheWatch::drop_oldest() {
@@ -123,7 +140,11 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
     if (run_begin < 0) return;
     const int64_t stream = run_begin / layer->cells, first = run_begin % layer->cells;
     if (stream < static_cast<int64_t>(layer->streams.size())) {
-      layer->streams[static_cast<size_t>(stream)]->index.write(first, std::min(run_end - run_begin, layer->cells - first));
+      StreamIndex& entry = *layer->streams[static_cast<size_t>(stream)];
+      const int64_t end = std::min(first + run_end - run_begin, layer->cells);
+      entry.index.write(first, end - first);
+      entry.known.resize(std::max(entry.known.size(), static_cast<size_t>(end + 63) / 64));
+      for (int64_t row = first; row < end; ++row) entry.known[static_cast<size_t>(row / 64)] |= uint64_t{1} << (row % 64);
     }
   };
   for (int64_t i = 0; i < cells->ne[0]; ++i) {
@@ -145,25 +166,50 @@ void CacheWatch::note_changed_row() {
   ++generation_;
 }
 
-void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, const Faults& faults) {
+namespace {
+
+// Indexed cells that the last step did not show: while they were hidden their memory may have been used. All rows are
+// compared then; and if any has changed, all that came back count as rewritten, for one row in 256 slips through a check.
+bool returned_changed(StreamIndex& entry, const KvView& kv, const std::vector<uint64_t>& visible, bool first) {
+  if (first) {
+    entry.known_before.swap(entry.known);
+    entry.known.clear();
+  }
+  entry.known.resize(std::max(entry.known.size(), visible.size()));
+  std::vector<std::pair<size_t, uint64_t>> returned;
+  for (size_t w = 0; w < visible.size(); ++w) {
+    const uint64_t before = w < entry.known_before.size() ? entry.known_before[w] : 0;
+    const uint64_t unknown = visible[w] & ~before & ~entry.known[w];
+    if (unknown != 0 && (unknown & entry.index.indexed_word(static_cast<int64_t>(w))) != 0) returned.emplace_back(w, unknown);
+    entry.known[w] |= visible[w];
+  }
+  if (returned.empty() || entry.index.verify(kv) == 0) return false;
+  for (const auto& word : returned) {
+    const int64_t cell = static_cast<int64_t>(word.first) * 64;
+    for_runs(word.second, [&](int begin, int length) { entry.index.write(cell + begin, length); });
+  }
+  return true;
+}
+
+}  // namespace
+
+void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, bool first, const Faults& faults) {
   StreamIndex& entry = *layer.streams[stream];
+  const bool changed = !faults.skip_verify && returned_changed(entry, layer.stream_view(stream), visible, first);
   const bool had_rows = entry.index.rows_written() > 0;
   bool unseen = false;
   for (size_t w = 0; w < visible.size(); ++w) {
-    uint64_t missing = visible[w] & ~entry.index.written_word(static_cast<int64_t>(w));
-    while (missing != 0) {   // in runs
-      const int begin = std::countr_zero(missing);
-      const int length = std::countr_one(missing >> begin);
+    for_runs(visible[w] & ~entry.index.written_word(static_cast<int64_t>(w)), [&](int begin, int length) {
       entry.index.write(static_cast<int64_t>(w) * 64 + begin, length);
-      missing &= length == 64 ? 0 : ~(((uint64_t{1} << length) - 1) << begin);
       unseen = true;
-    }
+    });
   }
   uint64_t generation;
   {
     const std::lock_guard lock(mutex_);
-    if (unseen && had_rows) ++generation_;   // written unseen: what else was?
+    if ((unseen && had_rows) || changed) ++generation_;   // written unseen: what else was?
     generation = generation_;
+    if (changed) entry.verified = generation;
   }
   if (entry.verified != generation) {
     if (had_rows && !faults.skip_verify) entry.index.verify(layer.stream_view(stream));

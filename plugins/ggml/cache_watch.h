@@ -1,8 +1,8 @@
 // What happened to the caches: which cells were written, which changed unseen, and an index for each.
 //
-// Cells are seen being written through SET_ROWS. State restore and shifts write them unseen; three things catch that: a
-// visible cell that was never seen written, a check value that does not match in a row that a step reads, and, once
-// either has happened, a comparison of all check values of every index before its next use.
+// Cells are seen being written through SET_ROWS. State restore and shifts write them unseen; four things catch that: a
+// visible cell that was never seen written, an indexed cell that comes back after steps that did not see it, a check value
+// that does not match in a row that a step reads, and, once any of these has happened, a comparison of all check values.
 #pragma once
 
 #include <cstdint>
@@ -21,11 +21,15 @@ namespace tactic::plugin {
 struct StreamIndex {
   KvIndex index;
   uint64_t verified = 0;   // the generation in which its rows were last compared
+  // Bits of cells whose content is known: shown to a query, or seen being written, in the step under way and since, and in
+  // the step before it.
+  std::vector<uint64_t> known, known_before;
   explicit StreamIndex(const IndexOptions& options, const KvShape& shape) : index(options, shape) {}
 };
 
 /// One layer's cache as attention nodes show it.
 struct CacheLayer {
+  const void* owner = nullptr;    // the backend that last computed with it
   const void* k_cache = nullptr;
   const void* v_cache = nullptr;
   KvView view;                    // of stream 0, all cells
@@ -56,14 +60,17 @@ class CacheWatch {
   std::shared_ptr<CacheLayer> note_write(const ggml_tensor* node, const PluginOptions& options);
 
   /// Makes the index fit what the query sees: unseen cells count as written and, if anything may have changed unseen, all
-  /// rows are compared. `visible`: bits of n_kv cells.
-  void before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, const Faults& faults);
+  /// rows are compared. `visible`: bits of n_kv cells. `first`: of the step's queries at this stream.
+  void before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, bool first, const Faults& faults);
 
   /// A step read a row that had changed.
   void note_changed_row();
 
   /// Bytes of all indexes, and of the K and V rows they describe.
   void memory(int64_t& index_bytes, int64_t& kv_bytes);
+
+  /// The backend is gone, and its context with it: so are the layers that were its own.
+  void forget(const void* owner);
 
   /// Options of new indexes changed: drop the old ones.
   void clear();

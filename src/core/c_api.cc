@@ -1,5 +1,6 @@
 #include "tactic/c_api.h"
 
+#include <cstring>
 #include <exception>
 #include <string>
 #include <vector>
@@ -47,10 +48,19 @@ const T& sized(const T* pointer, const char* name) {
   return *pointer;
 }
 
+// A caller may have put any number into an enumeration; C++ may only look at it as bytes.
+template <class E>
+uint8_t checked_enum(const E& field, const char* name, int32_t limit) {
+  int32_t value;
+  static_assert(sizeof value == sizeof field);
+  std::memcpy(&value, &field, sizeof value);
+  if (value < 0 || value > limit) throw tactic::Error(std::string(name) + " (" + std::to_string(value) + ") must be in 0.." + std::to_string(limit));
+  return static_cast<uint8_t>(value);
+}
+
 tactic::RowsView rows_of(const tactic_rows& rows) {
-  if (rows.dtype < TACTIC_F32 || rows.dtype > TACTIC_Q4_0) throw tactic::Error("dtype (" + std::to_string(rows.dtype) + ") must be in 0..4");
-  return {rows.data, static_cast<tactic::DType>(rows.dtype), rows.token_stride_bytes, rows.head_stride_bytes,
-          rows.page_table, rows.page_tokens, rows.page_stride_bytes};
+  return {rows.data, static_cast<tactic::DType>(checked_enum(rows.dtype, "dtype", TACTIC_Q4_0)), rows.token_stride_bytes,
+          rows.head_stride_bytes, rows.page_table, rows.page_tokens, rows.page_stride_bytes, rows.num_pages};
 }
 
 tactic::KvView view_of(const tactic_kv& kv) {
@@ -147,9 +157,8 @@ size_t tactic_index_memory_bytes(const tactic_index* index) { return index != nu
 tactic_attention* tactic_attention_create(const tactic_decode_options* options, int32_t num_threads) {
   return guarded<tactic_attention*>(nullptr, [&] {
     const tactic_decode_options& o = sized(options, "options");
-    if (o.select < TACTIC_DENSE || o.select > TACTIC_TOPK) throw tactic::Error("select (" + std::to_string(o.select) + ") must be in 0..3");
     tactic::DecodeOptions d;
-    d.select = static_cast<tactic::Select>(o.select);
+    d.select = static_cast<tactic::Select>(checked_enum(o.select, "select", TACTIC_TOPK));
     d.target_error = o.target_error;
     d.tau = o.tau;
     d.refine = o.refine;

@@ -9,6 +9,9 @@
 
 namespace tactic {
 
+/// Rows of a segment at most: the size of a cluster that holds them all must fit 16 bits.
+inline constexpr int32_t kMaxSegmentRows = 65535;
+
 /// Centroids lie in blocks of this many, dimension-major inside a block, so that scoring needs no horizontal sums.
 inline constexpr int32_t kCentroidBlock = 16;
 

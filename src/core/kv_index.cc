@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/backend.h"
+#include "core/check.h"
 #include "core/index_state.h"
 #include "tactic/error.h"
 
@@ -60,12 +61,11 @@ int64_t RowFilter::count_indexed(int64_t begin, int64_t end) const {
 
 KvIndex::KvIndex(const IndexOptions& options, const KvShape& shape) : state_(std::make_unique<IndexState>()) {
   validate(options);
-  if (shape.num_kv_heads < 1) throw Error("num_kv_heads (" + std::to_string(shape.num_kv_heads) + ") must be at least 1");
-  for (const int32_t dim : {shape.head_dim, shape.v_head_dim}) {
-    if (dim < 16 || dim > 1024 || dim % 16 != 0) {
-      throw Error("head_dim (" + std::to_string(dim) + ") must be a multiple of 16 in 16..1024");
-    }
-  }
+  KvView kv;   // without rows
+  kv.num_kv_heads = shape.num_kv_heads;
+  kv.head_dim = shape.head_dim;
+  kv.v_head_dim = shape.v_head_dim;
+  check_view(kv);
   state_->options = options;
   state_->shape = shape;
   state_->calibration.resize(static_cast<size_t>(shape.num_kv_heads));
@@ -84,8 +84,8 @@ void KvIndex::write(int64_t row_begin, int64_t count) {
   const int64_t end = row_begin + count;
   if (end > s.written.capacity()) {
     const int64_t rows = std::max(end, s.written.capacity() * 2);
+    s.indexed.resize(rows);   // first: it must reach as far as `written` even when memory runs out in between
     s.written.resize(rows);
-    s.indexed.resize(rows);
   }
   s.written.set_range(row_begin, end);
   s.indexed.reset_range(row_begin, end);
@@ -185,8 +185,10 @@ bool is_written(const IndexState& s, int64_t begin, int64_t end) {
 std::vector<Due> due_incremental(const IndexState& s, double max_segments) {
   const IndexOptions& o = s.options;
   const int64_t block_rows = o.segment_tokens, part_rows = o.provisional_tokens;
-  const double part_cost = static_cast<double>(part_rows) * part_rows / o.provisional_cluster_tokens /
-                           (static_cast<double>(block_rows) * block_rows / o.cluster_tokens);
+  const auto cost = [](int64_t rows, int32_t cluster_rows) {   // of k-means: rows times clusters
+    return static_cast<double>(rows) * static_cast<double>(rows) / cluster_rows;
+  };
+  const double part_cost = cost(part_rows, o.provisional_cluster_tokens) / cost(block_rows, o.cluster_tokens);
   std::vector<Due> due;
   double planned = 0;
   for (int64_t begin = 0; begin < s.rows_end; begin += block_rows) {
@@ -220,8 +222,8 @@ std::vector<Due> due_whole(const IndexState& s) {
   if (s.rows_end < 64 || (!s.segments.empty() && unindexed < s.options.segment_tokens)) return {};
   if (!is_written(s, 0, s.rows_end)) return {};
   std::vector<Due> due;
-  for (int64_t begin = 0; begin < s.rows_end; begin += 65536) {
-    due.push_back({begin, static_cast<int32_t>(std::min<int64_t>(65536, s.rows_end - begin)), false, 0});
+  for (int64_t begin = 0; begin < s.rows_end; begin += kMaxSegmentRows) {
+    due.push_back({begin, static_cast<int32_t>(std::min<int64_t>(kMaxSegmentRows, s.rows_end - begin)), false, 0});
   }
   return due;
 }
@@ -263,6 +265,8 @@ Segment build_segment(const IndexState& s, const KvView& kv, const Due& due) {
 
 void put_segment(IndexState& s, Segment segment) {
   const int64_t begin = segment.row_begin, end = begin + segment.num_rows;
+  // The only thing here that can fail: no bit may name a segment that is not there.
+  s.segments.reserve(s.segments.size() + 1);
   std::erase_if(s.segments, [&](const Segment& old) {
     if (old.row_begin >= end || old.row_begin + old.num_rows <= begin) return false;
     s.indexed.reset_range(old.row_begin, old.row_begin + old.num_rows);
@@ -274,7 +278,8 @@ void put_segment(IndexState& s, Segment segment) {
   s.segments.insert(at, std::move(segment));
 }
 
-void check_view(const IndexState& s, const KvView& kv) {
+void check_view_of(const IndexState& s, const KvView& kv) {
+  check_view(kv);
   const auto fail = [](const char* name, int64_t value, int64_t expected) {
     throw Error(std::string(name) + " (" + std::to_string(value) + ") must be the index's " + std::to_string(expected));
   };
@@ -290,7 +295,8 @@ void check_view(const IndexState& s, const KvView& kv) {
 
 bool KvIndex::maintain(const KvView& kv, double max_segments) {
   IndexState& s = *state_;
-  check_view(s, kv);
+  check_view_of(s, kv);
+  if (std::isnan(max_segments)) throw Error("max_segments (nan) must be a number");
   const bool whole = s.options.clustering == Clustering::kWhole;
   double spent = 0;
   while (true) {   // a new segment can push out an old one and make its other parts due
@@ -306,7 +312,7 @@ bool KvIndex::maintain(const KvView& kv, double max_segments) {
 
 int64_t KvIndex::verify(const KvView& kv) {
   IndexState& s = *state_;
-  check_view(s, kv);
+  check_view_of(s, kv);
   const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
   int64_t changed = 0;
   for (const Segment& segment : s.segments) {
@@ -327,6 +333,7 @@ int64_t KvIndex::verify(const KvView& kv) {
 }
 
 uint64_t KvIndex::written_word(int64_t word) const { return state_->written.word(word); }
+uint64_t KvIndex::indexed_word(int64_t word) const { return state_->indexed.word(word); }
 int64_t KvIndex::rows_written() const { return state_->written.count_range(0, state_->rows_end); }
 int64_t KvIndex::rows_indexed() const { return state_->indexed.count_range(0, state_->rows_end); }
 
@@ -361,7 +368,12 @@ size_t KvIndex::memory_bytes() const {
   return bytes;
 }
 
-void KvIndex::set_num_threads(int32_t num_threads) { state_->num_threads = num_threads; }
+
+void KvIndex::set_num_threads(int32_t num_threads) {
+  check_threads(num_threads);
+  state_->num_threads = num_threads;
+}
+
 const IndexOptions& KvIndex::options() const { return state_->options; }
 const KvShape& KvIndex::shape() const { return state_->shape; }
 

@@ -57,16 +57,18 @@ struct Inclusion {
   std::vector<float> probability;   // [num_clusters] of each member
   float tau = 0;                    // the one used
   double predicted_variance = 0;    // of the mass, relative, mean over the group's heads
+  std::vector<float> log_totals;    // [group_size] ln of the estimated sum of exp(score) over all rows
   std::vector<float> scratch;
 };
 
 /// The share of the mass that select_fit reads.
 inline float fit_mass(const DecodeOptions& options) { return options.target_mass > 0 ? options.target_mass : 0.9f; }
 
-/// The share above which a sampled row has its cluster read whole. A sampled row stands for about 1 / tau by design; with
-/// a limit near that, refinement would throw the sample away and the mass it speaks for with it (at 2 / tau the mass is
-/// biased, at 8 / tau by less than 1%).
+/// The share of the estimated total above which a sampled row has its cluster read whole: of the estimate, so that each row
+/// can be judged as it is read. A sampled row stands for about 1 / tau by design; with a limit near that, refinement would
+/// throw the sample away and the mass it speaks for with it (at 2 / tau the mass is biased, at 8 / tau by less than 1%).
 inline float refine_limit(const DecodeOptions& options, const Inclusion& inclusion) {
+  if (options.refine >= 1) return __builtin_inff();
   const float ordinary = 8.0f / inclusion.tau;
   return options.refine > ordinary ? options.refine : ordinary;
 }

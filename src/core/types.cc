@@ -1,3 +1,4 @@
+#include "core/index_state.h"
 #include "tactic/error.h"
 #include "tactic/kv_view.h"
 #include "tactic/options.h"
@@ -69,7 +70,7 @@ void require(bool ok, const char* name, T value, const char* limit) {
 }  // namespace
 
 void validate(const IndexOptions& o) {
-  require(o.segment_tokens >= 64 && o.segment_tokens <= 65536, "segment_tokens", o.segment_tokens, "in 64..65536");
+  require(o.segment_tokens >= 64 && o.segment_tokens <= kMaxSegmentRows, "segment_tokens", o.segment_tokens, "in 64..65535");
   require(o.provisional_tokens >= 16 && o.provisional_tokens <= o.segment_tokens &&
               o.segment_tokens % o.provisional_tokens == 0,
           "provisional_tokens", o.provisional_tokens, "at least 16 and a divisor of segment_tokens");

@@ -9,6 +9,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/attend.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
+
 #include "cpu/rows-inl.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
@@ -353,7 +354,7 @@ HWY_EXPORT(max_score);
 
 void attend_scores(const RowsView& k, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* q,
                    int32_t head_dim, int32_t group_size, float* scores, int64_t stride, const RowsView* v, int32_t v_head_dim) {
-  HWY_DYNAMIC_DISPATCH(attend_scores)(k, head, tokens, num_tokens, q, head_dim, group_size, scores, stride, v, v_head_dim);
+  return HWY_DYNAMIC_DISPATCH(attend_scores)(k, head, tokens, num_tokens, q, head_dim, group_size, scores, stride, v, v_head_dim);
 }
 
 void attend_values(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,

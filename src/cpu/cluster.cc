@@ -12,6 +12,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/cluster.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
+
 #include "cpu/rows-inl.h"
 #include "hwy/highway.h"
 
@@ -235,17 +236,21 @@ void store_clusters(const Centroids& centroids, const float* x, const std::vecto
 }  // namespace
 
 void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
+  const auto decode = HWY_DYNAMIC_DISPATCH(decode_rows);
+  const auto squares = HWY_DYNAMIC_DISPATCH(sum_squares);
+  const auto nearest_of = HWY_DYNAMIC_DISPATCH(assign_rows);
+  const auto add = HWY_DYNAMIC_DISPATCH(add_to);
   const auto dim = static_cast<size_t>(task.kv.head_dim), v_dim = static_cast<size_t>(task.kv.v_head_dim);
   const int64_t n_all = task.num_rows;
   std::vector<float> keys(static_cast<size_t>(n_all) * dim);
   Norms norms{std::vector<float>(static_cast<size_t>(n_all)), std::vector<float>(static_cast<size_t>(n_all))};
   parallel_ranges(num_threads, n_all, 256, [&](int64_t begin, int64_t end) {
     std::vector<float> value(v_dim);
-    HWY_DYNAMIC_DISPATCH(decode_rows)(task.kv.k, task.head, task.row_begin, begin, end, dim, keys.data() + static_cast<size_t>(begin) * dim);
+    decode(task.kv.k, task.head, task.row_begin, begin, end, dim, keys.data() + static_cast<size_t>(begin) * dim);
     for (int64_t i = begin; i < end; ++i) {
-      HWY_DYNAMIC_DISPATCH(decode_rows)(task.kv.v, task.head, task.row_begin, i, i + 1, v_dim, value.data());
-      norms.k[static_cast<size_t>(i)] = HWY_DYNAMIC_DISPATCH(sum_squares)(keys.data() + static_cast<size_t>(i) * dim, dim);
-      norms.v[static_cast<size_t>(i)] = HWY_DYNAMIC_DISPATCH(sum_squares)(value.data(), v_dim);
+      decode(task.kv.v, task.head, task.row_begin, i, i + 1, v_dim, value.data());
+      norms.k[static_cast<size_t>(i)] = squares(keys.data() + static_cast<size_t>(i) * dim, dim);
+      norms.v[static_cast<size_t>(i)] = squares(value.data(), v_dim);
     }
   });
 
@@ -282,7 +287,7 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
   std::vector<float> distances(static_cast<size_t>(n));
   const auto assign = [&] {
     parallel_ranges(num_threads, n, 64, [&](int64_t begin, int64_t end) {
-      HWY_DYNAMIC_DISPATCH(assign_rows)(x.data(), begin, end, dim, centroids.values.data(), centroids.half_norms.data(),
+      nearest_of(x.data(), begin, end, dim, centroids.values.data(), centroids.half_norms.data(),
                                         centroids.padded, nearest.data(), distances.data());
     });
     group_members(nearest, task.num_clusters, offsets, order);
@@ -297,7 +302,7 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
         const int32_t first = offsets[static_cast<size_t>(c)], last = offsets[static_cast<size_t>(c) + 1];
         if (first == last) continue;
         std::fill(sum.begin(), sum.end(), 0.0f);
-        for (int32_t m = first; m < last; ++m) HWY_DYNAMIC_DISPATCH(add_to)(sum.data(), x.data() + static_cast<size_t>(order[static_cast<size_t>(m)]) * dim, dim);
+        for (int32_t m = first; m < last; ++m) add(sum.data(), x.data() + static_cast<size_t>(order[static_cast<size_t>(m)]) * dim, dim);
         for (float& value : sum) value /= static_cast<float>(last - first);
         centroids.set(static_cast<int32_t>(c), sum.data());
       }
@@ -306,7 +311,7 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
     for (int32_t c = 0; c < task.num_clusters && n > 0; ++c) {
       if (offsets[static_cast<size_t>(c)] != offsets[static_cast<size_t>(c) + 1]) continue;
       int64_t farthest = 0;
-      const auto distance = [&](int64_t i) { return distances[static_cast<size_t>(i)] + HWY_DYNAMIC_DISPATCH(sum_squares)(x.data() + static_cast<size_t>(i) * dim, dim) / 2; };
+      const auto distance = [&](int64_t i) { return distances[static_cast<size_t>(i)] + squares(x.data() + static_cast<size_t>(i) * dim, dim) / 2; };
       float most = -HUGE_VALF;
       for (int64_t i = 0; i < n; ++i) {
         if (distances[static_cast<size_t>(i)] == -HUGE_VALF) continue;   // taken by another empty cluster

@@ -58,6 +58,7 @@ class CpuRun : public BackendRun {
     size_t num_tasks = 0;
     for (const DecodeQuery& query : queries) num_tasks += static_cast<size_t>(query.kv.num_kv_heads);
     tasks_.resize(num_tasks);
+    kept_.clear();   // of a step that failed
     size_t t = 0;
     for (size_t i = 0; i < queries.size(); ++i) {
       const DecodeQuery& query = queries[i];
@@ -83,12 +84,14 @@ class CpuRun : public BackendRun {
     const int32_t threads = thread_count(num_threads);
     if (partials_.size() < static_cast<size_t>(threads) * tasks_.size()) partials_.resize(static_cast<size_t>(threads) * tasks_.size());
     for (Partial& partial : partials_) partial.used = false;
+    TeamError error;
     if (threads == 1) {
-      phases(options, 0, 1);
-      return;
-    }
+      phases(options, 0, 1, error);
+    } else {
 #pragma omp parallel num_threads(threads)
-    phases(options, omp_get_thread_num(), omp_get_num_threads());
+      phases(options, omp_get_thread_num(), omp_get_num_threads(), error);
+    }
+    error.rethrow();
   }
 
   // fn(task, begin, end) for this thread's share of what `size` says of each task, counted in grains.
@@ -106,31 +109,42 @@ class CpuRun : public BackendRun {
     }
   }
 
-  void phases(const DecodeOptions& options, int32_t thread, int32_t threads) {
+  void phases(const DecodeOptions& options, int32_t thread, int32_t threads, TeamError& error) {
+    const auto for_tasks = [&](auto fn) {   // a task each, in turn
+      for (size_t t = static_cast<size_t>(thread); t < tasks_.size(); t += static_cast<size_t>(threads)) fn(t);
+    };
     bool any_sparse = false;
     for (const Task& task : tasks_) any_sparse = any_sparse || task.sparse;
     if (any_sparse) {
-      score_phase(thread, threads);
+      error.guard([&] { score_phase(thread, threads); });
 #pragma omp barrier
-      for (size_t t = static_cast<size_t>(thread); t < tasks_.size(); t += static_cast<size_t>(threads)) {
-        if (tasks_[t].sparse) select_rows(tasks_[t], options);
-      }
+      error.guard([&] {
+        for_tasks([&](size_t t) {
+          if (tasks_[t].sparse) select_rows(tasks_[t], options);
+        });
+      });
 #pragma omp barrier
-      share(thread, threads, 16, [](const Task& task) { return task.sparse ? task.selected.size() : 0; },
-            [&](Task& task, int64_t begin, int64_t end) {
-              score_rows(task, task.selected, begin, end);
-              weigh_rows(task, begin, end, partial_of(task, thread).sums.data());
-              if (options.check_rows && !rows_unchanged(task, begin, end, false)) mark_changed(task);
-            });
+      error.guard([&] { weigh_phase(options, thread, threads); });
 #pragma omp barrier
-      for (size_t t = static_cast<size_t>(thread); t < tasks_.size(); t += static_cast<size_t>(threads)) {
-        if (tasks_[t].sparse && !tasks_[t].not_finite) settle_task(t, options, threads);
-      }
+      error.guard([&] {
+        for_tasks([&](size_t t) {
+          if (tasks_[t].sparse && !tasks_[t].not_finite) settle_task(t, options, threads);
+        });
+      });
 #pragma omp barrier
     }
-    value_phase(options, thread, threads);
+    error.guard([&] { value_phase(options, thread, threads); });
 #pragma omp barrier
-    for (size_t t = static_cast<size_t>(thread); t < tasks_.size(); t += static_cast<size_t>(threads)) merge_task(t, threads);
+    error.guard([&] { for_tasks([&](size_t t) { merge_task(t, threads); }); });
+  }
+
+  void weigh_phase(const DecodeOptions& options, int32_t thread, int32_t threads) {
+    share(thread, threads, 16, [](const Task& task) { return task.sparse ? task.selected.size() : 0; },
+          [&](Task& task, int64_t begin, int64_t end) {
+            score_rows(task, task.selected, begin, end);
+            weigh_rows(task, begin, end, partial_of(task, thread).sums.data());
+            if (options.check_rows && !rows_unchanged(task, begin, end, false)) mark_changed(task);
+          });
   }
 
   static void score_rows(Task& task, RowList& list, int64_t begin, int64_t end) {

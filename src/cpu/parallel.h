@@ -4,7 +4,9 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 
 namespace tactic::cpu {
 
@@ -20,6 +22,29 @@ inline Range share_of(int64_t total, int64_t grain, int32_t part, int32_t parts)
   return {cut(part), cut(part + 1)};
 }
 
+/// What a thread of a team throws (memory that ran out, most likely) reaches the caller. A thread that failed goes on to
+/// the team's barriers, and behind the next one no thread does anything more.
+class TeamError {
+ public:
+  template <class Fn>
+  void guard(Fn fn) {
+    if (failed_) return;
+    try {
+      fn();
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+  }
+  /// For the caller, when the team has ended.
+  void rethrow() {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::atomic<bool> failed_ = false;
+  std::exception_ptr error_;
+};
+
 /// fn(begin, end) on every thread for its share of [0, total).
 template <class Fn>
 void parallel_ranges(int32_t num_threads, int64_t total, int64_t grain, const Fn& fn) {
@@ -28,11 +53,13 @@ void parallel_ranges(int32_t num_threads, int64_t total, int64_t grain, const Fn
     if (total > 0) fn(int64_t{0}, total);
     return;
   }
+  TeamError error;
 #pragma omp parallel num_threads(threads)
   {
     const Range range = share_of(total, grain, omp_get_thread_num(), omp_get_num_threads());
-    if (range.begin < range.end) fn(range.begin, range.end);
+    if (range.begin < range.end) error.guard([&] { fn(range.begin, range.end); });
   }
+  error.rethrow();
 }
 
 }  // namespace tactic::cpu

@@ -6,6 +6,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/score.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
+
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -111,6 +112,7 @@ void count_readable(const Segment& segment, const HeadClusters& clusters, const 
 
 void score(const IndexState& index, int32_t head, const RowFilter& filter, const float* q, int32_t group_size,
            int32_t begin, int32_t end, ClusterScores& out) {
+  const auto score_part = HWY_DYNAMIC_DISPATCH(score_segment);
   int32_t base = 0;
   for (const Segment& segment : index.segments) {
     const int32_t padded = padded_clusters(segment.num_clusters);
@@ -119,8 +121,7 @@ void score(const IndexState& index, int32_t head, const RowFilter& filter, const
       const HeadClusters& clusters = segment.heads[static_cast<size_t>(head)];
       count_readable(segment, clusters, filter, first - base, last - base, out.sizes.data() + first);
       std::copy_n(clusters.spreads.data() + (first - base), last - first, out.spreads.data() + first);
-      HWY_DYNAMIC_DISPATCH(score_segment)(clusters, static_cast<size_t>(index.shape.head_dim), first - base, last - base, q,
-                                          group_size, out.dots.data() + first, static_cast<size_t>(out.num_clusters));
+      score_part(clusters, static_cast<size_t>(index.shape.head_dim), first - base, last - base, q, group_size, out.dots.data() + first, static_cast<size_t>(out.num_clusters));
     }
     base += padded;
   }

@@ -17,6 +17,7 @@ struct TailSums {
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/select_sample.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
+
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
@@ -37,7 +38,8 @@ HWY_INLINE V growth(Tag df, V s2, V cap2) {
 }
 
 // u[c]: root mean square over the heads of the normalized weight of a member of cluster c.
-bool rms_weights(const ClusterScores& scores, const SelectParams& params, float* cap2, float* means, float* rms, float* u) {
+bool rms_weights(const ClusterScores& scores, const SelectParams& params, float* cap2, float* means, float* rms, float* u,
+                 float* log_totals) {
   const Tag df;
   const size_t lanes = hn::Lanes(df);
   const auto n = static_cast<size_t>(scores.num_clusters);
@@ -60,7 +62,7 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
       hn::StoreU(mean, df, means + c);
       hn::StoreU(spread, df, rms + c);
       best = hn::Max(best, mean);
-      poison = hn::Add(poison, hn::IfThenElseZero(used, hn::Mul(dot, hn::Zero(df))));   // NaN if any is not finite
+      poison = hn::Add(poison, hn::IfThenElseZero(used, hn::Mul(mean, hn::Zero(df))));   // NaN if any is not finite
     }
     if (!(hn::GetLane(hn::SumOfLanes(df, poison)) == 0)) return false;
     const float max = std::max(hn::GetLane(hn::MaxOfLanes(df, best)), params.exact[g].max);
@@ -75,6 +77,7 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
       hn::StoreU(r, df, rms + c);
     }
     const float total = hn::GetLane(hn::SumOfLanes(df, sums)) + params.exact[g].sum * std::exp(params.exact[g].max - max);
+    log_totals[g] = max + std::log(total);
     const V scale = hn::Set(df, 1.0f / total);
     for (size_t c = 0; c < n; c += lanes) {
       const V r = hn::Mul(hn::LoadU(df, rms + c), scale);
@@ -136,11 +139,13 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
   const auto n = static_cast<size_t>(scores.num_clusters);
   out.scratch.resize(4 * n);
   out.probability.resize(n);
+  out.log_totals.assign(static_cast<size_t>(params.group_size), HUGE_VALF);
   float* u = out.scratch.data() + 3 * n;
   out.tau = options.tau;
   out.predicted_variance = 0;
   if (n == 0) return;
-  if (!HWY_DYNAMIC_DISPATCH(rms_weights)(scores, params, out.scratch.data(), out.scratch.data() + n, out.scratch.data() + 2 * n, u)) {
+  if (!HWY_DYNAMIC_DISPATCH(rms_weights)(scores, params, out.scratch.data(), out.scratch.data() + n, out.scratch.data() + 2 * n, u,
+                                          out.log_totals.data())) {
     std::fill(out.probability.begin(), out.probability.end(), 1.0f);
     out.tau = HUGE_VALF;
     return;

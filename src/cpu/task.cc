@@ -126,6 +126,11 @@ void select_rows(Task& task, const DecodeOptions& options) {
 
 namespace {
 
+// Weight, relative to the task's state, from which on a sampled row refines its cluster.
+float heavy_weight(const Task& task, int32_t g, float limit) {
+  return limit * std::exp(task.inclusion.log_totals[static_cast<size_t>(g)] - task.exact_state[static_cast<size_t>(g)].max);
+}
+
 // Room for the scores of rows that were added; those of the rows before stay.
 void grow_scores(RowList& list, int32_t group_size, int64_t old_size) {
   const int64_t old_stride = list.stride;
@@ -184,7 +189,7 @@ std::vector<int32_t> underestimated(const Task& task, float limit) {
     if (!found.empty() && found.back() == cluster) continue;
     for (int32_t g = 0; g < task.group_size; ++g) {
       const float weight = task.selected.weights[static_cast<size_t>(g * task.selected.stride + i)];
-      if (weight > limit * task.state[static_cast<size_t>(g)].sum) {
+      if (weight > heavy_weight(task, g, limit)) {
         found.push_back(cluster);
         break;
       }
@@ -261,7 +266,7 @@ void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* 
   for (int32_t g = 0; g < task.group_size; ++g) {
     const double total = settle_head(task, g, sums[g]);
     task.independent_variance[static_cast<size_t>(g)] = sums[g].variance / (total * total);
-    refine = refine || sums[g].largest_sampled > limit * total;
+    refine = refine || (sample && sums[g].largest_sampled > heavy_weight(task, g, limit));
   }
   if (task.not_finite || !sample) return;
   task.whole.resize(task.inclusion.probability.size());
@@ -353,7 +358,7 @@ void learn(Task& task, const DecodeOptions& options) {
   }
   find_heavy(task);
   // Whole clusters give pairs of spread term and true log mean weight; they are read anyway, but logarithms cost.
-  if ((task.query->position + task.query->layer) % 8 != 0) return;
+  if ((static_cast<uint64_t>(task.query->position) + static_cast<uint64_t>(task.query->layer)) % 8 != 0) return;
   known.sum_xx *= kForget;
   known.sum_xy *= kForget;
   const HeadSelection& selection = task.selection;
@@ -440,7 +445,7 @@ void add_stats(const Task& task, StepStats& stats) {
   HeadStats& head = task.query->head_stats[task.head];
   head = {read, task.exact.size(), 0, 0, task.inclusion.tau, task.beta};
   for (size_t g = 0; g < static_cast<size_t>(task.group_size); ++g) {
-    head.exact_mass += task.exact_state[g].sum / task.state[g].sum / task.group_size;
+    head.exact_mass += double{task.exact_state[g].sum} / task.state[g].sum / task.group_size;
     head.estimated_mass += task.masses[g].mass / task.group_size;
   }
 }

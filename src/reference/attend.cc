@@ -51,19 +51,12 @@ double dot_row(const RowsView& rows, int32_t head, int64_t row, const float* q, 
 }
 
 int64_t refine(const IndexState& index, int32_t head, const RowFilter& filter, const RowsView& k, const float* q,
-               int32_t head_dim, int32_t group_size, const SoftmaxState* exact, float limit, HeadSelection& selection) {
+               int32_t head_dim, int32_t group_size, const Inclusion& inclusion, float limit, HeadSelection& selection) {
   std::vector<int32_t> found;
   for (int32_t g = 0; g < group_size; ++g) {
-    std::vector<double> scores;
-    double max = exact[g].max;
-    for (size_t i = 0; i < selection.tokens.size(); ++i) {
-      scores.push_back(dot_row(k, head, selection.tokens[i], q + g * head_dim, head_dim) + selection.log_weights[i]);
-      max = std::max(max, scores.back());
-    }
-    double sum = exact[g].sum * std::exp(exact[g].max - max);
-    for (const double score : scores) sum += std::exp(score - max);
-    for (size_t i = selection.num_certain; i < scores.size(); ++i) {
-      if (std::exp(scores[i] - max) > limit * sum) found.push_back(selection.clusters[i]);
+    for (size_t i = selection.num_certain; i < selection.tokens.size(); ++i) {
+      const double score = dot_row(k, head, selection.tokens[i], q + g * head_dim, head_dim) + selection.log_weights[i];
+      if (score > std::log(limit) + inclusion.log_totals[g]) found.push_back(selection.clusters[i]);
     }
   }
   std::sort(found.begin(), found.end());

@@ -113,7 +113,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   std::vector<HeadMass> masses(group_size);
   if (options.select == Select::kSample) {
     const HeadSelection drawn = selection;
-    stats.refined_clusters += refine(index, head, filter, kv.k, q.data(), dim, group_size, exact.data(),
+    stats.refined_clusters += refine(index, head, filter, kv.k, q.data(), dim, group_size, inclusion,
                                      refine_limit(options, inclusion), selection);
     std::vector<char> planned(inclusion.probability.size()), whole;
     for (size_t c = 0; c < planned.size(); ++c) planned[c] = inclusion.probability[c] >= 1;

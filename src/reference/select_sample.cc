@@ -16,7 +16,7 @@ double growth(double s2, double size) {
 }
 
 // Root mean square over the heads of a member's estimated weight; a NaN or infinity if any estimate is.
-std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams& params) {
+std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams& params, std::vector<float>& log_totals) {
   const int32_t n = scores.num_clusters;
   std::vector<double> u(n);
   for (int32_t g = 0; g < params.group_size; ++g) {
@@ -30,6 +30,7 @@ std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams&
     }
     double total = params.exact[g].sum * std::exp(params.exact[g].max - max);
     for (int32_t c = 0; c < n; ++c) total += scores.sizes[c] == 0 ? 0 : scores.sizes[c] * std::exp(mean[c] - max);
+    log_totals.push_back(static_cast<float>(max + std::log(total)));
     for (int32_t c = 0; c < n; ++c) {
       if (scores.sizes[c] > 0) u[c] += std::pow(std::exp(mean[c] + kTailSpread * spread[c] - max) / total, 2) / params.group_size;
     }
@@ -41,7 +42,8 @@ std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams&
 }  // namespace
 
 void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options, Inclusion& out) {
-  const std::vector<double> u = rms_weights(scores, params);
+  out.log_totals.clear();
+  const std::vector<double> u = rms_weights(scores, params, out.log_totals);
   out.probability.assign(u.size(), 1.0f);
   out.tau = std::numeric_limits<float>::infinity();
   out.predicted_variance = 0;

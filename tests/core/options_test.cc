@@ -23,7 +23,7 @@ TEST(Options, DefaultsAreValid) {
 
 TEST(Options, IndexOptionsOutOfRangeNameValue) {
   expect_rejected(IndexOptions{.segment_tokens = 63}, "segment_tokens", "63");
-  expect_rejected(IndexOptions{.segment_tokens = 131072}, "segment_tokens", "131072");
+  expect_rejected(IndexOptions{.segment_tokens = 65536}, "segment_tokens", "65536");
   expect_rejected(IndexOptions{.provisional_tokens = 300}, "provisional_tokens", "300");
   expect_rejected(IndexOptions{.provisional_tokens = 8}, "provisional_tokens", "8");
   expect_rejected(IndexOptions{.segment_tokens = 128, .provisional_tokens = 256}, "provisional_tokens", "256");

@@ -295,7 +295,7 @@ TEST(Cluster, LargestSegment) {
   CacheSpec spec;
   spec.num_kv_heads = 1;
   spec.head_dim = spec.v_head_dim = 16;
-  spec.kv_len = 65536;
+  spec.kv_len = kMaxSegmentRows;
   const Cache cache(spec);
   ClusterTask task = task_of(cache, 64, 1);
   HeadClusters clusters;

@@ -1,8 +1,8 @@
 // tactic eval tasks: answers to task items, and how probable each mode finds the right one.
 //
-// An item is prefilled once by llama.cpp's own attention. From that one saved state every mode decodes twice, each time
-// in a context of its own: along the right answer (log-probability, KL against exact attention), and greedily. Scores
-// and statistics are made from the lines by eval/tasks.
+// An item is prefilled once by llama.cpp's own attention, of items that begin alike only the differing end. From that
+// one saved state every mode decodes twice, each time in a context of its own: along the right answer (log-probability,
+// KL against exact attention), and greedily. Scores and statistics are made from the lines by eval/tasks.
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
@@ -98,11 +98,13 @@ std::map<std::string, std::set<std::string>> read_done(const std::string& out, c
   while (std::getline(file, line)) {
     is_whole = !file.eof();
     const Json json = Json::parse(line, nullptr, false);
-    if (!json.is_object() || !json.contains("id") || !json.contains("mode") || json.contains("error")) continue;
+    if (!json.is_object() || json.contains("error")) continue;
+    if (!json.contains("id") || !json["id"].is_string() || !json.contains("mode") || !json["mode"].is_string())
+      continue;
     const std::string id = json["id"];
     const auto known = fingerprints.find(id);
     if (known == fingerprints.end()) continue;
-    if (json.value("fingerprint", "") != known->second) {
+    if (!json.contains("fingerprint") || json["fingerprint"] != known->second) {
       throw CommandError(out + " has item " + id + " with another text, model or setting; give another --out");
     }
     done[id].insert(json["mode"].get<std::string>());
@@ -120,6 +122,11 @@ struct Answer {
   tactic_totals totals = {};
 };
 
+struct Prefilled {
+  std::vector<llama_token> tokens;
+  std::vector<uint8_t> state;
+};
+
 class TaskRun {
  public:
   TaskRun(Host& host, const TasksOptions& options, const Item& item) : host_(host), item_(item) {
@@ -131,15 +138,34 @@ class TaskRun {
                         .cache_type = parse_cache_type(options.cache_type)};
   }
 
-  int64_t kv_len_max() const { return session_options_.kv_len_max; }
+  /// Why this item cannot be run with this model; empty if it can.
+  std::string why_not() const {
+    const int64_t most = host_.context_tokens();
+    if (tokens_.size() < 2) return "its prompt has fewer than two tokens";
+    if (session_options_.kv_len_max <= most) return {};
+    return format("it needs a context of %lld tokens, the model has %lld",
+                  static_cast<long long>(session_options_.kv_len_max), static_cast<long long>(most));
+  }
+
   int64_t prompt_tokens() const { return std::ssize(tokens_); }
   int64_t target_tokens() const { return std::ssize(target_); }
 
-  /// The last token is left out: each mode decodes it itself.
-  void prefill() {
+  /// The last token is left out: each mode decodes it itself. Whole batches that begin like the previous item's are
+  /// taken from its state, so that the bits are those of a prefill of everything.
+  void prefill(Prefilled& previous) {
+    const std::span<const llama_token> tokens(tokens_.data(), tokens_.size() - 1);
+    const auto alike =
+        std::mismatch(tokens.begin(), tokens.end(), previous.tokens.begin(), previous.tokens.end()).first;
+    int64_t shared = (alike - tokens.begin()) / Session::kBatchTokens * Session::kBatchTokens;
+    if (std::ssize(previous.tokens) > session_options_.kv_len_max) shared = 0;
     Session session(host_, parse_mode("stock"), session_options_);
-    session.prefill({tokens_.data(), tokens_.size() - 1});
+    if (shared > 0) {
+      session.restore(previous.state, std::ssize(previous.tokens));
+      session.truncate(shared);
+    }
+    session.prefill(tokens.subspan(static_cast<size_t>(shared)));
     state_ = session.save();
+    previous = {{tokens.begin(), tokens.end()}, state_};
     exact_.resize(target_.size() * static_cast<size_t>(host_.vocab_size()));
   }
 
@@ -227,7 +253,7 @@ void eval_tasks(const TasksOptions& options) {
     if (mode.name != exact.name) modes.push_back(mode);
   }
   parse_cache_type(options.cache_type);
-  int64_t broken = 0, left = 0, too_long = 0, finished = 0;
+  int64_t broken = 0, left = 0, unfit = 0, finished = 0;
   const std::string model = options.host.model_path.substr(options.host.model_path.rfind('/') + 1);
   const std::vector<Item> items = read_items(options, model, broken);
   const auto done = read_done(options.out, items);
@@ -236,6 +262,7 @@ void eval_tasks(const TasksOptions& options) {
   const Json facts = record_header(host, "eval tasks");
   const Json header = {{"commit", facts["commit"]}, {"model", model}, {"cache_type", options.cache_type}};
 
+  Prefilled previous;
   Progress progress("items", std::ssize(items), "items");
   for (const Item& item : items) {
     std::vector<Mode> wanted;
@@ -252,13 +279,13 @@ void eval_tasks(const TasksOptions& options) {
       continue;
     }
     TaskRun run(host, options, item);
-    if (run.kv_len_max() > host.context_tokens()) {
-      std::fprintf(stderr, "tactic: %s: skipped: it needs a context of %lld tokens, the model has %lld\n",
-                   item.id.c_str(), static_cast<long long>(run.kv_len_max()), static_cast<long long>(host.context_tokens()));
-      ++too_long;
+    const std::string reason = run.why_not();
+    if (!reason.empty()) {
+      std::fprintf(stderr, "tactic: %s: skipped: %s\n", item.id.c_str(), reason.c_str());
+      ++unfit;
       continue;
     }
-    run.prefill();
+    run.prefill(previous);
     std::vector<Json> lines;
     const Answer reference = run.answer(exact, true);
     for (const Mode& mode : wanted) {
@@ -268,9 +295,9 @@ void eval_tasks(const TasksOptions& options) {
     for (const Json& line : lines) out.write(line);
     progress.update(++finished);
   }
-  std::printf("%lld of %zu items are in %s; %lld left for another run, %lld too long, %lld broken line(s) skipped\n",
+  std::printf("%lld of %zu items are in %s; %lld left for another run, %lld unfit, %lld broken line(s) skipped\n",
               static_cast<long long>(finished), items.size(), options.out.c_str(), static_cast<long long>(left),
-              static_cast<long long>(too_long), static_cast<long long>(broken));
+              static_cast<long long>(unfit), static_cast<long long>(broken));
 }
 
 }  // namespace

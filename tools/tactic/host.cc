@@ -269,9 +269,9 @@ void Session::check_room(int64_t tokens) const {
 void Session::prefill(std::span<const llama_token> tokens, const ProgressFn& progress) {
   check_room(static_cast<int64_t>(tokens.size()));
   host_.configure(mode_);
-  constexpr size_t kBatchTokens = 512;  // llama.cpp's own default of a physical batch
-  for (size_t begin = 0; begin < tokens.size(); begin += kBatchTokens) {
-    const auto part = tokens.subspan(begin, std::min(kBatchTokens, tokens.size() - begin));
+  constexpr auto kBatch = static_cast<size_t>(kBatchTokens);
+  for (size_t begin = 0; begin < tokens.size(); begin += kBatch) {
+    const auto part = tokens.subspan(begin, std::min(kBatch, tokens.size() - begin));
     // llama.cpp does not write through this pointer.
     const llama_batch batch =
         llama_batch_get_one(const_cast<llama_token*>(part.data()), static_cast<int32_t>(part.size()));
@@ -302,6 +302,13 @@ std::vector<uint8_t> Session::save() const {
 void Session::restore(std::span<const uint8_t> state, int64_t kv_len) {
   if (llama_state_seq_set_data(context_.get(), state.data(), state.size(), 0) == 0) {
     throw CommandError(with_reason("llama.cpp could not restore a state of " + std::to_string(kv_len) + " tokens"));
+  }
+  kv_len_ = kv_len;
+}
+
+void Session::truncate(int64_t kv_len) {
+  if (!llama_memory_seq_rm(llama_get_memory(context_.get()), 0, static_cast<llama_pos>(kv_len), -1)) {
+    throw CommandError("this model's cache cannot be cut back to " + std::to_string(kv_len) + " tokens");
   }
   kv_len_ = kv_len;
 }

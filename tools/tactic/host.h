@@ -111,6 +111,9 @@ class Session {
  public:
   using ProgressFn = std::function<void(int64_t tokens_done)>;
 
+  /// `prefill` computes this many tokens at a time, llama.cpp's own default of a physical batch.
+  static constexpr int64_t kBatchTokens = 512;
+
   Session(Host& host, const Mode& mode, const SessionOptions& options);
 
   /// Appends tokens many at a time, without wanting their logits.
@@ -120,6 +123,8 @@ class Session {
 
   std::vector<uint8_t> save() const;
   void restore(std::span<const uint8_t> state, int64_t kv_len);
+  /// Forgets the tokens from position `kv_len` on.
+  void truncate(int64_t kv_len);
 
   int64_t kv_len() const { return kv_len_; }
   const Mode& mode() const { return mode_; }

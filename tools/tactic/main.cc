@@ -54,5 +54,9 @@ int main(int argc, char** argv) {
   if (const std::string complaint = tactic::tool::take_host_error(); !complaint.empty()) {
     std::fprintf(stderr, "tactic: llama.cpp says: %s\n", complaint.c_str());
   }
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+    std::fputs("tactic: cannot write the output; is the disk full?\n", stderr);
+    return 1;
+  }
   return 0;
 }

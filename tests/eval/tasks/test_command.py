@@ -28,7 +28,7 @@ def lines(path):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("items") / "items.jsonl"
-    items = [ruler.make_item("niah_single_2", n, 500, 1, ruler.Context()) for n in range(2)]
+    items = ruler.make_items("niah_multikey_1", 0, 700, 1, ruler.Context(), questions=2)  # one haystack
     bare = Item(id="bare", task="hello", prompt=items[0].prompt, answers=["x"], metric="any", max_tokens=2)
     write_items([*items, bare], path)
     with open(path, "a") as file:
@@ -49,7 +49,7 @@ def test_lines_resume_and_summary(made, tmp_path):
     for line in (stock, sparse):
         assert 0 < line["kl"] <= line["kl_max"] < 1
         assert abs(line["answer_logprob"] - dense["answer_logprob"]) < 2
-        assert line["output_tokens"] <= 6 and line["prompt_tokens"] == dense["prompt_tokens"] > 450
+        assert line["output_tokens"] <= 6 and line["prompt_tokens"] == dense["prompt_tokens"] > 650
     assert not stock["taken"] and sparse["taken"] and sparse["read_fraction"] < 1
 
     # The process was killed in the middle of a line: what is missing is done, what is there is not done again.
@@ -62,10 +62,16 @@ def test_lines_resume_and_summary(made, tmp_path):
     again = {(r["id"], r["mode"]): r for r in map(json.loads, good)}
     assert len(good) == len(again) == 9
     assert again[sparse["id"], sparse["mode"]] == sparse  # same item, same mode: same bits
+
+    # An item whose first batch comes from the item before has the bits of one that is prefilled alone.
+    alone = tmp_path / "alone.jsonl"
+    (tmp_path / "second.jsonl").write_text(made.read_text().splitlines(keepends=True)[1])
+    run(tmp_path / "second.jsonl", alone)
+    assert [again[r["id"], r["mode"]] for r in lines(alone)] == lines(alone)
     assert "answer_logprob" not in again["bare", "dense"]
 
     rows = summarize([made], [out], "dense").rows
-    assert {(r["task"], r["mode"]): r["n"] for r in rows} == {(t, m): n for t, n in (("niah_single_2", 2), ("hello", 1)) for m in names}
+    assert {(r["task"], r["mode"]): r["n"] for r in rows} == {(t, m): n for t, n in (("niah_multikey_1", 2), ("hello", 1)) for m in names}
     assert run(made, out).stdout.startswith("3 of 3 items") and len(out.read_text().splitlines()) == 10
 
 
@@ -80,6 +86,6 @@ def test_too_long_items_and_bad_arguments(made, tmp_path):
     out = tmp_path / "out.jsonl"
     write_items([Item(id="long", task="t", prompt="word " * 9000, answers=["x"], metric="any", max_tokens=2)], tmp_path / "long")
     done = run(tmp_path / "long", out)
-    assert "long: skipped: it needs a context of" in done.stderr and "1 too long" in done.stdout
+    assert "long: skipped: it needs a context of" in done.stderr and "1 unfit" in done.stdout
     assert "cannot read the items" in run(tmp_path / "none", out, code=1).stderr
     assert "mode 'best=1'" in run(made, out, modes="best=1", code=1).stderr

@@ -52,6 +52,19 @@ def test_partial_scores_are_compared_by_their_means(tmp_path):
     assert sparse["score_minus_95"] == pytest.approx([-0.125 - half, -0.125 + half], rel=1e-5)
 
 
+def test_equal_partial_scores_are_not_certain_after_a_few_items(tmp_path):
+    for count, room in ((1, 0.7935), (54, 0.0664)):
+        answers = [line(n, mode, "a") for n in range(count) for mode in ("dense", "sparse")]
+        _, sparse = write(tmp_path, count, answers, "all", ("a", "b")).rows
+        assert sparse["score_minus_95"] == pytest.approx([-room, room], abs=1e-4)
+
+
+def test_one_log_probability_has_no_interval(tmp_path):
+    answers = [line(0, mode, "yes", answer_logprob=-1.0) for mode in ("dense", "sparse")]
+    _, sparse = write(tmp_path, 1, answers).rows
+    assert sparse["logprob_minus"] == 0 and "logprob_minus_95" not in sparse
+
+
 def test_a_later_answer_heals_an_error_and_no_error_undoes_an_answer(tmp_path):
     error = {"id": "i0", "mode": "dense", "error": "x"}
     for order in ([error, line(0, "dense", "yes")], [line(0, "dense", "yes"), error]):

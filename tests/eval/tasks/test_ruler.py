@@ -14,7 +14,8 @@ UNIT = {"niah_multikey_2": 40, "niah_multikey_3": 140, "cwe": 60}
 
 
 def make(task, index=0, length=3000, seed=1, **context):
-    return ruler.make_item(task, index, length, seed, ruler.Context(**context))
+    (item,) = ruler.make_items(task, index, length, seed, ruler.Context(**context))
+    return item
 
 
 @pytest.fixture
@@ -102,6 +103,19 @@ def test_multiquery_answers_stand_in_the_order_asked():
     asked = re.findall(r"[a-z]+-[a-z]+", item.prefix)
     owner = dict(re.findall(r"of (\S+) is (\d{7})\.", item.prompt))
     assert [owner[key] for key in asked] == item.answers
+
+
+@pytest.mark.parametrize("task, questions", [("niah_multikey_1", 4), ("niah_multikey_2", 7), ("niah_single_2", 1), ("vt", 1)])
+def test_several_questions_to_one_haystack(task, questions):
+    items = ruler.make_items(task, 0, 2000, 1, ruler.Context(), questions=7)
+    assert len(items) == questions == len({i.id for i in items}) == len({i.answers[0] for i in items})
+    assert max(i.prompt_tokens for i in items) <= 2000 and min(i.prompt_tokens for i in items) > 1940
+    haystacks = {item.prompt.rsplit("\n\n", 1)[0] for item in items}
+    assert len(haystacks) == 1
+    if task != "vt":
+        for item in items:
+            key = re.search(r"secret number of (\S+) is$", item.prefix).group(1)
+            assert f"The secret number of {key} is {item.answers[0]}." in item.prompt
 
 
 def test_needles_lie_anywhere():

@@ -1,0 +1,249 @@
+"""Decode attention on a GPU: dense baselines and selectors, alternating in one process on data that is cold in the caches.
+
+A CUDA graph of several layers, each with K, V and an index of its own (together larger than L2), is replayed; the time of a
+step is the graph's over its layers. Prints a table and writes JSON lines.
+
+    python decode_bench.py --library libtactic-cuda-bench.so --out rows.jsonl [--shapes 1x32768,8x131072]
+"""
+import argparse
+import ctypes
+import json
+import math
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Q_HEADS, KV_HEADS, DIM = 32, 8, 128
+GROUP = Q_HEADS // KV_HEADS
+TOPICS = 64
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [("num_sequences", ctypes.c_int32), ("num_q_heads", ctypes.c_int32), ("num_kv_heads", ctypes.c_int32),
+                ("head_dim", ctypes.c_int32), ("bf16", ctypes.c_int32), ("sm_scale", ctypes.c_float),
+                ("k", ctypes.c_void_p), ("v", ctypes.c_void_p), ("sequence_stride_bytes", ctypes.c_int64),
+                ("head_stride_bytes", ctypes.c_int64), ("token_stride_bytes", ctypes.c_int64), ("kv_lens", ctypes.c_void_p),
+                ("q", ctypes.c_void_p), ("out", ctypes.c_void_p), ("layer", ctypes.c_int32)]
+
+
+def load(path):
+    lib = ctypes.CDLL(path)
+    lib.bench_index.restype = lib.bench_decode.restype = ctypes.c_void_p
+    lib.bench_index.argtypes = [ctypes.c_int32, ctypes.c_float] + [ctypes.c_int32] * 4
+    lib.bench_build.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
+    lib.bench_index_bytes.restype = ctypes.c_int64
+    lib.bench_index_bytes.argtypes = lib.bench_free_index.argtypes = lib.bench_free_decode.argtypes = [ctypes.c_void_p]
+    lib.bench_decode.argtypes = [ctypes.c_float, ctypes.c_float] + [ctypes.c_int32] * 6 + [ctypes.c_float]
+    lib.bench_run.argtypes = [ctypes.c_void_p] * 5
+    return lib
+
+
+def measured_bandwidth():
+    """Bytes per second of reading, from a sum over 8 GiB."""
+    x = torch.empty(2 << 30, dtype=torch.float32, device="cuda").normal_()
+    times = []
+    for _ in range(8):
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        x.sum()
+        b.record()
+        b.synchronize()
+        times.append(a.elapsed_time(b) * 1e-3)
+    return x.numel() * 4 / statistics.median(times[2:])
+
+
+def make_layer(batch, rows, seed):
+    """Flat attention, the hard case for reading little: scores of standard deviation 0.7, keys and values in runs around topics.
+    About tau rows are read then, whatever the clusters."""
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    topics, meanings = (torch.randn(KV_HEADS, TOPICS, DIM, generator=g, device="cuda") for _ in range(2))
+    k = torch.empty(batch, rows, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+    v = torch.empty_like(k)
+    for b in range(batch):
+        for at in range(0, rows, 32768):
+            n = min(32768, rows - at)
+            runs = torch.randint(0, TOPICS, (KV_HEADS, (n + 31) // 32), generator=g, device="cuda").repeat_interleave(32, 1)[:, :n]
+            noise = torch.randn(KV_HEADS, n, DIM, generator=g, device="cuda")
+            pick = runs.unsqueeze(-1).expand(-1, -1, DIM)
+            k[b, at:at + n] = (0.7 * (torch.gather(topics, 1, pick) + noise)).transpose(0, 1)
+            noise = torch.randn(KV_HEADS, n, DIM, generator=g, device="cuda")
+            v[b, at:at + n] = (0.5 + torch.gather(meanings, 1, pick) + noise).transpose(0, 1)
+    q = 0.7 * torch.randn(batch, KV_HEADS, GROUP, DIM, generator=g, device="cuda")
+    return k, v, q.reshape(batch, Q_HEADS, DIM).to(torch.bfloat16)
+
+
+def graph_of(step, layers):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(layers):
+            step(i, stream.cuda_stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(layers):
+            step(i, torch.cuda.current_stream().cuda_stream)
+    return graph
+
+
+def time_all(graphs, layers, repeats):
+    """Alternating replays; microseconds per layer, by name: all of them."""
+    times = {name: [] for name in graphs}
+    for r in range(repeats + 2):
+        for name, graph in graphs.items():
+            a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            a.record()
+            graph.replay()
+            b.record()
+            b.synchronize()
+            if r >= 2:
+                times[name].append(a.elapsed_time(b) * 1e3 / layers)
+    return times
+
+
+def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
+    rows = indexed + args.recent   # the newest rows are in no cluster
+    kv_bytes = batch * rows * KV_HEADS * DIM * 4
+    layers = max(2, min(32, int(args.memory_gib * 2**30 / (kv_bytes * 1.15))))
+    data = [make_layer(batch, rows, 100 + i) for i in range(layers)]
+    outs = [torch.zeros_like(q) for _, _, q in data]
+    lens = torch.full((batch,), rows, dtype=torch.int32, device="cuda")
+
+    def batch_at(i):
+        k, v, q = data[i]
+        return Batch(batch, Q_HEADS, KV_HEADS, DIM, 1, DIM ** -0.5, k.data_ptr(), v.data_ptr(), rows * KV_HEADS * DIM * 2, DIM * 2,
+                     KV_HEADS * DIM * 2, lens.data_ptr(), q.data_ptr(), outs[i].data_ptr(), i)
+
+    graphs, facts = {}, {}
+
+    def sdpa(backend):
+        def step(i, stream):
+            k, v, q = data[i]
+            with sdpa_kernel(backend):
+                outs[i] = F.scaled_dot_product_attention(q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True).squeeze(2)
+        return step
+
+    reference = []
+    for i in range(min(layers, 4)):
+        k, v, q = data[i]
+        qf = q[0].view(KV_HEADS, GROUP, DIM).float()
+        s = torch.einsum("hgd,nhd->hgn", qf, k[0].float()) * DIM ** -0.5
+        reference.append(torch.einsum("hgn,nhd->hgd", s.softmax(-1), v[0].float()).reshape(Q_HEADS, DIM))
+        del s
+
+    def error():
+        errors = []
+        for i, expected in enumerate(reference):
+            got = outs[i][0].float()
+            errors.append(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item())
+        return statistics.mean(errors)
+
+    for name, backend in (("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION), ("sdpa_flash", SDPBackend.FLASH_ATTENTION)):
+        try:
+            graphs[name] = graph_of(sdpa(backend), layers)
+            facts[name] = {"bytes": kv_bytes}
+        except Exception as e:  # a backend that does not take the shape
+            print(f"{name}: {str(e).splitlines()[0]}", flush=True)
+
+    dense = lib.bench_decode(0.0, 0.01, batch, Q_HEADS, KV_HEADS, DIM, rows, 16, 0.0)
+    outs = [torch.zeros_like(q) for _, _, q in data]   # those of sdpa belong to its graphs
+    batches = [batch_at(i) for i in range(layers)]
+
+    def run(decode, index_of, i, stream, records=None):
+        if lib.bench_run(decode, index_of(i), ctypes.byref(batches[i]), stream, records):
+            raise RuntimeError("launch failed")
+
+    graphs["dense"] = graph_of(lambda i, s: run(dense, lambda _: None, i, s), layers)
+    graphs["dense"].replay()
+    torch.cuda.synchronize()
+    facts["dense"] = {"bytes": kv_bytes, "error": error()}
+
+    indexes, clustering = {}, {}
+    for setting in settings:
+        key = (setting["cluster_tokens"], setting["outliers"])
+        if key not in indexes:
+            indexes[key] = []
+            build = []
+            for i in range(layers):
+                index = lib.bench_index(key[0], key[1], KV_HEADS, DIM, batch, rows)
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                for b in range(batch):
+                    if lib.bench_build(index, ctypes.byref(batches[i]), b, indexed, torch.cuda.current_stream().cuda_stream):
+                        raise RuntimeError("build failed")
+                torch.cuda.synchronize()
+                build.append(time.perf_counter() - begin)
+                indexes[key].append(index)
+            print(f"  clustering {batch} x {rows} tokens, size {key[0]}: {statistics.median(build) * 1e3:.2f} ms a layer, "
+                  f"index {lib.bench_index_bytes(indexes[key][0]) / kv_bytes:.3%} of KV", flush=True)
+            clustering[key] = statistics.median(build)
+        own = indexes[key]
+        decode = lib.bench_decode(setting["tau"], setting["refine"], batch, Q_HEADS, KV_HEADS, DIM, rows, *key)
+        records = torch.zeros(batch * KV_HEADS, 6, dtype=torch.int32, device="cuda")
+        tokens, refined, masses = [], [], []
+        for i in range(min(layers, 4)):
+            run(decode, lambda j: own[j], i, torch.cuda.current_stream().cuda_stream, records.data_ptr())
+            torch.cuda.synchronize()
+            r = records.cpu()
+            tokens.append((r[:, 0] + r[:, 1] + r[:, 3]).float().mean().item())
+            refined.append(r[:, 2].float().mean().item())
+            masses.append(r[:, 4].view(torch.float32).mean().item())
+        name = setting["name"]
+        graphs[name] = graph_of(lambda i, s: run(decode, lambda j: own[j], i, s), layers)
+        graphs[name].replay()
+        torch.cuda.synchronize()
+        clusters = indexed / key[0]
+        selected = statistics.mean(tokens)
+        facts[name] = {"bytes": int(batch * KV_HEADS * (selected * (DIM * 4 + 2) + clusters * (DIM + 12))), "error": error(), "tokens": selected,
+                       "refined": statistics.mean(refined), "certain_mass": statistics.mean(masses), "clustering_ms": clustering[key] * 1e3, **setting}
+
+    times = time_all(graphs, layers, args.repeats)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    best = min((m, n) for n, m in medians.items() if n.startswith("sdpa"))
+    for name, t in times.items():
+        row = {"bench": "decode", "device": torch.cuda.get_device_name(), "commit": args.commit, "batch": batch, "kv_len": rows, "layers": layers,
+               "select": name, "us": medians[name], "us_min": min(t), "us_max": max(t), "speedup": best[0] / medians[name], "best_dense": best[1],
+               "gbps": facts[name]["bytes"] / medians[name] * 1e-3, "bandwidth_share": facts[name]["bytes"] / medians[name] * 1e6 / bandwidth, **facts[name]}
+        emit(row)
+        print(f"  {name:28s} {medians[name]:8.2f} us  {row['speedup']:6.2f}x  {row['gbps']:6.0f} GB/s ({row['bandwidth_share']:.0%})"
+              f"  error {row.get('error', float('nan')):.4f}  tokens {row.get('tokens', rows):.0f}  refined {row.get('refined', 0):.2f}", flush=True)
+    del graphs
+    for own in indexes.values():
+        for index in own:
+            lib.bench_free_index(index)
+    torch.cuda.empty_cache()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--shapes", default="1x32768,1x131072,1x524288,8x32768,8x131072")
+    parser.add_argument("--sizes", default="16,32,64", help="tokens per cluster")
+    parser.add_argument("--recent", type=int, default=64)
+    parser.add_argument("--outliers", type=float, default=0.0)
+    parser.add_argument("--tau", default="1000")
+    parser.add_argument("--refine", type=float, default=0.01)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--memory-gib", type=float, default=40)
+    parser.add_argument("--commit", default="")
+    args = parser.parse_args()
+    lib = load(args.library)
+    bandwidth = measured_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, reads {bandwidth * 1e-12:.2f} TB/s, torch {torch.__version__}", flush=True)
+    with open(args.out, "a") as out:
+        def emit(row):
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+        for shape in args.shapes.split(","):
+            batch, rows = map(int, shape.split("x"))
+            print(f"batch {batch}, kv_len {rows}", flush=True)
+            settings = [{"name": f"sample tau {tau} size {size}", "cluster_tokens": int(size), "tau": float(tau), "refine": args.refine,
+                         "outliers": args.outliers, "recent": args.recent} for size in args.sizes.split(",") for tau in args.tau.split(",")]
+            run_shape(lib, batch, rows, settings, args, bandwidth, emit)
+
+
+if __name__ == "__main__":
+    main()

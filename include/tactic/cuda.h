@@ -1,0 +1,123 @@
+// Decode attention on a CUDA device: one query token per sequence, a batch of sequences, one layer.
+//
+// Everything a step needs is in device memory and run() only launches kernels on the given stream: no allocation, no
+// synchronization, so a step can be captured into a CUDA graph, and stays valid while kv_lens and the index grow.
+//
+//   tactic::cuda::LayerIndex index(index_options, {8, 128, 128}, max_sequences, max_rows);
+//   index.build(sequence, batch, kv_len, stream);                      // after prefill
+//   tactic::cuda::Decode decode(decode_options, {...limits...});
+//   decode.run(batch, &index, stream);
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "tactic/kv_index.h"
+#include "tactic/kv_view.h"
+#include "tactic/options.h"
+
+namespace tactic::cuda {
+
+/// A cudaStream_t; nullptr is the default stream.
+using Stream = void*;
+
+/// Rows [num_sequences, num_kv_heads, kv_len, head_dim] of K or V in device memory. Addresses and strides are multiples of
+/// 16 bytes for f16 and bf16, of 2 for q8_0 and q4_0.
+struct DeviceRows {
+  const void* data = nullptr;
+  DType dtype = DType::kF16;
+  int64_t sequence_stride_bytes = 0;
+  int64_t head_stride_bytes = 0;
+  int64_t token_stride_bytes = 0;
+  int64_t page_stride_bytes = 0;      // with page tables: pages lie this far apart, whatever the sequence
+  int32_t page_tokens = 0;
+};
+
+struct DecodeBatch {
+  int32_t num_sequences = 0;
+  int32_t num_q_heads = 0, num_kv_heads = 0;   // up to 8 query heads per KV head
+  int32_t head_dim = 0;                        // of K, V, q and out: 64, 80, 96, 128 or 256
+  float sm_scale = 1;
+  DeviceRows k, v;
+  const int32_t* page_tables = nullptr;        // device [num_sequences, max_pages], or nullptr: tokens lie in order
+  int32_t max_pages = 0;
+  const int32_t* kv_lens = nullptr;            // device [num_sequences]
+  const void* q = nullptr;                     // device [num_sequences, num_q_heads, head_dim]
+  void* out = nullptr;                         // device, like q
+  DType q_dtype = DType::kF16;                 // of q and out: f32, f16 or bf16
+  float* lse = nullptr;                        // device [num_sequences, num_q_heads] natural log, or nullptr
+  const uint64_t* stream_ids = nullptr;        // device [num_sequences] for the random offsets, or nullptr: 0, 1, ...
+  int32_t layer = 0;
+};
+
+/// What one step read of one sequence and KV head.
+struct StepRecord {
+  int32_t tokens_exact;       // sinks, recent rows, outliers
+  int32_t tokens_selected;    // by select_sample, certain and sampled
+  int32_t clusters_refined;
+  int32_t tokens_refined;     // added by that
+  float certain_mass;         // mean over the group's heads
+  float mass_variance;        // likewise
+};
+
+/// The indexes of one layer for up to max_sequences sequences, in device memory.
+/// Not thread-safe. Work is ordered by the streams it is given.
+class LayerIndex {
+ public:
+  /// Throws Error when options or shape are out of range, or the device's memory does not suffice.
+  LayerIndex(const IndexOptions& options, const KvShape& shape, int32_t max_sequences, int32_t max_rows);
+  ~LayerIndex();
+  LayerIndex(LayerIndex&&) noexcept;
+  LayerIndex& operator=(LayerIndex&&) noexcept;
+
+  /// Takes over an index made on the CPU with the same options and segments in order. Synchronizes the stream.
+  void upload(int32_t sequence, const KvIndex& index, Stream stream);
+
+  /// Clusters the rows [0, kv_len) of a sequence that are in no segment yet: what fills a segment becomes one, full parts
+  /// of the rest provisional ones.
+  void build(int32_t sequence, const DecodeBatch& batch, int32_t kv_len, Stream stream);
+
+  /// Rows from kv_len on are gone: segments that hold any of them are dropped.
+  void truncate(int32_t sequence, int32_t kv_len, Stream stream);
+
+  size_t memory_bytes() const;
+  const IndexOptions& options() const;
+
+  struct Impl;
+  const Impl& impl() const { return *impl_; }
+
+ private:
+  std::unique_ptr<Impl> impl_;
+};
+
+/// What a Decode must be able to serve.
+struct DecodeLimits {
+  int32_t max_sequences = 1;
+  int32_t num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
+  int32_t max_rows = 0;               // longest kv_len
+  IndexOptions index;                 // of the indexes it will be used with
+};
+
+/// Launches decode steps. Holds the workspace, so that two steps at once need two of these.
+class Decode {
+ public:
+  /// Throws Error when limits or options are out of range, or the device's memory does not suffice.
+  Decode(const DecodeOptions& options, const DecodeLimits& limits);
+  ~Decode();
+  Decode(Decode&&) noexcept;
+  Decode& operator=(Decode&&) noexcept;
+
+  /// Select::kSample with an index, dense without. `records`: device [num_sequences, num_kv_heads] or nullptr.
+  /// Throws Error when the batch does not fit the limits, naming the value and the limit; nothing is launched then.
+  void run(const DecodeBatch& batch, const LayerIndex* index, Stream stream, StepRecord* records = nullptr);
+
+  size_t workspace_bytes() const;
+
+  struct Impl;
+
+ private:
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace tactic::cuda

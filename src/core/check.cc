@@ -1,0 +1,52 @@
+#include "core/check.h"
+
+#include <string>
+
+#include "tactic/error.h"
+
+namespace tactic {
+
+namespace {
+
+constexpr int32_t kMaxHeads = 65536;
+
+std::string value_of(int64_t value) { return " (" + std::to_string(value) + ")"; }
+
+void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int64_t kv_len) {
+  if (rows.dtype > DType::kQ4_0) throw Error(name + " dtype" + value_of(static_cast<int64_t>(rows.dtype)) + " must be in 0..4");
+  const bool quantized = rows.dtype == DType::kQ8_0 || rows.dtype == DType::kQ4_0;
+  const int32_t multiple = quantized ? 32 : 16;
+  if (dim < multiple || dim > 1024 || dim % multiple != 0) {
+    throw Error(name + " head_dim" + value_of(dim) + " must be a multiple of " + std::to_string(multiple) + " up to 1024 for " +
+                dtype_name(rows.dtype));
+  }
+  if (kv_len > 0 && rows.data == nullptr) throw Error(name + " data must not be null when kv_len is " + std::to_string(kv_len));
+  if (rows.page_table == nullptr) return;
+  if (rows.page_tokens < 1) throw Error(name + " page_tokens" + value_of(rows.page_tokens) + " must be at least 1");
+  if (rows.num_pages < 0) throw Error(name + " num_pages" + value_of(rows.num_pages) + " must be at least 0");
+  if (rows.num_pages == 0) return;   // nobody knows
+  const int64_t entries = (kv_len + rows.page_tokens - 1) / rows.page_tokens;
+  for (int64_t i = 0; i < entries; ++i) {
+    if (rows.page_table[i] >= 0 && rows.page_table[i] < rows.num_pages) continue;
+    throw Error(name + " page_table[" + std::to_string(i) + "]" + value_of(rows.page_table[i]) + " must be in 0.." +
+                std::to_string(rows.num_pages - 1));
+  }
+}
+
+}  // namespace
+
+void check_view(const KvView& kv) {
+  if (kv.num_kv_heads < 1 || kv.num_kv_heads > kMaxHeads) {
+    throw Error("num_kv_heads" + value_of(kv.num_kv_heads) + " must be in 1.." + std::to_string(kMaxHeads));
+  }
+  if (kv.kv_len < 0 || kv.kv_len > INT32_MAX) throw Error("kv_len" + value_of(kv.kv_len) + " must be in 0..2^31-1");
+  check_rows("K", kv.k, kv.head_dim, kv.kv_len);
+  check_rows("V", kv.v, kv.v_head_dim, kv.kv_len);
+}
+
+void check_threads(int32_t num_threads) {
+  if (num_threads >= 0 && num_threads <= kMaxThreads) return;
+  throw Error("num_threads" + value_of(num_threads) + " must be in 0.." + std::to_string(kMaxThreads));
+}
+
+}  // namespace tactic

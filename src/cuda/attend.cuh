@@ -1,0 +1,180 @@
+// attend: softmax over listed rows, sixteen at a time and one warp each, for all query heads of a KV head at once.
+//
+// Scores are a product of the queries [8 heads, head_dim] with the rows' keys, outputs one of the values with the weights
+// [rows, 8 heads]: the fragment that the first leaves in registers is the one that the second needs. Dimensions may come in
+// any order in a dot product, so a lane loads eight neighbouring elements (16 bytes) and they stand where they lie.
+#pragma once
+
+#include "cuda/rows.cuh"
+
+namespace tactic::cuda {
+
+/// The group's queries as fragments of a warp: lane (g, t) holds elements [32 i + 8 t, + 8) of head g.
+template <int kDim>
+struct QueryFragments {
+  static constexpr int kLoads = (kDim + 31) / 32;
+  uint4 parts[kLoads];
+};
+
+/// q: [group_size, kDim] f32 in shared memory.
+template <bool kBf16, int kDim>
+__device__ __forceinline__ void make_query_fragments(const float* q, int group_size, QueryFragments<kDim>& out) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int i = 0; i < QueryFragments<kDim>::kLoads; ++i) {
+    const int begin = 32 * i + 8 * t;
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const bool real = g < group_size && begin < kDim;
+      words[j] = real ? pack<kBf16>(q[g * kDim + begin + 2 * j], q[g * kDim + begin + 2 * j + 1]) : 0;
+    }
+    out.parts[i] = {words[0], words[1], words[2], words[3]};
+  }
+}
+
+/// What a warp has read so far. Lane (g, t): max and sum are of head g, the sum over the rows this lane weighed alone.
+/// acc[p][i]: elements 64 p + 8 g + 2 i and + 1 of heads 2 t and 2 t + 1.
+template <int kDim>
+struct AttendState {
+  static constexpr int kParts = (kDim + 63) / 64;
+  float max = kLowest, sum = 0;
+  float sampled_sum = 0, sampled_variance = 0;
+  float acc[kParts][4][4] = {};
+};
+
+/// A tile of 16 rows for one warp. Lane l holds row l & 15: its offsets, and log2 of its weight (kLowest: none).
+struct RowTile {
+  int64_t k_offset, v_offset;
+  float log_weight;
+};
+
+/// scores[j], lane (g, t): log2 score of head g and row 2 t + (j & 1) + 8 (j >> 1). `scale` includes log2(e).
+template <DType kDType, int kDim>
+__device__ __forceinline__ void load_keys(const std::byte* k, const RowTile& tile, uint4 (&low)[QueryFragments<kDim>::kLoads],
+                                          uint4 (&high)[QueryFragments<kDim>::kLoads]) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const std::byte* k_low = k + shuffle(tile.k_offset, g);
+  const std::byte* k_high = k + shuffle(tile.k_offset, g + 8);
+#pragma unroll
+  for (int i = 0; i < QueryFragments<kDim>::kLoads; ++i) {
+    const bool real = kDim % 32 == 0 || 32 * i + 8 * t < kDim;
+    low[i] = real ? Chunk<kDType>::load(k_low, 4 * i + t) : uint4{};
+    high[i] = real ? Chunk<kDType>::load(k_high, 4 * i + t) : uint4{};
+  }
+}
+
+template <DType kDType, int kDim>
+__device__ __forceinline__ void load_values(const std::byte* v, const RowTile& tile, uint4 (&values)[AttendState<kDim>::kParts][4]) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const std::byte* row = v + shuffle(tile.v_offset, 2 * t + (j & 1) + 8 * (j >> 1));
+#pragma unroll
+    for (int p = 0; p < AttendState<kDim>::kParts; ++p) {
+      const bool real = kDim % 64 == 0 || 64 * p + 8 * g < kDim;
+      values[p][j] = real ? Chunk<kDType>::load(row, 8 * p + g) : uint4{};
+    }
+  }
+}
+
+template <DType kDType, int kDim>
+__device__ __forceinline__ void score_rows(const QueryFragments<kDim>& q, const uint4 (&low)[QueryFragments<kDim>::kLoads],
+                                           const uint4 (&high)[QueryFragments<kDim>::kLoads], float scale, float (&scores)[4]) {
+  constexpr bool kBf16 = Chunk<kDType>::kBf16;
+  float c_low[4] = {}, c_high[4] = {};
+#pragma unroll
+  for (int i = 0; i < QueryFragments<kDim>::kLoads; ++i) {
+    mma_top<kBf16>(c_low, q.parts[i].x, q.parts[i].y, low[i].x, low[i].y);
+    mma_top<kBf16>(c_high, q.parts[i].x, q.parts[i].y, high[i].x, high[i].y);
+    mma_top<kBf16>(c_low, q.parts[i].z, q.parts[i].w, low[i].z, low[i].w);
+    mma_top<kBf16>(c_high, q.parts[i].z, q.parts[i].w, high[i].z, high[i].w);
+  }
+  scores[0] = c_low[0] * scale;
+  scores[1] = c_low[1] * scale;
+  scores[2] = c_high[0] * scale;
+  scores[3] = c_high[1] * scale;
+}
+
+/// acc += weights x values.
+template <bool kBf16, int kDim>
+__device__ __forceinline__ void add_values(AttendState<kDim>& state, const uint4 (&values)[AttendState<kDim>::kParts][4],
+                                           const float (&weights)[4]) {
+  const uint32_t b0 = pack<kBf16>(weights[0], weights[1]), b1 = pack<kBf16>(weights[2], weights[3]);
+#pragma unroll
+  for (int p = 0; p < AttendState<kDim>::kParts; ++p) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t w0 = (&values[p][0].x)[i], w1 = (&values[p][1].x)[i], w2 = (&values[p][2].x)[i], w3 = (&values[p][3].x)[i];
+      const uint32_t a[4] = {__byte_perm(w0, w1, 0x5410), __byte_perm(w0, w1, 0x7632), __byte_perm(w2, w3, 0x5410),
+                             __byte_perm(w2, w3, 0x7632)};
+      mma<kBf16>(state.acc[p][i], a, b0, b1);
+    }
+  }
+}
+
+/// Raises the state's maximum to cover `scores` and rescales what it holds.
+template <int kDim>
+__device__ __forceinline__ void raise_max(AttendState<kDim>& state, const float (&scores)[4]) {
+  const int t = threadIdx.x & 3;
+  float top = fmaxf(fmaxf(scores[0], scores[1]), fmaxf(scores[2], scores[3]));
+  top = fmaxf(top, shuffle_xor(top, 1));
+  top = fmaxf(top, shuffle_xor(top, 2));
+  top = fmaxf(top, state.max);
+  const float factor = exp2_fast(state.max - top);
+  state.max = top;
+  state.sum *= factor;
+  state.sampled_sum *= factor;
+  state.sampled_variance *= factor * factor;
+  const float f0 = shuffle(factor, 8 * t), f1 = shuffle(factor, 8 * t + 4);
+#pragma unroll
+  for (int p = 0; p < AttendState<kDim>::kParts; ++p) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      state.acc[p][i][0] *= f0;
+      state.acc[p][i][1] *= f1;
+      state.acc[p][i][2] *= f0;
+      state.acc[p][i][3] *= f1;
+    }
+  }
+}
+
+/// Reads a tile of rows. Rows of log weight 0 are certain, of a greater one sampled. Returns whether a sampled row that this
+/// lane weighed stands for more than `limit` (log2, of the lane's head), as a bit per row. meanwhile() runs while the rows are
+/// on their way.
+template <DType kDType, int kDim, bool kSampled, class Meanwhile>
+__device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const std::byte* k, const std::byte* v, const RowTile& tile,
+                                                const QueryFragments<kDim>& q, float scale, float limit, Meanwhile meanwhile) {
+  uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
+  load_keys<kDType, kDim>(k, tile, low, high);
+  load_values<kDType, kDim>(v, tile, values);
+  meanwhile();
+  float x[4];
+  score_rows<kDType, kDim>(q, low, high, scale, x);
+  const int t = threadIdx.x & 3;
+  float log_weights[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    log_weights[j] = shuffle(tile.log_weight, 2 * t + (j & 1) + 8 * (j >> 1));
+    x[j] += log_weights[j];
+  }
+  raise_max(state, x);
+  float weights[4];
+  uint32_t heavy = 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    weights[j] = exp2_fast(x[j] - state.max);
+    state.sum += weights[j];
+    if constexpr (kSampled) {
+      if (log_weights[j] > 0) {
+        state.sampled_sum += weights[j];
+        state.sampled_variance += weights[j] * weights[j] * (1 - exp2_fast(-log_weights[j]));
+        if (x[j] > limit) heavy |= 1u << (2 * t + (j & 1) + 8 * (j >> 1));
+      }
+    }
+  }
+  add_values<Chunk<kDType>::kBf16, kDim>(state, values, weights);
+  return heavy;
+}
+
+}  // namespace tactic::cuda

@@ -1,0 +1,430 @@
+// cluster: k-means over the keys of a segment and KV head, one block each: the same initial keys, outliers and tie rules as
+// on the CPU. Sums are taken in a fixed order, so that the same rows give the same bits.
+#include "cuda/launch.h"
+#include "cuda/rows.cuh"
+
+namespace tactic::cuda {
+
+namespace {
+
+constexpr int kClusterThreads = 256;
+constexpr int kRowTile = 64, kClusterTile = 128;
+
+/// Per segment and head, in device memory.
+struct Scratch {
+  float* centroids;      // [clusters, kDim] relative to the mean key
+  float* k_norms2;       // [rows] of the keys, later of the kept ones relative to the mean
+  float* v_norms2;       // [rows], later the squared distance to the nearest centroid less the row's norm
+  int32_t* rows;         // [rows] kept, relative to the segment
+  int32_t* nearest;      // [rows] by kept row
+  int32_t* order;        // [rows] kept rows cluster by cluster
+  int32_t* starts;       // [clusters + 1]
+
+  __host__ __device__ Scratch(float* memory, int32_t num_rows, int32_t num_clusters, int32_t dim) {
+    centroids = memory;
+    k_norms2 = centroids + static_cast<int64_t>(num_clusters) * dim;
+    v_norms2 = k_norms2 + num_rows;
+    rows = reinterpret_cast<int32_t*>(v_norms2 + num_rows);
+    nearest = rows + num_rows;
+    order = nearest + num_rows;
+    starts = order + num_rows;
+  }
+};
+
+template <int kDim>
+struct ClusterShared {
+  float x[kDim][kRowTile + 4];
+  float c[kDim][kClusterTile + 4];
+  float c_norms2[kClusterTile];
+  float mean[kDim];
+  float reduce[kClusterThreads];
+  int32_t reduce_index[kClusterThreads];
+  int32_t num_kept, num_outliers;
+};
+
+template <DType kDType, int kDim>
+class SegmentClustering {
+ public:
+  __device__ SegmentClustering(const ClusterParams& params, std::byte* memory)
+      : p(params), s(*reinterpret_cast<ClusterShared<kDim>*>(memory)), head(blockIdx.y),
+        number(params.first_segment + static_cast<int>(blockIdx.x)),
+        num_rows(params.provisional ? params.index.geometry.provisional_tokens : params.index.geometry.segment_tokens),
+        first_row(params.provisional ? params.full_segments * params.index.geometry.segment_tokens + number * num_rows : number * num_rows),
+        slot(params.provisional ? params.index.geometry.max_segments + number : number),
+        scratch(params.scratch + static_cast<int64_t>(blockIdx.y * gridDim.x + blockIdx.x) * (scratch_floats()), num_rows,
+                params.num_clusters, kDim) {
+    const DecodeBatch& b = p.batch;
+    pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(p.sequence) * b.max_pages;
+    k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? p.sequence * b.k.sequence_stride_bytes : 0) + head * b.k.head_stride_bytes;
+    v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? p.sequence * b.v.sequence_stride_bytes : 0) + head * b.v.head_stride_bytes;
+    row_of_head = static_cast<int64_t>(p.sequence) * b.num_kv_heads + head;
+  }
+
+  __device__ void run() {
+    norms();
+    choose_rows();
+    mean();
+    start();
+    for (int round = 0; round < p.iterations; ++round) {
+      assign();
+      sort();
+      update();
+    }
+    assign();
+    sort();
+    store();
+  }
+
+ private:
+  __device__ size_t scratch_floats() const {
+    return (static_cast<size_t>(p.num_clusters) * kDim + 5 * static_cast<size_t>(num_rows) + p.num_clusters + 1 + 31) / 32 * 32;
+  }
+
+  // Eight elements of a stored row.
+  __device__ void decode(const std::byte* row, int chunk, float (&x)[8]) const {
+    const uint4 bits = Chunk<kDType>::load(row, chunk);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = (&bits.x)[i];
+      float2 pair;
+      if constexpr (Chunk<kDType>::kBf16) {
+        pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
+      } else {
+        pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+      }
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
+    }
+  }
+  __device__ const std::byte* key(int32_t row) const { return k + row_offset(p.batch.k, pages, first_row + row); }
+  __device__ const std::byte* value(int32_t row) const { return v + row_offset(p.batch.v, pages, first_row + row); }
+
+  __device__ void norms() {
+    for (int row = threadIdx.x; row < num_rows; row += kClusterThreads) {
+      float k2 = 0, v2 = 0, x[8];
+      for (int chunk = 0; chunk < kDim / 8; ++chunk) {
+        decode(key(row), chunk, x);
+        for (const float e : x) k2 += e * e;
+        decode(value(row), chunk, x);
+        for (const float e : x) v2 += e * e;
+      }
+      const bool finite = isfinite(k2) && isfinite(v2);
+      scratch.k_norms2[row] = finite ? k2 : INFINITY;
+      scratch.v_norms2[row] = finite ? v2 : INFINITY;
+      // nearest: 1 marks an outlier until the rows are chosen. Sinks are in no segment.
+      scratch.nearest[row] = finite ? 0 : 1;
+      if (first_row + row < p.index.geometry.sink_tokens) scratch.nearest[row] = 2;
+    }
+    __syncthreads();
+  }
+
+  // Index of the extreme value among rows [0, n) for which value() is finite; ties: the lower. -1: none.
+  template <class Value>
+  __device__ int32_t least(int32_t n, Value value) {
+    float best = INFINITY;
+    int32_t at = -1;
+    for (int i = threadIdx.x; i < n; i += kClusterThreads) {
+      const float x = value(i);
+      if (x < best) best = x, at = i;
+    }
+    s.reduce[threadIdx.x] = best;
+    s.reduce_index[threadIdx.x] = at;
+    __syncthreads();
+    for (int step = kClusterThreads / 2; step > 0; step /= 2) {
+      if (threadIdx.x < step) {
+        const float other = s.reduce[threadIdx.x + step];
+        const int32_t other_at = s.reduce_index[threadIdx.x + step];
+        if (other < s.reduce[threadIdx.x] || (other == s.reduce[threadIdx.x] && static_cast<uint32_t>(other_at) < static_cast<uint32_t>(s.reduce_index[threadIdx.x]))) {
+          s.reduce[threadIdx.x] = other;
+          s.reduce_index[threadIdx.x] = other_at;
+        }
+      }
+      __syncthreads();
+    }
+    const int32_t found = s.reduce_index[0];
+    __syncthreads();
+    return found;
+  }
+
+  __device__ void choose_rows() {
+    for (const float* norms2 : {scratch.k_norms2, scratch.v_norms2}) {
+      for (int i = 0; i < p.num_outliers; ++i) {
+        // Marked ones of this pass count again for neither; those of the other list may be found anew, as on the CPU.
+        const int32_t bit = norms2 == scratch.k_norms2 ? 4 : 8;
+        const int32_t at = least(num_rows, [&](int row) { return (scratch.nearest[row] & (bit | 2)) == 0 ? norms2[row] : INFINITY; });
+        if (at < 0) break;
+        if (threadIdx.x == 0) scratch.nearest[at] |= bit;
+        __syncthreads();
+      }
+    }
+    // Kept rows and outliers in ascending order, by one warp.
+    uint16_t* members = p.index.members + row_of_head * p.index.geometry.max_rows + first_row;
+    if (threadIdx.x < 32) {
+      int32_t kept = 0, outliers = 0;
+      for (int pass = 0; pass < 2; ++pass) {
+        int32_t before = 0;
+        for (int base = 0; base < num_rows; base += 32) {
+          const int row = base + threadIdx.x;
+          const int mark = row < num_rows ? scratch.nearest[row] : 2;
+          const uint32_t keeps = __ballot_sync(kAllLanes, mark == 0), outs = __ballot_sync(kAllLanes, mark != 0 && mark != 2 && (mark & 2) == 0);
+          const uint32_t below = (1u << threadIdx.x) - 1;
+          if (pass == 0) {
+            if (mark == 0) scratch.rows[kept + __popc(keeps & below)] = row;
+            kept += __popc(keeps);
+            outliers += __popc(outs);
+          } else {
+            if ((outs >> threadIdx.x & 1) != 0) members[num_rows - outliers + before + __popc(outs & below)] = static_cast<uint16_t>(row);
+            before += __popc(outs);
+          }
+        }
+      }
+      if (threadIdx.x == 0) {
+        s.num_kept = kept;
+        s.num_outliers = outliers;
+      }
+    }
+    __syncthreads();
+    n = s.num_kept;
+  }
+
+  __device__ void mean() {
+    // Each thread sums every 256 / chunks-th row of its chunk of eight dimensions; then the parts, in order.
+    constexpr int kChunks = kDim / 8, kLanes = kClusterThreads / 32;
+    float* parts = &s.x[0][0];   // [kLanes, kDim]
+    const int lane = threadIdx.x / 32;
+    for (int chunk = threadIdx.x % 32; chunk < kChunks; chunk += 32) {
+      float sum[8] = {}, x[8];
+      for (int i = lane; i < n; i += kLanes) {
+        decode(key(scratch.rows[i]), chunk, x);
+        for (int j = 0; j < 8; ++j) sum[j] += x[j];
+      }
+      for (int j = 0; j < 8; ++j) parts[lane * kDim + chunk * 8 + j] = sum[j];
+    }
+    __syncthreads();
+    for (int d = threadIdx.x; d < kDim; d += kClusterThreads) {
+      float sum = 0;
+      for (int i = 0; i < kLanes; ++i) sum += parts[i * kDim + d];
+      s.mean[d] = n > 0 ? sum / static_cast<float>(n) : 0;
+      p.index.means[(row_of_head * p.index.geometry.all_segments + slot) * kDim + d] = s.mean[d];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += kClusterThreads) {
+      float norm2 = 0, x[8];
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        decode(key(scratch.rows[i]), chunk, x);
+        for (int j = 0; j < 8; ++j) norm2 += (x[j] - s.mean[chunk * 8 + j]) * (x[j] - s.mean[chunk * 8 + j]);
+      }
+      scratch.k_norms2[i] = norm2;
+    }
+    __syncthreads();
+  }
+
+  __device__ void copy_row(int32_t c, int32_t kept) {
+    float x[8];
+    for (int chunk = threadIdx.x; chunk < kDim / 8; chunk += kClusterThreads) {
+      decode(key(scratch.rows[kept]), chunk, x);
+      for (int j = 0; j < 8; ++j) scratch.centroids[c * kDim + chunk * 8 + j] = x[j] - s.mean[chunk * 8 + j];
+    }
+  }
+
+  __device__ void start() {
+    const uint64_t seed = p.seed + static_cast<uint64_t>(first_row) * 31 + static_cast<uint64_t>(head);
+    for (int i = threadIdx.x; i < p.num_clusters * (kDim / 8); i += kClusterThreads) {
+      const int c = i / (kDim / 8), chunk = i % (kDim / 8);
+      const double u = static_cast<double>(hash64(seed ^ hash64(static_cast<uint64_t>(c))) >> 11) * 0x1p-53;
+      const auto row = static_cast<int64_t>((c + u) * static_cast<double>(n) / p.num_clusters);
+      float x[8] = {};
+      if (n > 0) decode(key(scratch.rows[min(static_cast<int64_t>(n - 1), row)]), chunk, x);
+      for (int j = 0; j < 8; ++j) scratch.centroids[c * kDim + chunk * 8 + j] = n > 0 ? x[j] - s.mean[chunk * 8 + j] : 0;
+    }
+    __syncthreads();
+  }
+
+  // nearest[i], and v_norms2[i] = |c|^2 - 2 x.c of it.
+  __device__ void assign() {
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    for (int c0 = 0; c0 < p.num_clusters; c0 += kClusterTile) {
+      for (int i = threadIdx.x; i < kClusterTile * kDim; i += kClusterThreads) {
+        const int c = i / kDim, d = i % kDim;
+        s.c[d][c] = c0 + c < p.num_clusters ? scratch.centroids[static_cast<int64_t>(c0 + c) * kDim + d] : 0;
+      }
+      __syncthreads();
+      for (int c = threadIdx.x; c < kClusterTile; c += kClusterThreads) {
+        float norm2 = 0;
+        for (int d = 0; d < kDim; ++d) norm2 += s.c[d][c] * s.c[d][c];
+        s.c_norms2[c] = c0 + c < p.num_clusters ? norm2 : INFINITY;
+      }
+      for (int i0 = 0; i0 < n; i0 += kRowTile) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < kRowTile * (kDim / 8); i += kClusterThreads) {
+          const int row = i % kRowTile, chunk = i / kRowTile;
+          float x[8] = {};
+          if (i0 + row < n) decode(key(scratch.rows[i0 + row]), chunk, x);
+          for (int j = 0; j < 8; ++j) s.x[chunk * 8 + j][row] = x[j] - s.mean[chunk * 8 + j];
+        }
+        __syncthreads();
+        float dots[4][8] = {};
+#pragma unroll 8
+        for (int d = 0; d < kDim; ++d) {
+          const float4 x = *reinterpret_cast<const float4*>(&s.x[d][ty * 4]);
+          const float4 a = *reinterpret_cast<const float4*>(&s.c[d][tx * 4]), b = *reinterpret_cast<const float4*>(&s.c[d][64 + tx * 4]);
+          const float xs[4] = {x.x, x.y, x.z, x.w}, cs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+#pragma unroll
+            for (int c = 0; c < 8; ++c) dots[r][c] += xs[r] * cs[c];
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          float best = INFINITY;
+          int32_t at = 0;
+#pragma unroll
+          for (int c = 0; c < 8; ++c) {
+            const int local = (c / 4) * 64 + tx * 4 + c % 4;
+            const float distance = s.c_norms2[local] - 2 * dots[r][c];
+            if (distance < best) best = distance, at = c0 + local;
+          }
+#pragma unroll
+          for (int step = 1; step < 16; step *= 2) {
+            const float other = shuffle_xor(best, step);
+            const int32_t other_at = shuffle_xor(at, step);
+            if (other < best || (other == best && other_at < at)) best = other, at = other_at;
+          }
+          const int i = i0 + ty * 4 + r;
+          if (tx == 0 && i < n && (c0 == 0 || best < scratch.v_norms2[i])) {
+            scratch.v_norms2[i] = best;
+            scratch.nearest[i] = at;
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  // Kept rows cluster by cluster, ascending inside: thread t counts and places clusters t, t + 256, ...
+  __device__ void sort() {
+    for (int c = threadIdx.x; c <= p.num_clusters; c += kClusterThreads) scratch.starts[c] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += kClusterThreads) atomicAdd(&scratch.starts[scratch.nearest[i] + 1], 1);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int c = 0; c < p.num_clusters; ++c) scratch.starts[c + 1] += scratch.starts[c];
+    }
+    __syncthreads();
+    // One warp a cluster: ballots over all rows keep the order.
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int c = warp; c < p.num_clusters; c += kClusterThreads / 32) {
+      int32_t at = scratch.starts[c];
+      const int32_t end = scratch.starts[c + 1];
+      for (int base = 0; base < n && at < end; base += 32) {
+        const bool mine = base + lane < n && scratch.nearest[base + lane] == c;
+        const uint32_t all = __ballot_sync(kAllLanes, mine);
+        if (mine) scratch.order[at + __popc(all & ((1u << lane) - 1))] = base + lane;
+        at += __popc(all);
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ void update() {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int c = warp; c < p.num_clusters; c += kClusterThreads / 32) {
+      const int32_t begin = scratch.starts[c], end = scratch.starts[c + 1];
+      if (begin == end) continue;
+      for (int chunk = lane; chunk < kDim / 8; chunk += 32) {
+        float sum[8] = {}, x[8];
+        for (int i = begin; i < end; ++i) {
+          decode(key(scratch.rows[scratch.order[i]]), chunk, x);
+          for (int j = 0; j < 8; ++j) sum[j] += x[j] - s.mean[chunk * 8 + j];
+        }
+        for (int j = 0; j < 8; ++j) scratch.centroids[static_cast<int64_t>(c) * kDim + chunk * 8 + j] = sum[j] / static_cast<float>(end - begin);
+      }
+    }
+    __syncthreads();
+    for (int c = 0; c < p.num_clusters; ++c) {   // empty ones start anew at the rows farthest from their centroids
+      if (scratch.starts[c] != scratch.starts[c + 1]) continue;
+      const int32_t far = least(n, [&](int i) { return -(scratch.k_norms2[i] + scratch.v_norms2[i]); });
+      if (far < 0) break;
+      copy_row(c, far);
+      if (threadIdx.x == 0) scratch.v_norms2[far] = -INFINITY;   // used once
+      __syncthreads();
+    }
+  }
+
+  __device__ void store() {
+    const IndexView& index = p.index;
+    const IndexGeometry& g = index.geometry;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int padded = p.provisional ? g.provisional_clusters : g.full_clusters;
+    const int64_t first = row_of_head * g.max_clusters + (p.provisional ? g.provisional_begin : 0) + static_cast<int64_t>(number) * padded;
+    uint16_t* members = index.members + row_of_head * g.max_rows + first_row;
+    for (int c = warp; c < padded; c += kClusterThreads / 32) {
+      const int32_t begin = c < p.num_clusters ? scratch.starts[c] : 0, size = c < p.num_clusters ? scratch.starts[c + 1] - begin : 0;
+      const float* centroid = scratch.centroids + static_cast<int64_t>(c) * kDim;
+      float largest = 0;
+      for (int d = lane; d < kDim && size > 0; d += 32) largest = fmaxf(largest, fabsf(centroid[d]));
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, shuffle_xor(largest, step));
+      const float scale = largest / 127;
+      int8_t* codes = index.codes + (first + c) * g.code_bytes;
+      for (int d = lane; d < g.code_bytes; d += 32) codes[d] = d < kDim && scale > 0 ? static_cast<int8_t>(rintf(centroid[d] / scale)) : 0;
+      __syncwarp();
+      float spread = 0;
+      for (int chunk = lane; chunk < kDim / 8; chunk += 32) {
+        float x[8];
+        for (int i = begin; i < begin + size; ++i) {
+          decode(key(scratch.rows[scratch.order[i]]), chunk, x);
+          for (int j = 0; j < 8; ++j) {
+            const float off = x[j] - s.mean[chunk * 8 + j] - scale * codes[chunk * 8 + j];
+            spread += off * off;
+          }
+        }
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) spread += shuffle_xor(spread, step);
+      if (lane == 0) {
+        index.facts[first + c] = {size > 0 ? scale : 0.0f, size > 0 ? spread / static_cast<float>(size) / kDim : 0.0f};
+        index.places[first + c] = static_cast<uint32_t>(begin) << 16 | static_cast<uint32_t>(size);
+      }
+      for (int i = begin + lane; i < begin + size; i += 32) members[i] = static_cast<uint16_t>(scratch.rows[scratch.order[i]]);
+    }
+    if (threadIdx.x == 0) index.num_outliers[row_of_head * g.all_segments + slot] = static_cast<uint16_t>(s.num_outliers);
+  }
+
+  const ClusterParams& p;
+  ClusterShared<kDim>& s;
+  const int head, number;
+  const int32_t num_rows, first_row, slot;
+  const Scratch scratch;
+  const int32_t* pages;
+  const std::byte *k, *v;
+  int64_t row_of_head;
+  int32_t n = 0;
+};
+
+template <DType kDType, int kDim>
+__global__ void __launch_bounds__(kClusterThreads) cluster_kernel(const __grid_constant__ ClusterParams params) {
+  extern __shared__ __align__(16) std::byte shared[];
+  SegmentClustering<kDType, kDim>(params, shared).run();
+}
+
+}  // namespace
+
+size_t cluster_scratch_bytes(int32_t rows, int32_t clusters, int32_t head_dim) {
+  return (static_cast<size_t>(clusters) * head_dim + 5 * static_cast<size_t>(rows) + clusters + 1 + 31) / 32 * 128;
+}
+
+void launch_cluster(const ClusterParams& params, cudaStream_t stream) {
+  if (params.num_segments == 0) return;
+  dispatch(params.batch, [&]<DType kDType, int kDim, int kHeads>() {
+    const auto kernel = cluster_kernel<kDType, kDim>;
+    constexpr size_t kBytes = sizeof(ClusterShared<kDim>);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)), "shared memory of cluster");
+    const dim3 grid(static_cast<unsigned>(params.num_segments), static_cast<unsigned>(params.batch.num_kv_heads));
+    kernel<<<grid, kClusterThreads, kBytes, stream>>>(params);
+    check(cudaGetLastError(), "cluster");
+  });
+}
+
+}  // namespace tactic::cuda

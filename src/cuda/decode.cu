@@ -1,0 +1,497 @@
+// One sparse decode step in one kernel: score, select_sample, attend, refine, merge. A thread-block cluster has one sequence
+// and KV head; its blocks own its segments in turn and exchange softmax states and partial outputs through shared memory.
+#include "cuda/launch.h"
+#include "cuda/merge.cuh"
+#include "cuda/select_sample.cuh"
+
+namespace tactic::cuda {
+
+namespace {
+
+template <DType kDType, int kDim, int kHeads>
+class DecodeBlock {
+ public:
+  __device__ DecodeBlock(const DecodeParams& params, std::byte* shared)
+      : p(params), rank(static_cast<int>(blockIdx.x) % params.splits), warp(threadIdx.x >> 5), lane(threadIdx.x & 31),
+        sequence(static_cast<int>(blockIdx.x) / params.splits / params.batch.num_kv_heads),
+        head(static_cast<int>(blockIdx.x) / params.splits % params.batch.num_kv_heads),
+        group(params.batch.num_q_heads / params.batch.num_kv_heads),
+        state_of_sequence(params.index.states[sequence]), own(params.index.geometry, state_of_sequence, rank, params.splits),
+        buffers(*reinterpret_cast<MergeBuffers<kHeads>*>(shared)),
+        quantized(*reinterpret_cast<QuantizedQueries<kDim, kHeads>*>(shared + sizeof(MergeBuffers<kHeads>))),
+        q(reinterpret_cast<float*>(&quantized + 1)), values(q + kHeads * kDim),
+        from_blocks(values + kWarps * kHeads * kDim),
+        tables(params.workspace != nullptr ? params.workspace + blockIdx.x * params.block_workspace_bytes
+                                           : reinterpret_cast<std::byte*>(from_blocks + kHeads * kDim + kMaxSplits * kHeads * 4),
+               params.max_own_clusters, params.max_own_segments, kHeads) {
+    const DecodeBatch& b = p.batch;
+    pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(sequence) * b.max_pages;
+    k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? sequence * b.k.sequence_stride_bytes : 0) + head * b.k.head_stride_bytes;
+    v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? sequence * b.v.sequence_stride_bytes : 0) + head * b.v.head_stride_bytes;
+    row_of_head = static_cast<int64_t>(sequence) * b.num_kv_heads + head;
+    const IndexGeometry& g = p.index.geometry;
+    members = p.index.members + row_of_head * g.max_rows;
+    scale = b.sm_scale * kLog2E;
+  }
+
+  __device__ void run() {
+    BlockCluster::arrive();
+    const int tiles = own.clusters() / 16;
+    // What the kernel before this one writes must be waited for; the index was last changed by a copy, which is done.
+    CentroidTile<kDim> now, next;
+    const int score_warps = num_score_warps();
+    if (warp < score_warps && warp < tiles) load_tile(warp, now);
+    if (warp < score_warps && warp + score_warps < tiles) load_tile(warp + score_warps, next);
+    if (p.half_empty) let_next_kernel_start();   // there is room for its blocks beside these
+    float mean[kMeanLoads];
+    const int k_own = warp - first_mean_warp(score_warps);
+    if (warp < score_warps && k_own >= 0 && k_own < own.count()) load_mean(k_own, mean);
+    for (int i = threadIdx.x; i < own.count() * kMeanLoads; i += kThreads) {
+      prefetch(p.index.means + (row_of_head * p.index.geometry.all_segments + own.at(i / kMeanLoads).slot) * kDim + i % kMeanLoads * 32);
+    }
+    wait_for_previous_kernel();
+    load_queries();
+    __syncthreads();
+    score_and_attend_exact(score_warps, now, next, mean);
+    float shifts[kHeads];
+    const float limit = exchange_estimates(shifts);
+    if (!p.half_empty) let_next_kernel_start();
+    select(shifts);
+    const bool heavy = attend_selected(limit);
+    raise_block_maximum();
+    if (__syncthreads_or(heavy) != 0) {
+      refine();
+      raise_block_maximum();
+      __syncthreads();
+    }
+    send_output();
+    BlockCluster::sync();
+    write_output();
+  }
+
+ private:
+  __device__ void load_tile(int tile, CentroidTile<kDim>& out) const {
+    const IndexGeometry& g = p.index.geometry;
+    const int64_t first_cluster = row_of_head * g.max_clusters;
+    const OwnSegment segment = own.at(own.segment_of(tile * 16));
+    load_centroids<kDim>(p.index.codes + first_cluster * g.code_bytes, p.index.facts + first_cluster, p.index.places + first_cluster,
+                         segment.cluster + tile * 16 - segment.local_cluster, out);
+  }
+
+  __device__ void load_queries() {
+    kv_len = p.batch.kv_lens[sequence];
+    const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group) * kDim;
+    for (int i = threadIdx.x; i < group * kDim; i += kThreads) q[i] = load_query(p.batch.q, p.batch.q_dtype, first + i);
+    if (threadIdx.x < 4) buffers.counts[threadIdx.x] = 0;
+    if (threadIdx.x < kHeads) buffers.maxima[threadIdx.x] = ordered(__float_as_int(kLowest));
+  }
+
+  static constexpr int kMeanLoads = (kDim + 31) / 32;
+
+  // The first warps quantize the queries, a head each, while others score the mean keys of segments.
+  __device__ static int first_mean_warp(int score_warps) { return score_warps >= 2 * kHeads ? kHeads : 0; }
+
+  __device__ void load_mean(int k_own, float (&mean)[kMeanLoads]) const {
+    const float* from = p.index.means + (row_of_head * p.index.geometry.all_segments + own.at(k_own).slot) * kDim;
+#pragma unroll
+    for (int i = 0; i < kMeanLoads; ++i) mean[i] = 32 * i + lane < kDim ? __ldg(from + 32 * i + lane) : 0.0f;
+  }
+
+  // Scores of the own segments' mean keys, a segment a warp. `mean`: of the first, loaded already.
+  __device__ void score_means(int score_warps, float (&mean)[kMeanLoads]) {
+    const int first = first_mean_warp(score_warps), step = score_warps - first;
+    for (int k_own = warp - first; k_own >= 0 && k_own < own.count(); k_own += step) {
+      float next[kMeanLoads] = {};
+      if (k_own + step < own.count()) load_mean(k_own + step, next);
+      float dots[kHeads] = {};
+#pragma unroll
+      for (int i = 0; i < kMeanLoads; ++i) {
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) {
+          if (h < group && 32 * i + lane < kDim) dots[h] += mean[i] * q[h * kDim + 32 * i + lane];
+        }
+        mean[i] = next[i];
+      }
+      const float dot = sum_by_head<kHeads>(dots);
+      if (lane % (32 / kHeads) == 0) tables.mean_dots[k_own * kHeads + lane / (32 / kHeads)] = dot * scale;
+    }
+  }
+
+  // Some warps score clusters, the last ones read sinks, recent rows and outliers meanwhile: about as many as have that share
+  // of the bytes, a tile of rows being four times a tile of centroids, when half a provisional segment is recent.
+  __device__ int num_score_warps() const {
+    const IndexGeometry& g = p.index.geometry;
+    const int tiles = own.clusters() / 16;
+    const int exact_tiles = (g.provisional_tokens / 2 + g.sink_tokens) / 16 / p.splits + 1 + (g.has_outliers ? own.count() : 0);
+    const int exact_warps = static_cast<int>(__fdividef(kWarps * 4.0f * exact_tiles, 4.0f * exact_tiles + tiles) + 0.5f);
+    return tiles > 0 ? kWarps - min(max(exact_warps, 1), kWarps - 1) : 0;
+  }
+
+  __device__ void score_and_attend_exact(int score_warps, CentroidTile<kDim>& now, CentroidTile<kDim>& next, float (&mean)[kMeanLoads]) {
+    const int tiles = own.clusters() / 16;
+    // Fragments are made late: registers are short while tiles of centroids are on their way.
+    if (warp >= score_warps) {
+      make_query_fragments<Chunk<kDType>::kBf16, kDim>(q, group, fragments);
+      attend_exact(warp - score_warps, kWarps - score_warps);
+      return;
+    }
+    for (int h = warp; h < kHeads; h += score_warps) quantize_query<kDim, kHeads>(h < group ? q + h * kDim : nullptr, h, quantized);
+    score_means(score_warps, mean);
+    asm volatile("bar.sync 1, %0;" ::"r"(score_warps * 32) : "memory");
+    const float beta = p.beta > 0 ? p.beta : __ldg(p.index.betas + row_of_head);
+    CentroidQuery<kDim, kHeads> query;
+    load_centroid_query<kDim, kHeads>(quantized, p.batch.sm_scale, query);
+    const auto score = [&](int tile, const CentroidTile<kDim>& loaded) {
+      score_tile<kDim, kHeads>(loaded, query, tables.mean_dots + own.segment_of(tile * 16) * kHeads, beta, tables.exponents + tile * 16, tables.stride,
+                               tables.places + tile * 16, estimates);
+    };
+    for (int tile = warp; tile < tiles; tile += 2 * score_warps) {
+      score(tile, now);
+      if (tile + 2 * score_warps < tiles) load_tile(tile + 2 * score_warps, now);
+      if (tile + score_warps >= tiles) break;
+      score(tile + score_warps, next);
+      if (tile + 3 * score_warps < tiles) load_tile(tile + 3 * score_warps, next);
+    }
+    make_query_fragments<Chunk<kDType>::kBf16, kDim>(q, group, fragments);
+  }
+
+  __device__ RowTile row_tile(int32_t row, float log_weight) const {
+    return {row_offset(p.batch.k, pages, row), row_offset(p.batch.v, pages, row), log_weight};
+  }
+
+  __device__ int32_t num_indexed() const {
+    return state_of_sequence.full_segments * p.index.geometry.segment_tokens + state_of_sequence.provisional_segments * p.index.geometry.provisional_tokens;
+  }
+  __device__ int32_t num_sinks() const { return min(p.index.geometry.sink_tokens, num_indexed()); }
+  // Sinks, and rows that no segment holds yet.
+  __device__ int32_t exact_rows() const { return num_sinks() + max(kv_len - num_indexed(), 0); }
+
+  // Those, shared among the blocks, and the outliers of the own segments.
+  __device__ void attend_exact(int number, int warps) {
+    const int32_t rows = exact_rows(), sinks = num_sinks(), indexed = num_indexed();
+    for (int tile = rank + p.splits * number; tile * 16 < rows; tile += p.splits * warps) {
+      const int32_t i = tile * 16 + (lane & 15), inside = min(i, rows - 1);
+      attend_tile<kDType, kDim, false>(state, k, v, row_tile(inside < sinks ? inside : indexed + inside - sinks, i < rows ? 0.0f : kLowest), fragments, scale, 0, [] {});
+    }
+    const uint16_t* num_outliers = p.index.num_outliers + row_of_head * p.index.geometry.all_segments;
+    for (int k_own = number; k_own < own.count(); k_own += warps) {
+      const OwnSegment segment = own.at(k_own);
+      const int32_t n = __ldg(num_outliers + segment.slot);
+      if (lane == 0 && n > 0) atomicAdd(&buffers.counts[0], n);
+      for (int first = 0; first < n; first += 16) {
+        const int32_t i = first + (lane & 15);
+        const int32_t row = segment.first_row + __ldg(members + segment.first_row + segment.num_rows - n + min(i, n - 1));
+        attend_tile<kDType, kDim, false>(state, k, v, row_tile(row, i < n ? 0.0f : kLowest), fragments, scale, 0, [] {});
+      }
+    }
+  }
+
+  // The state of what this warp attended to, by head, as the buffers want it.
+  __device__ void put_state(float2* heads) const {
+    const int g = lane >> 2, t = lane & 3;
+    float sum = state.sum;
+    sum += shuffle_xor(sum, 1);
+    sum += shuffle_xor(sum, 2);
+    if (t == 0 && g < kHeads) heads[g] = {state.max, sum};
+  }
+
+  // shifts[h]: log2 of the estimated sum of all weights of head h, over tau and sqrt(group). Returns, for head g of lane
+  // (g, t), log2 of the weight from which on a sampled row refines its cluster.
+  __device__ float exchange_estimates(float (&shifts)[kHeads]) {
+#pragma unroll
+    for (int set = 0; set < kHeads / 4; ++set) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        const float max = shuffle_xor(estimates[set].max, step), sum = shuffle_xor(estimates[set].sum, step);
+        estimates[set].add(max, sum);
+      }
+      if (lane < 4) buffers.warp_states[2 * warp][4 * set + lane] = {estimates[set].max, estimates[set].sum};
+    }
+    put_state(buffers.warp_states[2 * warp + 1]);
+    __syncthreads();
+    BlockCluster::wait();   // all blocks of the cluster run, so that their memory may be written
+    share_states(buffers, 2 * kWarps, rank, p.splits);
+    BlockCluster::sync();
+    const RunningSum total = fold_states<kHeads>(buffers.block_states, p.splits);
+    const float normalizer = total.max + log2_fast(total.sum);
+    const float shift = normalizer - log2_fast(p.tau) + 0.5f * log2_fast(static_cast<float>(group));
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) shifts[h] = shuffle(shift, h);
+    const int g = lane >> 2;
+    const float limit = log2_fast(fmaxf(p.refine, 8.0f / p.tau)) + shuffle(normalizer, g % kHeads);
+    return g < group && p.refine < 1 ? limit : -kLowest;
+  }
+
+  __device__ void select(const float (&shifts)[kHeads]) {
+    const uint64_t stream_id = p.batch.stream_ids != nullptr ? p.batch.stream_ids[sequence] : static_cast<uint64_t>(sequence);
+    uint64_t key = p.seed;
+    for (const uint64_t part : {stream_id, static_cast<uint64_t>(p.batch.layer), static_cast<uint64_t>(head), static_cast<uint64_t>(kv_len - 1)}) {
+      key = key * 0xD6E8FEB86659FD93u + part + 1;
+    }
+    for (int k_own = warp; k_own < own.count(); k_own += kWarps) {
+      const OwnSegment segment = own.at(k_own);
+      const int32_t taken = select_segment<kHeads>(tables, segment, members, segment_offset(hash64(key), segment.first_row), group, shifts);
+      if (lane == 0) tables.segment_counts[k_own] = taken;
+    }
+    for (int i = threadIdx.x; i < own.clusters() / 32 + 1; i += kThreads) tables.refined[i] = 0;
+    __syncthreads();
+    if (warp == 0) {
+      int32_t before = 0;
+      for (int first = 0; first < own.count(); first += 32) {
+        const int32_t taken = first + lane < own.count() ? tables.segment_counts[first + lane] : 0;
+        const int32_t sum = warp_inclusive_sum(taken);
+        if (first + lane < own.count()) tables.segment_counts[first + lane] = before + sum - taken;
+        before += shuffle(sum, 31);
+      }
+      if (lane == 0) buffers.counts[1] = before;
+    }
+    __syncthreads();
+  }
+
+  // Returns whether this warp found a sampled row that is too heavy, whose cluster it marked.
+  __device__ bool attend_selected(float limit) {
+    const int32_t rows = buffers.counts[1];
+    bool found = false;
+    const auto take = [&](int tile) { return taken_row(tables, own, members, min(tile * 16 + (lane & 15), rows - 1)); };
+    const auto tile_of = [&](int tile, const TakenRow& taken) { return row_tile(taken.row, tile * 16 + (lane & 15) < rows ? taken.log_weight : kLowest); };
+    int tile = kWarps - 1 - warp;
+    if (tile * 16 >= rows) return false;
+    TakenRow taken = take(tile), next{};
+    RowTile now = tile_of(tile, taken), then{};
+    for (; tile * 16 < rows; tile += kWarps) {
+      // While a tile is on its way, the next one is looked up and asked for.
+      const auto meanwhile = [&] {
+        if ((tile + kWarps) * 16 >= rows) return;
+        next = take(tile + kWarps);
+        then = tile_of(tile + kWarps, next);
+        const int half = (lane >> 4) * 128;
+        if (half < kDim * 2) {
+          prefetch(k + then.k_offset + half);
+          prefetch(v + then.v_offset + half);
+        }
+      };
+      const uint32_t heavy = attend_tile<kDType, kDim, true>(state, k, v, now, fragments, scale, limit, meanwhile);
+      const uint32_t all = __reduce_or_sync(kAllLanes, heavy);
+      if (all != 0) {
+        found = true;
+        if (lane < 16 && (all >> lane & 1) != 0) atomicOr(&tables.refined[taken.local_cluster / 32], 1u << (taken.local_cluster & 31));
+      }
+      taken = next;
+      now = then;
+    }
+    return found;
+  }
+
+  // Clusters that are marked are read whole. Their tiles are shared among the warps.
+  __device__ void refine() {
+    const int32_t words = own.clusters() / 32 + 1;
+    int number = 0;
+    for (int32_t first = 0; first < words; first += 32) {
+      const uint32_t word = first + lane < words ? tables.refined[first + lane] : 0;
+      for (uint32_t lanes = __ballot_sync(kAllLanes, word != 0); lanes != 0; lanes &= lanes - 1) {
+        const int from = __ffs(lanes) - 1;
+        for (uint32_t bits = shuffle(word, from); bits != 0; bits &= bits - 1) {
+          const int32_t c = (first + from) * 32 + __ffs(bits) - 1;
+          if (threadIdx.x == 0) ++buffers.counts[2];
+          for (int32_t at = 0; at < static_cast<int32_t>(tables.places[c] & 0xFFFFu); at += 16) {
+            if (number++ % kWarps == warp) read_rest(c, at);
+          }
+        }
+      }
+    }
+  }
+
+  // Of the 16 members from `at` on, adds those that were not taken and lowers those that were to the weight of certain rows.
+  __device__ void read_rest(int32_t c, int32_t at) {
+    const OwnSegment segment = own.at(own.segment_of(c));
+    const int32_t size = tables.places[c] & 0xFFFFu, first = segment.first_row + (tables.places[c] >> 16);
+    const float log_weight = log2_inverse(tables.probabilities[c]);
+    const int t = lane & 3;
+    const int32_t member = at + (lane & 15);
+    const bool inside = member < size, taken = inside && is_taken(tables.begins[c], tables.probabilities[c], member);
+    const uint32_t added = __ballot_sync(kAllLanes, inside && !taken) & 0xFFFFu;
+    if (lane == 0) atomicAdd(&buffers.counts[3], __popc(added));
+    const RowTile tile = row_tile(segment.first_row + __ldg(members + first + min(member, size - 1)), 0);
+    uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], rows[AttendState<kDim>::kParts][4];
+    load_keys<kDType, kDim>(k, tile, low, high);
+    load_values<kDType, kDim>(v, tile, rows);
+    float x[4], weights[4];
+    score_rows<kDType, kDim>(fragments, low, high, scale, x);
+    bool was_taken[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = 2 * t + (j & 1) + 8 * (j >> 1);
+      was_taken[j] = shuffle(static_cast<int>(taken), row) != 0;
+      if (shuffle(static_cast<int>(inside), row) == 0) x[j] = kLowest;
+    }
+    raise_max(state, x);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      weights[j] = exp2_fast(x[j] - state.max);
+      if (was_taken[j]) {
+        const float sampled = exp2_fast(x[j] + log_weight - state.max);
+        state.sampled_sum -= sampled;
+        state.sampled_variance -= sampled * sampled * (1 - exp2_fast(-log_weight));
+        weights[j] -= sampled;
+      }
+      state.sum += weights[j];
+    }
+    add_values<Chunk<kDType>::kBf16, kDim>(state, rows, weights);
+  }
+
+  __device__ void raise_block_maximum() {
+    const int g = lane >> 2;
+    if ((lane & 3) == 0 && g < kHeads) atomicMax(&buffers.maxima[g], ordered(__float_as_int(state.max)));
+  }
+
+  // The block's output relative to its own maximum: each block of the cluster gets its slice of it.
+  __device__ void send_output() {
+    const int g = lane >> 2;
+    const float maximum = __int_as_float(ordered(buffers.maxima[g % kHeads]));
+    store_warp<kDim, kHeads>(state, maximum, values + warp * kHeads * kDim, buffers.warp_sums[warp]);
+    __syncthreads();
+    const int total = group * kDim, slice = slice_size();
+    for (int i = 2 * threadIdx.x; i < total; i += 2 * kThreads) {
+      float2 sum{};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 x = *reinterpret_cast<const float2*>(values + w * kHeads * kDim + i);
+        sum.x += x.x;
+        sum.y += x.y;
+      }
+      const int to = i / slice;
+      *reinterpret_cast<float2*>(BlockCluster::in_block(from_blocks + rank * slice + i - to * slice, to)) = sum;
+    }
+    // The last warps have no outputs to sum.
+    for (int i = kThreads - 1 - threadIdx.x; i < kHeads * p.splits; i += kThreads) {
+      const int h = i % kHeads;
+      BlockSums sums{__int_as_float(ordered(buffers.maxima[h])), 0, 0, 0};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        sums.sum += buffers.warp_sums[w][h].sum;
+        sums.sampled += buffers.warp_sums[w][h].sampled;
+        sums.variance += buffers.warp_sums[w][h].variance;
+      }
+      *BlockCluster::in_block(&buffers.block_sums[rank][h], i / kHeads) = sums;
+    }
+    if (p.records != nullptr && threadIdx.x < 4) {
+      *BlockCluster::in_block(&buffers.block_counts[rank][threadIdx.x], 0) = buffers.counts[threadIdx.x];
+    }
+  }
+
+  // Outputs that a block of the cluster writes; an even number, as they are summed in pairs.
+  __device__ int slice_size() const { return (group * kDim / p.splits + 1) & ~1; }
+
+  // The cluster's sums of head h, relative to its maximum; factors[s]: what block s's sums and outputs are multiplied by.
+  __device__ BlockSums cluster_sums(int h, float (&factors)[kMaxSplits]) const {
+    BlockSums blocks[kMaxSplits], total{kLowest, 0, 0, 0};
+#pragma unroll
+    for (int s = 0; s < kMaxSplits; ++s) {
+      if (s < p.splits) {
+        blocks[s] = buffers.block_sums[s][h];
+      } else {
+        blocks[s] = {kLowest, 0, 0, 0};
+      }
+      total.max = fmaxf(total.max, blocks[s].max);
+    }
+#pragma unroll
+    for (int s = 0; s < kMaxSplits; ++s) {
+      factors[s] = s < p.splits ? exp2_fast(blocks[s].max - total.max) : 0;
+      total.sum += factors[s] * blocks[s].sum;
+      total.sampled += factors[s] * blocks[s].sampled;
+      total.variance += factors[s] * factors[s] * blocks[s].variance;
+    }
+    return total;
+  }
+
+  __device__ void write_output() {
+    const int total = group * kDim, slice = slice_size();
+    const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group);
+    for (int i = threadIdx.x; i < slice && rank * slice + i < total; i += kThreads) {
+      const int at = rank * slice + i;
+      float factors[kMaxSplits];
+      const BlockSums sums = cluster_sums(at / kDim, factors);
+      float value = 0;
+#pragma unroll
+      for (int s = 0; s < kMaxSplits; ++s) {
+        if (s < p.splits) value += factors[s] * from_blocks[s * slice + i];
+      }
+      store_output(p.batch.out, p.batch.q_dtype, first * kDim + at, kv_len > 0 ? __fdividef(value, sums.sum) : 0.0f);
+    }
+    if (rank == 0 && warp == kWarps - 1) report(first);
+  }
+
+  __device__ void report(int64_t first_head) {
+    float factors[kMaxSplits];
+    const BlockSums sums = cluster_sums(lane % kHeads, factors);
+    if (p.batch.lse != nullptr && lane < group) p.batch.lse[first_head + lane] = kv_len > 0 ? (sums.max + log2f(sums.sum)) * kLn2 : -INFINITY;
+    if (p.records == nullptr) return;
+    float mass = lane < group ? 1 - sums.sampled / sums.sum : 0, variance = lane < group ? sums.variance / (sums.sum * sums.sum) : 0;
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) {
+      mass += shuffle_xor(mass, step);
+      variance += shuffle_xor(variance, step);
+    }
+    if (lane != 0) return;
+    int32_t counts[4] = {};
+    for (int s = 0; s < p.splits; ++s) {
+      for (int i = 0; i < 4; ++i) counts[i] += buffers.block_counts[s][i];
+    }
+    p.records[row_of_head] = {counts[0] + exact_rows(), counts[1], counts[2], counts[3], mass / group, variance / group};
+  }
+
+  const DecodeParams& p;
+  const int rank, warp, lane, sequence, head, group;
+  int kv_len = 0;
+  const SequenceState state_of_sequence;
+  const OwnSegments own;
+  MergeBuffers<kHeads>& buffers;
+  QuantizedQueries<kDim, kHeads>& quantized;
+  float* const q;            // [kHeads, kDim]
+  float* const values;       // [kWarps, kHeads, kDim]
+  float* const from_blocks;  // [splits, slice]
+  const SelectTables tables;
+  const int32_t* pages;
+  const std::byte *k, *v;
+  const uint16_t* members;
+  int64_t row_of_head;
+  float scale;
+  QueryFragments<kDim> fragments;
+  AttendState<kDim> state;
+  RunningSum estimates[kHeads / 4];
+};
+
+template <DType kDType, int kDim, int kHeads>
+__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeParams params) {
+  extern __shared__ __align__(16) std::byte shared[];
+  DecodeBlock<kDType, kDim, kHeads>(params, shared).run();
+}
+
+template <DType kDType, int kDim, int kHeads>
+void launch(const DecodeParams& params, cudaStream_t stream) {
+  const auto kernel = decode_kernel<kDType, kDim, kHeads>;
+  static_assert(sizeof(MergeBuffers<kHeads>) + sizeof(QuantizedQueries<kDim, kHeads>) == merge_bytes(kHeads) + quantized_bytes(kDim, kHeads));
+  const size_t shared_bytes = params.shared_bytes;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), "shared memory of decode");
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(params.splits), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = {static_cast<unsigned>(params.batch.num_sequences * params.batch.num_kv_heads * params.splits), 1, 1};
+  config.blockDim = {kThreads, 1, 1};
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = has_clusters() ? 2 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, params), "decode");
+}
+
+}  // namespace
+
+void launch_decode(const DecodeParams& params, cudaStream_t stream) {
+  dispatch(params.batch, [&]<DType kDType, int kDim, int kHeads>() { launch<kDType, kDim, kHeads>(params, stream); });
+}
+
+}  // namespace tactic::cuda

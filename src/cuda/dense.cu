@@ -1,0 +1,142 @@
+// Dense decode attention: every row, exact up to rounding. The rows of a (sequence, KV head) are shared by several blocks;
+// the last one to finish folds their partial outputs, always in the same order.
+#include "cuda/launch.h"
+#include "cuda/merge.cuh"
+
+namespace tactic::cuda {
+
+namespace {
+
+template <int kDim, int kHeads>
+struct DenseShared {
+  float q[kHeads * kDim];
+  float values[kWarps * kHeads * kDim];
+  float2 states[kWarps][kHeads];
+  BlockSums sums[kWarps][kHeads];
+  int last;
+};
+
+template <DType kDType, int kDim, int kHeads>
+__global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constant__ DenseParams p) {
+  extern __shared__ __align__(16) std::byte memory[];
+  auto& shared = *reinterpret_cast<DenseShared<kDim, kHeads>*>(memory);
+  wait_for_previous_kernel();
+  const DecodeBatch& b = p.batch;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, split = blockIdx.x % p.splits;
+  const int64_t pair = blockIdx.x / p.splits;
+  const int sequence = static_cast<int>(pair) / b.num_kv_heads, head = static_cast<int>(pair) % b.num_kv_heads;
+  const int group = b.num_q_heads / b.num_kv_heads, kv_len = __ldg(b.kv_lens + sequence);
+  const int64_t first_head = static_cast<int64_t>(sequence) * b.num_q_heads + head * group;
+  for (int i = threadIdx.x; i < group * kDim; i += kThreads) shared.q[i] = load_query(b.q, b.q_dtype, first_head * kDim + i);
+  __syncthreads();
+  QueryFragments<kDim> fragments;
+  make_query_fragments<Chunk<kDType>::kBf16, kDim>(shared.q, group, fragments);
+  const int32_t* pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(sequence) * b.max_pages;
+  const std::byte* k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? sequence * b.k.sequence_stride_bytes : 0) + head * b.k.head_stride_bytes;
+  const std::byte* v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? sequence * b.v.sequence_stride_bytes : 0) + head * b.v.head_stride_bytes;
+
+  // A block has every splits-th run of 16 rows a warp: neighbouring blocks read neighbouring memory.
+  AttendState<kDim> state;
+  const float scale = b.sm_scale * kLog2E;
+  const int tiles = (kv_len + 15) / 16, step = p.splits * kWarps;
+  const auto tile_at = [&](int tile) {
+    const int row = tile * 16 + (lane & 15), inside = min(row, kv_len - 1);
+    return RowTile{row_offset(b.k, pages, inside), row_offset(b.v, pages, inside), row < kv_len ? 0.0f : kLowest};
+  };
+  uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
+  int tile = split * kWarps + warp;
+  RowTile now{};
+  if (tile < tiles) {
+    now = tile_at(tile);
+    load_keys<kDType, kDim>(k, now, low, high);
+  }
+  for (; tile < tiles; tile += step) {
+    load_values<kDType, kDim>(v, now, values);
+    float x[4];
+    score_rows<kDType, kDim>(fragments, low, high, scale, x);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] += shuffle(now.log_weight, 2 * (lane & 3) + (j & 1) + 8 * (j >> 1));
+    if (tile + step < tiles) {
+      now = tile_at(tile + step);
+      load_keys<kDType, kDim>(k, now, low, high);
+    }
+    raise_max(state, x);
+    float weights[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      weights[j] = exp2_fast(x[j] - state.max);
+      state.sum += weights[j];
+    }
+    add_values<Chunk<kDType>::kBf16, kDim>(state, values, weights);
+  }
+
+  let_next_kernel_start();
+  const int g = lane >> 2, t = lane & 3;
+  if (t == 0 && g < kHeads) shared.states[warp][g] = {state.max, 0};
+  __syncthreads();
+  float maximum = kLowest;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, shared.states[w][g % kHeads].x);
+  store_warp<kDim, kHeads>(state, maximum, shared.values + warp * kHeads * kDim, shared.sums[warp]);
+  __syncthreads();
+  const int total = group * kDim;
+  const int64_t slot = pair * p.splits + split;
+  for (int i = threadIdx.x; i < total; i += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += shared.values[w * kHeads * kDim + i];
+    p.partial_out[slot * total + i] = sum;
+  }
+  if (warp == 0 && t == 0 && g < group) {
+    float sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][g].sum;
+    p.partial_state[(slot * group + g) * 2] = maximum;
+    p.partial_state[(slot * group + g) * 2 + 1] = sum;
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) shared.last = atomicAdd(p.arrived + pair, 1) == static_cast<uint32_t>(p.splits - 1);
+  __syncthreads();
+  if (shared.last == 0) return;
+  __threadfence();
+  if (threadIdx.x == 0) p.arrived[pair] = 0;
+  for (int i = threadIdx.x; i < total; i += kThreads) {
+    const int h = i / kDim;
+    const float* states = p.partial_state + (pair * p.splits * group + h) * 2;
+    float top = kLowest, sum = 0, value = 0;
+    for (int s = 0; s < p.splits; ++s) top = fmaxf(top, __ldcg(states + s * group * 2));
+    for (int s = 0; s < p.splits; ++s) {
+      const float factor = exp2_fast(__ldcg(states + s * group * 2) - top);
+      sum += factor * __ldcg(states + s * group * 2 + 1);
+      value += factor * __ldcg(p.partial_out + (pair * p.splits + s) * total + i);
+    }
+    store_output(b.out, b.q_dtype, first_head * kDim + i, kv_len > 0 ? value / sum : 0.0f);
+    if (b.lse != nullptr && i % kDim == 0) b.lse[first_head + h] = kv_len > 0 ? (top + log2f(sum)) * kLn2 : -INFINITY;
+  }
+}
+
+template <DType kDType, int kDim, int kHeads>
+void launch(const DenseParams& params, cudaStream_t stream) {
+  const auto kernel = dense_kernel<kDType, kDim, kHeads>;
+  constexpr size_t kBytes = sizeof(DenseShared<kDim, kHeads>);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)), "shared memory of dense");
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = {static_cast<unsigned>(params.batch.num_sequences * params.batch.num_kv_heads * params.splits), 1, 1};
+  config.blockDim = {kThreads, 1, 1};
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = has_clusters() ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, params), "dense");
+}
+
+}  // namespace
+
+void launch_dense(const DenseParams& params, cudaStream_t stream) {
+  dispatch(params.batch, [&]<DType kDType, int kDim, int kHeads>() { launch<kDType, kDim, kHeads>(params, stream); });
+}
+
+}  // namespace tactic::cuda

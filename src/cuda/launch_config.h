@@ -1,0 +1,64 @@
+// Where everything goes: the geometry of an index and the launch configuration of a step, from shapes and device facts
+// alone. Pure host functions; what sizes memory, launches and tests all read them here.
+#pragma once
+
+#include "cuda/params.h"
+
+namespace tactic::cuda {
+
+inline constexpr int kWarps = 12;            // of a block of decode and dense
+inline constexpr int kThreads = kWarps * 32;
+inline constexpr int kMaxSplits = 8;         // the largest thread-block cluster that every device can place
+inline constexpr int kMaxGroup = 8;          // query heads of a KV head
+
+struct DeviceFacts {
+  int32_t num_sms = 0;
+  size_t shared_bytes_per_block = 0;   // opt-in limit
+  bool has_clusters = false;
+};
+
+/// Query heads that kernels are compiled for: the group rounded up to 4 or 8.
+constexpr int32_t head_bucket(int32_t group_size) { return group_size <= 4 ? 4 : 8; }
+
+/// Throws Error naming what is out of range.
+IndexGeometry index_geometry(const IndexOptions& options, const KvShape& shape, int32_t max_rows);
+
+/// What a sequence of `rows` rows has when all that is due has been clustered.
+SequenceState state_at(const IndexGeometry& geometry, int64_t rows);
+
+/// Bytes of MergeBuffers<heads>.
+constexpr size_t merge_bytes(int32_t heads) {
+  const size_t h = static_cast<size_t>(heads);
+  return 2 * kWarps * h * 8 + kMaxSplits * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 4 * 4 + kMaxSplits * 4 * 4;
+}
+/// Bytes of QuantizedQueries<head_dim, heads>.
+constexpr size_t quantized_bytes(int32_t head_dim, int32_t heads) {
+  return static_cast<size_t>(heads) * static_cast<size_t>(2 * ((head_dim + 63) / 64 * 64) + 8);
+}
+/// Shared memory of a block of `decode` besides its tables.
+size_t fixed_bytes(int32_t head_dim, int32_t heads);
+/// Bytes of SelectTables; the clusters are a multiple of 16.
+inline constexpr int32_t kTablePadding = 8;
+size_t table_bytes(int32_t own_clusters, int32_t own_segments, int32_t heads);
+
+struct DecodeConfig {
+  int32_t splits = 1;              // blocks per (sequence, KV head)
+  int32_t own_clusters = 0;        // room per block
+  int32_t own_segments = 0;
+  size_t shared_bytes = 0;
+  size_t block_workspace_bytes = 0;   // 0: tables are in shared memory
+};
+
+/// As many blocks per pair as fill the device once, no more than its largest cluster.
+DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geometry, int32_t num_sequences, int32_t num_kv_heads,
+                           int32_t head_dim, int32_t group_size);
+
+/// Blocks per (sequence, KV head) of the dense step: one wave of blocks, but at least four tiles for each warp.
+int32_t dense_splits(const DeviceFacts& device, int32_t num_sequences, int32_t num_kv_heads, int64_t max_rows);
+
+/// Throws Error when the batch does not fit the limits or its pointers and strides are not as the header says.
+void validate(const DecodeBatch& batch, const DecodeLimits& limits);
+/// Throws Error for limits that no device serves.
+void validate(const DecodeLimits& limits);
+
+}  // namespace tactic::cuda

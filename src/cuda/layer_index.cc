@@ -1,0 +1,227 @@
+// LayerIndex: device memory of a layer's indexes, filled from the CPU's or by clustering on the device.
+#include "cuda/layer_index.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "core/index_state.h"
+#include "cuda/launch.h"
+#include "tactic/error.h"
+
+namespace tactic::cuda {
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();   // so that the next call does not report it again
+  throw Error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+DeviceFacts device_facts() {
+  int device = 0, sms = 0, shared = 0, major = 0;
+  check(cudaGetDevice(&device), "no CUDA device");
+  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device facts");
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device facts");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device facts");
+  return {sms, static_cast<size_t>(shared), major >= 9};
+}
+
+bool has_clusters() { return device_facts().has_clusters; }
+
+LayerIndex::Impl::~Impl() {
+  cudaFree(memory);
+  cudaFree(scratch);
+}
+
+namespace {
+
+// Clustering works through this many segments at a time, so that its scratch memory stays small.
+constexpr int32_t kSegmentsAtOnce = 64;
+
+template <class T>
+T* take(std::byte* memory, size_t& at, size_t count) {
+  T* p = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + at);
+  at += (count * sizeof(T) + 255) / 256 * 256;
+  return p;
+}
+
+// Arrays of the view within `memory`; returns their size.
+size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
+  const IndexGeometry& g = view.geometry;
+  const size_t pairs = static_cast<size_t>(max_sequences) * static_cast<size_t>(view.num_kv_heads);
+  const size_t clusters = pairs * static_cast<size_t>(g.max_clusters), slots = pairs * static_cast<size_t>(g.all_segments);
+  size_t at = 0;
+  view.codes = take<int8_t>(memory, at, clusters * static_cast<size_t>(g.code_bytes));
+  view.facts = take<ClusterFacts>(memory, at, clusters);
+  view.places = take<uint32_t>(memory, at, clusters);
+  view.members = take<uint16_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
+  view.means = take<float>(memory, at, slots * static_cast<size_t>(view.head_dim));
+  view.num_outliers = take<uint16_t>(memory, at, slots);
+  view.betas = take<float>(memory, at, pairs);
+  view.states = take<SequenceState>(memory, at, static_cast<size_t>(max_sequences));
+  return at;
+}
+
+int32_t clusters_of(const IndexOptions& o, bool provisional) {
+  const int32_t rows = provisional ? o.provisional_tokens : o.segment_tokens, size = provisional ? o.provisional_cluster_tokens : o.cluster_tokens;
+  return (rows + size - 1) / size;
+}
+
+void check_sequence(const LayerIndex::Impl& impl, int32_t sequence) {
+  if (sequence < 0 || sequence >= impl.max_sequences) {
+    throw Error("sequence (" + std::to_string(sequence) + ") must be in 0.." + std::to_string(impl.max_sequences - 1));
+  }
+}
+
+// Ends every change of an index: a step reads the index before it waits for the kernel in front of it, never for a copy.
+void set_state(LayerIndex::Impl& impl, int32_t sequence, const SequenceState& state, cudaStream_t stream) {
+  impl.states[static_cast<size_t>(sequence)] = state;
+  check(cudaMemcpyAsync(impl.view.states + sequence, &impl.states[static_cast<size_t>(sequence)], sizeof state, cudaMemcpyHostToDevice, stream), "index state");
+}
+
+}  // namespace
+
+LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_t max_sequences, int32_t max_rows) : impl_(std::make_unique<Impl>()) {
+  Impl& impl = *impl_;
+  if (max_sequences < 1 || max_sequences > 1 << 16) throw Error("max_sequences (" + std::to_string(max_sequences) + ") must be in 1..65536");
+  impl.options = options;
+  impl.shape = shape;
+  impl.max_sequences = max_sequences;
+  impl.view.geometry = index_geometry(options, shape, max_rows);
+  impl.view.num_kv_heads = shape.num_kv_heads;
+  impl.view.head_dim = shape.head_dim;
+  impl.states.resize(static_cast<size_t>(max_sequences));
+  impl.bytes = lay_out(impl.view, max_sequences, nullptr);
+  check(cudaMalloc(reinterpret_cast<void**>(&impl.memory), impl.bytes), ("index of " + std::to_string(impl.bytes) + " bytes").c_str());
+  lay_out(impl.view, max_sequences, impl.memory);
+  check(cudaMemset(impl.memory, 0, impl.bytes), "index");
+  const std::vector<float> betas(static_cast<size_t>(max_sequences) * static_cast<size_t>(shape.num_kv_heads), Calibration{}.beta(1, 0.75));
+  check(cudaMemcpy(impl.view.betas, betas.data(), betas.size() * sizeof(float), cudaMemcpyHostToDevice), "index");
+}
+
+LayerIndex::~LayerIndex() = default;
+LayerIndex::LayerIndex(LayerIndex&&) noexcept = default;
+LayerIndex& LayerIndex::operator=(LayerIndex&&) noexcept = default;
+
+void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_pointer) {
+  Impl& impl = *impl_;
+  check_sequence(impl, sequence);
+  if (!(index.options() == impl.options)) throw Error("the index was made with other options");
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  const IndexGeometry& g = impl.view.geometry;
+  const IndexState& from = index.state();
+  SequenceState state;
+  const auto copy = [&](void* to, const void* data, size_t bytes) {
+    if (bytes > 0) check(cudaMemcpyAsync(to, data, bytes, cudaMemcpyHostToDevice, stream), "upload");
+  };
+  std::vector<std::vector<std::byte>> keep;   // until the copies are done
+  const auto kept = [&](const auto& values) {
+    const auto* bytes = reinterpret_cast<const std::byte*>(values.data());
+    keep.emplace_back(bytes, bytes + values.size() * sizeof(values[0]));
+    return keep.back().data();
+  };
+  int64_t next_row = 0;
+  for (const Segment& segment : from.segments) {
+    if (segment.row_begin != next_row || (state.provisional_segments > 0 && !segment.provisional) || next_row + segment.num_rows > g.max_rows) {
+      throw Error("segment at row " + std::to_string(segment.row_begin) + " must follow the last and lie below " + std::to_string(g.max_rows));
+    }
+    next_row += segment.num_rows;
+    int32_t& number = segment.provisional ? state.provisional_segments : state.full_segments;
+    const int32_t slot = segment.provisional ? g.max_segments + number : number;
+    const int32_t first = segment.provisional ? g.provisional_begin + number * g.provisional_clusters : number * g.full_clusters;
+    ++number;
+    const int32_t padded = padded_clusters(segment.num_clusters);
+    for (int32_t head = 0; head < impl.shape.num_kv_heads; ++head) {
+      const HeadClusters& c = segment.heads[static_cast<size_t>(head)];
+      const int64_t pair = int64_t{sequence} * impl.shape.num_kv_heads + head, cluster = pair * g.max_clusters + first;
+      std::vector<int8_t> codes(static_cast<size_t>(padded) * static_cast<size_t>(g.code_bytes));
+      std::vector<ClusterFacts> facts(static_cast<size_t>(padded));
+      std::vector<uint32_t> places(static_cast<size_t>(padded));
+      uint32_t member = 0;
+      for (int32_t i = 0; i < padded; ++i) {
+        for (int32_t d = 0; d < impl.shape.head_dim; ++d) {
+          codes[static_cast<size_t>(i * g.code_bytes + d)] =
+              c.residuals[static_cast<size_t>((i / kCentroidBlock * impl.shape.head_dim + d) * kCentroidBlock + i % kCentroidBlock)];
+        }
+        const auto at = static_cast<size_t>(i);
+        facts[at] = {c.scales[at], c.spreads[at]};
+        places[at] = member << 16 | c.sizes[at];
+        member += c.sizes[at];
+      }
+      std::vector<uint16_t> members(static_cast<size_t>(segment.num_rows));
+      std::copy(c.members.begin(), c.members.end(), members.begin());
+      std::copy(c.outliers.begin(), c.outliers.end(), members.end() - static_cast<int64_t>(c.outliers.size()));
+      copy(impl.view.codes + cluster * g.code_bytes, kept(codes), codes.size());
+      copy(impl.view.facts + cluster, kept(facts), facts.size() * sizeof(ClusterFacts));
+      copy(impl.view.places + cluster, kept(places), places.size() * 4);
+      copy(impl.view.members + pair * g.max_rows + segment.row_begin, kept(members), members.size() * 2);
+      copy(impl.view.means + (pair * g.all_segments + slot) * impl.shape.head_dim, kept(c.mean), c.mean.size() * 4);
+      const auto outliers = static_cast<uint16_t>(c.outliers.size());
+      copy(impl.view.num_outliers + pair * g.all_segments + slot, kept(std::vector<uint16_t>{outliers}), 2);
+    }
+  }
+  std::vector<float> betas;
+  for (const Calibration& known : from.calibration) betas.push_back(known.beta(20, 0.75));
+  copy(impl.view.betas + int64_t{sequence} * impl.shape.num_kv_heads, kept(betas), betas.size() * 4);
+  set_state(impl, sequence, state, stream);
+  check(cudaStreamSynchronize(stream), "upload");
+}
+
+void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_len, Stream stream_pointer) {
+  Impl& impl = *impl_;
+  check_sequence(impl, sequence);
+  const IndexGeometry& g = impl.view.geometry;
+  if (kv_len < 0 || kv_len > g.max_rows) throw Error("kv_len (" + std::to_string(kv_len) + ") must be in 0.." + std::to_string(g.max_rows));
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  const SequenceState old = impl.states[static_cast<size_t>(sequence)], now = state_at(g, kv_len);
+  ClusterParams params;
+  params.index = impl.view;
+  params.batch = batch;
+  params.sequence = sequence;
+  params.iterations = impl.options.iterations;
+  params.seed = impl.options.seed;
+  const auto build = [&](bool provisional, int32_t begin, int32_t end) {
+    const int32_t rows = provisional ? g.provisional_tokens : g.segment_tokens;
+    params.provisional = provisional;
+    params.full_segments = now.full_segments;
+    params.num_clusters = clusters_of(impl.options, provisional);
+    params.num_outliers = static_cast<int32_t>(std::lround(impl.options.outlier_fraction * static_cast<float>(rows)));
+    const size_t bytes = cluster_scratch_bytes(rows, params.num_clusters, impl.shape.head_dim) * static_cast<size_t>(impl.shape.num_kv_heads) *
+                         static_cast<size_t>(std::min(end - begin, kSegmentsAtOnce));
+    if (begin < end && impl.scratch_bytes < bytes) {
+      check(cudaStreamSynchronize(stream), "build");
+      cudaFree(impl.scratch);
+      impl.scratch = nullptr;
+      impl.scratch_bytes = 0;
+      check(cudaMalloc(reinterpret_cast<void**>(&impl.scratch), bytes), ("scratch of " + std::to_string(bytes) + " bytes").c_str());
+      impl.scratch_bytes = bytes;
+    }
+    params.scratch = impl.scratch;
+    for (int32_t first = begin; first < end; first += kSegmentsAtOnce) {
+      params.first_segment = first;
+      params.num_segments = std::min(kSegmentsAtOnce, end - first);
+      launch_cluster(params, stream);
+    }
+  };
+  build(false, std::min(old.full_segments, now.full_segments), now.full_segments);
+  build(true, old.full_segments == now.full_segments ? std::min(old.provisional_segments, now.provisional_segments) : 0, now.provisional_segments);
+  set_state(impl, sequence, now, stream);
+}
+
+void LayerIndex::truncate(int32_t sequence, int32_t kv_len, Stream stream) {
+  check_sequence(*impl_, sequence);
+  SequenceState state = impl_->states[static_cast<size_t>(sequence)];
+  const SequenceState limit = state_at(impl_->view.geometry, std::max(kv_len, 0));
+  if (state.full_segments > limit.full_segments) {
+    state = {limit.full_segments, 0};
+  } else if (state.full_segments == limit.full_segments) {
+    state.provisional_segments = std::min(state.provisional_segments, limit.provisional_segments);
+  }
+  set_state(*impl_, sequence, state, static_cast<cudaStream_t>(stream));
+}
+
+size_t LayerIndex::memory_bytes() const { return impl_->bytes; }
+const IndexOptions& LayerIndex::options() const { return impl_->options; }
+
+}  // namespace tactic::cuda

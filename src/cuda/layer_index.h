@@ -1,0 +1,26 @@
+// A LayerIndex's memory, as the launchers see it.
+#pragma once
+
+#include <vector>
+
+#include "cuda/launch_config.h"
+
+namespace tactic::cuda {
+
+struct LayerIndex::Impl {
+  IndexOptions options;
+  KvShape shape;
+  int32_t max_sequences = 0;
+  IndexView view;
+  std::vector<SequenceState> states;   // the host's copy
+  std::byte* memory = nullptr;         // all of the view's arrays
+  size_t bytes = 0;
+  float* scratch = nullptr;            // for clustering
+  size_t scratch_bytes = 0;
+
+  ~Impl();
+};
+
+DeviceFacts device_facts();
+
+}  // namespace tactic::cuda

@@ -1,0 +1,75 @@
+// Where a stored row lies in device memory, and eight of its elements as halves in registers.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/params.h"
+
+namespace tactic::cuda {
+
+/// Byte offset of a row of one sequence and head. `pages`: the sequence's page table, or nullptr.
+__device__ __forceinline__ int64_t row_offset(const DeviceRows& rows, const int32_t* pages, int32_t row) {
+  if (pages == nullptr) return row * rows.token_stride_bytes;
+  const int32_t page = row / rows.page_tokens;
+  return __ldg(pages + page) * rows.page_stride_bytes + (row - page * rows.page_tokens) * rows.token_stride_bytes;
+}
+
+/// How eight neighbouring elements of a row become a uint4 of halves (f16 or bf16, whatever the type computes in).
+template <DType kDType>
+struct Chunk;
+
+template <>
+struct Chunk<DType::kF16> {
+  static constexpr bool kBf16 = false;
+  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) { return load_stream(row + chunk * 16); }
+};
+
+template <>
+struct Chunk<DType::kBF16> {
+  static constexpr bool kBf16 = true;
+  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) { return load_stream(row + chunk * 16); }
+};
+
+/// Blocks of 32 elements: an f16 scale and 32 signed bytes. Rows lie at even addresses.
+template <>
+struct Chunk<DType::kQ8_0> {
+  static constexpr bool kBf16 = false;
+  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) {
+    const auto* block = reinterpret_cast<const uint16_t*>(row + (chunk >> 2) * 34);
+    const __half2 scale = __half2half2(__ushort_as_half(__ldg(block)));
+    const uint16_t* codes = block + 1 + (chunk & 3) * 4;
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = __ldg(codes + i) ^ 0x8080u;   // unsigned, 128 too many
+      const uint32_t biased = __byte_perm(pair, 0x64646464u, 0x4140);   // f16 1024 + code
+      const __half2 value = __hsub2(*reinterpret_cast<const __half2*>(&biased), __float2half2_rn(1024 + 128));
+      const __half2 scaled = __hmul2(value, scale);
+      out[i] = *reinterpret_cast<const uint32_t*>(&scaled);
+    }
+    return {out[0], out[1], out[2], out[3]};
+  }
+};
+
+/// Blocks of 32 elements: an f16 scale and 16 bytes; the low nibbles are elements 0..15, the high ones 16..31.
+template <>
+struct Chunk<DType::kQ4_0> {
+  static constexpr bool kBf16 = false;
+  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) {
+    const auto* block = reinterpret_cast<const uint16_t*>(row + (chunk >> 2) * 18);
+    const __half2 scale = __half2half2(__ushort_as_half(__ldg(block)));
+    const uint16_t* codes = block + 1 + (chunk & 1) * 4;
+    const int shift = (chunk & 2) * 2;
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = (__ldg(codes + i) >> shift) & 0x0F0Fu;
+      const uint32_t biased = __byte_perm(pair, 0x64646464u, 0x4140);
+      const __half2 value = __hsub2(*reinterpret_cast<const __half2*>(&biased), __float2half2_rn(1024 + 8));
+      const __half2 scaled = __hmul2(value, scale);
+      out[i] = *reinterpret_cast<const uint32_t*>(&scaled);
+    }
+    return {out[0], out[1], out[2], out[3]};
+  }
+};
+
+}  // namespace tactic::cuda

@@ -1,0 +1,184 @@
+// score: log2 weights of clusters from their 8-bit centroids, sixteen at a time and one warp each, for all query heads.
+//
+// The query is quantized too, as high + low parts of eight bits each, which stand in neighbouring columns of an integer
+// tensor-core product: exact sums, and an error of 1/64000 of the query's largest element.
+#pragma once
+
+#include "core/steps.h"
+#include "cuda/segments.h"
+
+namespace tactic::cuda {
+
+/// The group's queries quantized, in shared memory. `codes`: [heads][high, low][dims / 4] of four signed bytes.
+template <int kDim, int kHeads>
+struct QuantizedQueries {
+  static constexpr int kWords = (kDim + 63) / 64 * 16;
+  uint32_t codes[kHeads][2][kWords];
+  float step[kHeads];      // of the high part; that of the low part is 1 / 254 of it
+  float norm2[kHeads];     // |q|^2
+};
+
+/// One warp, one head; q: [kDim] f32 in shared memory, or nullptr for a head that is none.
+template <int kDim, int kHeads>
+__device__ __forceinline__ void quantize_query(const float* q, int head, QuantizedQueries<kDim, kHeads>& out) {
+  constexpr int kWords = QuantizedQueries<kDim, kHeads>::kWords, kPerLane = (kWords + 31) / 32;
+  const int lane = threadIdx.x & 31;
+  float x[kPerLane][4], largest = 0, norm2 = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int d = (32 * i + lane) * 4 + j;
+      x[i][j] = q != nullptr && d < kDim ? q[d] : 0.0f;
+      largest = fmaxf(largest, fabsf(x[i][j]));
+      norm2 += x[i][j] * x[i][j];
+    }
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    largest = fmaxf(largest, shuffle_xor(largest, step));
+    norm2 += shuffle_xor(norm2, step);
+  }
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    uint32_t high = 0, low = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float scaled = x[i][j] * inverse, rounded = rintf(scaled);
+      high |= (static_cast<uint32_t>(static_cast<int32_t>(rounded)) & 0xFFu) << (8 * j);
+      low |= (static_cast<uint32_t>(static_cast<int32_t>(rintf((scaled - rounded) * 254.0f))) & 0xFFu) << (8 * j);
+    }
+    if (32 * i + lane < kWords) {
+      out.codes[head][0][32 * i + lane] = high;
+      out.codes[head][1][32 * i + lane] = low;
+    }
+  }
+  if (lane == 0) {
+    out.step[head] = largest / 127.0f;
+    out.norm2[head] = norm2;
+  }
+}
+
+/// What a warp needs of them for its integer products, four heads to a set. Lane (g, t) holds the high (g even) or low part
+/// of head 4 set + g / 2, and the factors of head 4 set + t.
+template <int kDim, int kHeads>
+struct CentroidQuery {
+  static constexpr int kSets = kHeads / 4, kLoads = (kDim + 63) / 64;
+  uint32_t codes[kSets][kLoads][4];
+  float high[kSets], low[kSets];   // times the code's scale and sum: the log2 score
+  float norm2[kSets];              // |sm_scale * q|^2
+};
+
+template <int kDim, int kHeads>
+__device__ __forceinline__ void load_centroid_query(const QuantizedQueries<kDim, kHeads>& from, float sm_scale, CentroidQuery<kDim, kHeads>& out) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int set = 0; set < kHeads / 4; ++set) {
+#pragma unroll
+    for (int i = 0; i < CentroidQuery<kDim, kHeads>::kLoads; ++i) {
+#pragma unroll
+      for (int word = 0; word < 4; ++word) out.codes[set][i][word] = from.codes[4 * set + (g >> 1)][g & 1][16 * i + 4 * t + word];
+    }
+    out.high[set] = from.step[4 * set + t] * sm_scale * kLog2E;
+    out.low[set] = out.high[set] / 254.0f;
+    out.norm2[set] = from.norm2[4 * set + t] * sm_scale * sm_scale;
+  }
+}
+
+/// Sums over the lanes of a warp, of kHeads values at once: lane l gets that of head l / (32 / kHeads).
+template <int kHeads>
+__device__ __forceinline__ float sum_by_head(float (&values)[kHeads]) {
+  int step = 16;
+#pragma unroll
+  for (int half = kHeads / 2; half > 0; half /= 2, step /= 2) {
+    const bool upper = (threadIdx.x & step) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float sent = upper ? values[i] : values[i + half];
+      values[i] = (upper ? values[i + half] : values[i]) + shuffle_xor(sent, step);
+    }
+  }
+#pragma unroll
+  for (; step > 0; step /= 2) values[0] += shuffle_xor(values[0], step);
+  return values[0];
+}
+
+/// A tile of 16 clusters as a warp loads it. Lane (g, t): clusters g and g + 8.
+template <int kDim>
+struct CentroidTile {
+  static constexpr int kLoads = (kDim + 63) / 64;
+  uint4 low[kLoads], high[kLoads];
+  ClusterFacts facts[2];
+  uint32_t places[2];
+};
+
+template <int kDim>
+__device__ __forceinline__ void load_centroids(const int8_t* codes, const ClusterFacts* facts, const uint32_t* places, int32_t cluster,
+                                               CentroidTile<kDim>& tile) {
+  constexpr int kCodeBytes = CentroidTile<kDim>::kLoads * 64;
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int8_t* row = codes + static_cast<int64_t>(cluster + g) * kCodeBytes + 16 * t;
+#pragma unroll
+  for (int i = 0; i < CentroidTile<kDim>::kLoads; ++i) {
+    tile.low[i] = load_stream(row + 64 * i);
+    tile.high[i] = load_stream(row + 8 * kCodeBytes + 64 * i);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float2 pair = __ldg(reinterpret_cast<const float2*>(facts + cluster + g + 8 * i));
+    tile.facts[i] = {pair.x, pair.y};
+    tile.places[i] = __ldg(places + cluster + g + 8 * i);
+  }
+}
+
+/// Running softmax of a lane: log2 maximum and sum.
+struct RunningSum {
+  float max = kLowest, sum = 0;
+
+  __device__ __forceinline__ void add(float other_max, float other_sum) {
+    const float top = fmaxf(max, other_max);
+    sum = sum * exp2_fast(max - top) + other_sum * exp2_fast(other_max - top);
+    max = top;
+  }
+};
+
+/// Half the variance of a cluster's scores as in core: s^2 = spread * |q|^2 up to s = sqrt(2 ln size), then linear in s.
+__device__ __forceinline__ float growth(float s2, float size) {
+  const float cap2 = 2 * kLn2 * log2_fast(fmaxf(size, 2.0f));
+  return s2 <= cap2 ? 0.5f * s2 : sqrt_fast(cap2 * s2) - 0.5f * cap2;
+}
+
+/// Scores the tile: adds the estimates of all that its clusters hold to `sums` (lane (g, t): head 4 set + t), and writes
+/// exponents[head * stride + cluster], log2 of the root mean square weight of a member, and places[cluster].
+/// mean_dots: [kHeads] log2 scores of the segment's mean key.
+template <int kDim, int kHeads>
+__device__ __forceinline__ void score_tile(const CentroidTile<kDim>& tile, const CentroidQuery<kDim, kHeads>& q, const float* mean_dots,
+                                           float beta, float* exponents, int32_t stride, uint32_t* places, RunningSum (&sums)[kHeads / 4]) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int set = 0; set < kHeads / 4; ++set) {
+    int32_t c[4] = {};
+#pragma unroll
+    for (int i = 0; i < CentroidTile<kDim>::kLoads; ++i) {
+      mma_s8(c, tile.low[i].x, tile.high[i].x, tile.low[i].y, tile.high[i].y, q.codes[set][i][0], q.codes[set][i][1]);
+      mma_s8(c, tile.low[i].z, tile.high[i].z, tile.low[i].w, tile.high[i].w, q.codes[set][i][2], q.codes[set][i][3]);
+    }
+    const float mean_dot = mean_dots[4 * set + t];
+    float means[2], sizes[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sizes[i] = static_cast<float>(tile.places[i] & 0xFFFFu);
+      const float dot = (q.high[set] * static_cast<float>(c[2 * i]) + q.low[set] * static_cast<float>(c[2 * i + 1])) * tile.facts[i].scale + mean_dot;
+      const float spread = beta * kLog2E * growth(tile.facts[i].spread * q.norm2[set], sizes[i]);
+      means[i] = sizes[i] > 0 ? dot + spread : kLowest;
+      exponents[(4 * set + t) * stride + g + 8 * i] = sizes[i] > 0 ? means[i] + kTailSpread * spread : kLowest;
+    }
+    const float top = fmaxf(fmaxf(means[0], means[1]), sums[set].max);
+    sums[set].sum = sums[set].sum * exp2_fast(sums[set].max - top) + sizes[0] * exp2_fast(means[0] - top) + sizes[1] * exp2_fast(means[1] - top);
+    sums[set].max = top;
+  }
+  if (t < 2) places[g + 8 * t] = tile.places[t];
+}
+
+}  // namespace tactic::cuda

@@ -1,0 +1,290 @@
+// On a GPU: steps against the reference in double precision, for every type, shape and layout.
+#include "cuda/device.h"
+#include "cuda/launch_config.h"
+
+namespace tactic::test {
+namespace {
+
+constexpr DType kTypes[] = {DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0};
+constexpr int32_t kDims[] = {64, 80, 96, 128, 256};
+constexpr DeviceLayout kLayouts[] = {DeviceLayout::kTokenMajor, DeviceLayout::kHeadMajor, DeviceLayout::kPages1, DeviceLayout::kPages16, DeviceLayout::kPages64};
+
+// Weights and queries are rounded to the type that the tensor cores multiply: 2^-11 or 2^-8.
+double tolerance(DType dtype) { return dtype == DType::kBF16 ? 1e-2 : 1.5e-3; }
+
+CacheSpec spec_of(DType dtype, int32_t dim, int64_t kv_len, int32_t heads = 2) {
+  CacheSpec spec;
+  spec.k_dtype = spec.v_dtype = dtype;
+  spec.head_dim = spec.v_head_dim = dim;
+  spec.kv_len = kv_len;
+  spec.num_kv_heads = heads;
+  return spec;
+}
+
+// Queries as bf16 holds them, so that no backend rounds them.
+void round_queries(Problem& problem) {
+  for (float& x : problem.q) {
+    const float big = x * 65537;
+    x = big - (big - x);
+  }
+}
+
+// `noise`: what rounding ties may do, which make a step draw another row than the reference does.
+void expect_near(const Problem& expected, const std::vector<float>& out, const std::vector<float>& lse, DType dtype, double noise = 0) {
+  EXPECT_LT(relative_error(out, expected.out), tolerance(dtype) + noise);
+  for (size_t i = 0; i < lse.size(); ++i) EXPECT_NEAR(lse[i], expected.lse[i], 10 * tolerance(dtype) + noise) << "head " << i;
+}
+
+TEST(Dense, EqualsTheReference) {
+  for (const DType dtype : kTypes) {
+    for (const int32_t dim : kDims) {
+      if (!fits(dtype, dim)) continue;
+      for (const int32_t group : {1, 3, 4, 8}) {
+        for (const int64_t kv_len : {1, 31, 127, 4099}) {
+          const DeviceLayout layout = kLayouts[static_cast<size_t>(kv_len + group) % std::size(kLayouts)];
+          SCOPED_TRACE(text(dtype_name(dtype), " d", dim, " g", group, " kv_len ", kv_len, " layout ", static_cast<int>(layout)));
+          Problem problem(spec_of(dtype, dim, kv_len), group);
+          round_queries(problem);
+          DeviceBatch device({&problem}, layout);
+          cuda::Decode decode({.select = Select::kDense}, device.limits);
+          decode.run(device.batch, nullptr, nullptr);
+          problem.run({.select = Select::kDense}, Backend::kReference);
+          expect_near(problem, device.out(0), device.lse(0), dtype);
+        }
+      }
+    }
+  }
+}
+
+TEST(Decode, EqualsTheReferenceOnAnUploadedIndex) {
+  for (const DType dtype : kTypes) {
+    for (const int32_t dim : kDims) {
+      if (!fits(dtype, dim)) continue;
+      for (const int32_t group : {1, 4, 7}) {
+        for (const int64_t kv_len : {700, 5000}) {
+          for (const float tau : {50.0f, 600.0f}) {
+            const DeviceLayout layout = kLayouts[static_cast<size_t>(kv_len / 100 + group + dim) % std::size(kLayouts)];
+            SCOPED_TRACE(text(dtype_name(dtype), " d", dim, " g", group, " kv_len ", kv_len, " tau ", tau, " layout ", static_cast<int>(layout)));
+            Problem problem(spec_of(dtype, dim, kv_len), group);
+            round_queries(problem);
+            problem.build_index();
+            problem.query.position = kv_len - 1;
+            problem.query.layer = 3;
+            const DecodeOptions options{.tau = tau, .refine = 0.02f, .seed = 11};
+            DeviceBatch device({&problem}, layout);
+            cuda::LayerIndex index({}, {2, dim, dim}, 1, static_cast<int32_t>(kv_len));
+            index.upload(0, *problem.index, nullptr);
+            cuda::Decode decode(options, device.limits);
+            const Device<cuda::StepRecord> records(2);
+            decode.run(device.batch, &index, nullptr, records.get());
+            const StepStats stats = problem.run(options, Backend::kReference);
+            ASSERT_EQ(stats.dense, DenseReason::kNone);
+            int64_t tokens = 0, refined = 0;
+            double mass = 0;
+            for (const cuda::StepRecord& r : records.values()) {
+              tokens += r.tokens_exact + r.tokens_selected + r.tokens_refined;
+              refined += r.clusters_refined;
+              mass += r.certain_mass / 2;
+            }
+            const auto expected = static_cast<double>(stats.tokens_certain + stats.tokens_sampled);
+            EXPECT_NEAR(static_cast<double>(tokens), expected, 2 + 24.0 * std::abs(static_cast<double>(refined - stats.refined_clusters)) + 0.005 * expected);   // a tie at the limit refines a cluster or not
+            EXPECT_NEAR(static_cast<double>(refined), static_cast<double>(stats.refined_clusters), 2);
+            EXPECT_NEAR(mass, stats.estimated_mass, 0.02);
+            expect_near(problem, device.out(0), device.lse(0), dtype, 2 * stats.mass_std_error);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Decode, RaggedBatchIsItsSequencesAlone) {
+  std::vector<std::unique_ptr<Problem>> problems;
+  std::vector<Problem*> pointers;
+  for (const int64_t kv_len : {0, 1, 255, 256, 2048, 2304, 5000, 12001, 3}) {
+    CacheSpec spec = spec_of(DType::kF16, 128, kv_len, 4);
+    spec.seed = static_cast<uint64_t>(kv_len) + 5;
+    problems.push_back(std::make_unique<Problem>(spec, 4, static_cast<uint64_t>(kv_len)));
+    pointers.push_back(problems.back().get());
+  }
+  DeviceBatch device(pointers, DeviceLayout::kPages16);
+  cuda::LayerIndex index({}, {4, 128, 128}, 16, 16384);
+  for (size_t i = 0; i < pointers.size(); ++i) index.build(static_cast<int32_t>(i), device.batch, static_cast<int32_t>(pointers[i]->cache.spec().kv_len), nullptr);
+  const DecodeOptions options{.tau = 300, .refine = 0.01f};
+  cuda::Decode decode(options, device.limits);
+  decode.run(device.batch, &index, nullptr);
+  std::vector<std::vector<float>> together;
+  for (size_t i = 0; i < pointers.size(); ++i) together.push_back(device.out(i));
+  for (int again = 0; again < 3; ++again) {
+    device.poison_out();
+    decode.run(device.batch, &index, nullptr);
+    for (size_t i = 0; i < pointers.size(); ++i) EXPECT_TRUE(same_bits(device.out(i), together[i])) << "sequence " << i << " run " << again;
+  }
+  for (size_t i = 0; i < pointers.size(); ++i) {
+    if (pointers[i]->cache.spec().kv_len == 0) {
+      for (const float x : together[i]) EXPECT_EQ(x, 0);
+      for (const float x : device.lse(i)) EXPECT_EQ(x, -HUGE_VALF);
+      continue;
+    }
+    pointers[i]->run({.select = Select::kDense}, Backend::kReference);
+    EXPECT_LT(relative_error(together[i], pointers[i]->out), 0.25) << "sequence " << i;
+  }
+}
+
+TEST(Decode, TauWithoutEndIsDense) {
+  Problem problem(spec_of(DType::kF16, 128, 9000, 2), 4, 7, 0.05f);   // no row weighs less than 1e-9
+  DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+  cuda::LayerIndex index({}, {2, 128, 128}, 1, 9000);
+  index.build(0, device.batch, 9000, nullptr);
+  cuda::Decode decode({.tau = 1e9f}, device.limits);
+  const Device<cuda::StepRecord> records(2);
+  decode.run(device.batch, &index, nullptr, records.get());
+  for (const cuda::StepRecord& r : records.values()) {
+    EXPECT_EQ(r.tokens_exact + r.tokens_selected, 9000);   // every row in exactly one of sinks, clusters, outliers, recent
+    EXPECT_EQ(r.certain_mass, 1);
+  }
+  problem.run({.select = Select::kDense}, Backend::kReference);
+  expect_near(problem, device.out(0), device.lse(0), DType::kF16);
+}
+
+TEST(Decode, GraphStaysValidWhileTheIndexGrows) {
+  Problem problem(spec_of(DType::kBF16, 64, 6000, 2), 2);
+  DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+  cuda::LayerIndex index({}, {2, 64, 64}, 1, 8192);
+  cuda::Decode decode({.tau = 400}, device.limits);
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  device.set_lens({700});
+  index.build(0, device.batch, 700, stream);
+  for (int capture = 0; capture < 2; ++capture) {
+    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+    decode.run(device.batch, &index, stream);
+    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+    ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
+  }
+  for (const int32_t kv_len : {700, 2100, 4500, 6000, 3000}) {
+    device.set_lens({kv_len});
+    index.truncate(0, kv_len, stream);
+    index.build(0, device.batch, kv_len, stream);
+    device.poison_out();
+    ASSERT_EQ(cudaGraphLaunch(executable, stream), cudaSuccess);
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    const std::vector<float> replayed = device.out(0);
+    device.poison_out();
+    decode.run(device.batch, &index, stream);
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    EXPECT_TRUE(same_bits(replayed, device.out(0))) << "kv_len " << kv_len;
+    problem.query.kv = problem.cache.view();
+    problem.query.kv.kv_len = kv_len;
+    Attention({.select = Select::kDense}, Backend::kReference).run({&problem.query, 1});
+    EXPECT_LT(relative_error(replayed, problem.out), 0.25) << "kv_len " << kv_len;
+  }
+  cudaStreamDestroy(stream);
+}
+
+TEST(Decode, SamplingIsUnbiased) {
+  Problem problem(spec_of(DType::kF16, 64, 4000, 1), 2, 7, 0.3f);
+  DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+  cuda::LayerIndex index({}, {1, 64, 64}, 1, 4096);
+  index.build(0, device.batch, 4000, nullptr);
+  problem.run({.select = Select::kDense}, Backend::kReference);
+  std::vector<double> mean(2);
+  constexpr int kDraws = 400;
+  for (int i = 0; i < kDraws; ++i) {
+    cuda::Decode decode({.tau = 150, .refine = 1, .seed = static_cast<uint64_t>(i)}, device.limits);
+    decode.run(device.batch, &index, nullptr);
+    const std::vector<float> lse = device.lse(0);
+    for (size_t h = 0; h < 2; ++h) mean[h] += std::exp(lse[h] - problem.lse[h]) / kDraws;
+  }
+  for (const double m : mean) EXPECT_NEAR(m, 1, 0.01);
+}
+
+TEST(Decode, NotANumberStaysInItsSequence) {
+  std::vector<std::unique_ptr<Problem>> problems;
+  for (int i = 0; i < 3; ++i) {
+    CacheSpec spec = spec_of(DType::kF16, 64, 3000, 2);
+    spec.seed = static_cast<uint64_t>(i) + 1;
+    problems.push_back(std::make_unique<Problem>(spec, 2));
+  }
+  std::vector<std::vector<float>> clean;
+  for (const bool poisoned : {false, true}) {
+    if (poisoned) problems[1]->cache.poison(1500);
+    DeviceBatch device({problems[0].get(), problems[1].get(), problems[2].get()}, DeviceLayout::kPages64);
+    cuda::LayerIndex index({}, {2, 64, 64}, 3, 4096);
+    for (int32_t i = 0; i < 3; ++i) index.build(i, device.batch, 3000, nullptr);
+    cuda::Decode decode({.tau = 300}, device.limits);
+    decode.run(device.batch, &index, nullptr);
+    if (!poisoned) {
+      for (size_t i = 0; i < 3; ++i) clean.push_back(device.out(i));
+      continue;
+    }
+    EXPECT_TRUE(same_bits(device.out(0), clean[0]));
+    EXPECT_TRUE(same_bits(device.out(2), clean[2]));
+    for (const float x : device.out(1)) EXPECT_TRUE(std::isnan(x));
+  }
+}
+
+TEST(Decode, KeysThatAreAllEqualAndOneThatHoldsAll) {
+  for (const bool heavy : {false, true}) {
+    Problem problem(spec_of(DType::kF16, 64, 3000, 1), 3);
+    std::vector<float> key(64, 0.5f);
+    for (int64_t row = 0; row < 3000; ++row) problem.cache.set_key(0, row, key);
+    for (size_t d = 0; d < 64; ++d) key[d] = 20 * problem.q[d];
+    if (heavy) problem.cache.set_key(0, 1777, key);
+    DeviceBatch device({&problem}, DeviceLayout::kHeadMajor);
+    cuda::LayerIndex index({}, {1, 64, 64}, 1, 4096);
+    index.build(0, device.batch, 3000, nullptr);
+    cuda::Decode decode({.tau = 1000}, device.limits);
+    decode.run(device.batch, &index, nullptr);
+    problem.run({.select = Select::kDense}, Backend::kReference);
+    std::vector<float> out = device.out(0), expected = problem.out;
+    if (heavy) out.resize(64), expected.resize(64);   // it is the first head's query that the key matches
+    EXPECT_LT(relative_error(out, expected), heavy ? 0.002 : 0.35) << heavy;   // flat: sampling noise over a small mean
+  }
+}
+
+// Small, for compute-sanitizer: every kernel, ragged lengths, refinement, several blocks a head.
+TEST(Sanitized, EveryKernel) {
+  std::vector<std::unique_ptr<Problem>> problems;
+  for (const int64_t kv_len : {0, 5, 2500}) problems.push_back(std::make_unique<Problem>(spec_of(DType::kBF16, 64, kv_len, 2), 4));
+  DeviceBatch device({problems[0].get(), problems[1].get(), problems[2].get()}, DeviceLayout::kPages16);
+  cuda::LayerIndex index({}, {2, 64, 64}, 3, 4096);
+  for (int32_t i = 0; i < 3; ++i) index.build(i, device.batch, static_cast<int32_t>(problems[static_cast<size_t>(i)]->cache.spec().kv_len), nullptr);
+  const Device<cuda::StepRecord> records(6);
+  cuda::Decode sample({.tau = 400, .refine = 0.001f, .beta = 0.1f}, device.limits), dense({.select = Select::kDense}, device.limits);
+  sample.run(device.batch, &index, nullptr, records.get());
+  EXPECT_GT(records.values()[4].clusters_refined, 0);
+  const std::vector<float> sampled = device.out(2);
+  dense.run(device.batch, nullptr, nullptr);
+  EXPECT_LT(relative_error(sampled, device.out(2)), 0.4);
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+}
+
+TEST(Cluster, AsGoodAsOnTheCpu) {
+  for (const DType dtype : {DType::kF16, DType::kBF16, DType::kQ8_0}) {
+    Problem problem(spec_of(dtype, 128, 4096 + 256, 2), 4);
+    problem.build_index();
+    DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+    double error[2] = {};
+    for (const bool built : {false, true}) {
+      cuda::LayerIndex index({}, {2, 128, 128}, 1, 8192);
+      if (built) {
+        index.build(0, device.batch, 4096 + 256, nullptr);
+      } else {
+        index.upload(0, *problem.index, nullptr);
+      }
+      problem.run({.select = Select::kDense}, Backend::kReference);
+      for (uint64_t seed = 0; seed < 20; ++seed) {
+        cuda::Decode decode({.tau = 300, .seed = seed}, device.limits);
+        decode.run(device.batch, &index, nullptr);
+        error[built] += relative_error(device.out(0), problem.out) / 20;
+      }
+    }
+    EXPECT_LT(error[1], 1.15 * error[0] + 1e-3) << dtype_name(dtype);
+  }
+}
+
+}  // namespace
+}  // namespace tactic::test

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# What a user can get wrong with the command, and what it says: command_test.sh TACTIC
+# A mistake is one line on stderr that begins with "tactic:" and an exit status of 1 (of the grammar: 2), never a crash.
+set -euo pipefail
+tactic=$1
+[ -n "${TACTIC_TEST_MODEL:-}" ] || { echo "TACTIC_TEST_MODEL is not set"; exit 77; }
+export OMP_WAIT_POLICY=passive
+unset TACTIC TACTIC_STATS TACTIC_PLUGIN GGML_BACKEND_PATH
+work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+failures=0
+
+fail() {
+  printf 'command_test: %s\n' "$*" >&2
+  tail -5 "$work/err" >&2
+  failures=$((failures + 1))
+}
+call() {  # STATUS [ARGUMENT...]
+  local status=$1 got=0; shift
+  timeout 120 "$tactic" "$@" > "$work/out" 2> "$work/err" < /dev/null || got=$?
+  [ "$got" = "$status" ] || fail "status $got, not $status: tactic $*"
+}
+says() { grep -qF -- "$1" "$work/err" || fail "stderr does not say: $1"; }
+refuses() {  # STATUS TEXT [ARGUMENT...]
+  local status=$1 text=$2; shift 2
+  printf '%s\n' "$text"
+  call "$status" "$@"
+  says "tactic: "
+  says "$text"
+  [ ! -s "$work/out" ] || fail "there is output on stdout: tactic $*"
+}
+model=$TACTIC_TEST_MODEL
+
+refuses 1 "no verb; tactic --help shows them"
+refuses 1 "no verb 'rum'; there are run, bench, eval and inspect" rum -m "$model"
+refuses 2 "--model is required" run --prompt x
+refuses 2 "--tokens" run -m "$model" --prompt x -n 0
+refuses 2 "--threads" run -m "$model" --prompt x -t 513
+
+# Files that are no model.
+head -c 100000 /dev/urandom > "$work/garbage.gguf"
+head -c 1000000 "$model" > "$work/truncated.gguf"
+head -c 20 "$model" > "$work/header.gguf"
+: > "$work/empty.gguf"
+{ printf 'GGUF\003\0\0\0'; head -c 16 /dev/zero | tr '\0' '\377'; } > "$work/counts.gguf"   # 2^64 - 1 tensors
+for name in garbage truncated header empty counts; do
+  for verb in "run --prompt x" "bench -d 64" "eval kl --records 0" "inspect --file $0 -o $work/page.html"; do
+    # shellcheck disable=SC2086
+    refuses 1 "$work/$name.gguf" $verb -m "$work/$name.gguf"
+  done
+done
+refuses 1 "$work/none.gguf" run --prompt x -m "$work/none.gguf"
+refuses 1 "$work" run --prompt x -m "$work"
+
+# Options of the plug-in.
+refuses 1 "mode 'sampel': select=sampel is none of dense, sample, fit, topk" run -m "$model" --prompt x --tactic sampel
+refuses 1 "quality=best: must be exact, high, balanced or fast" bench -m "$model" -d 64 --modes quality=best
+refuses 1 "budget (0) must be at least 1" eval kl -m "$model" --records 0 --modes topk,budget=0
+refuses 1 "cache type 'q9' is none of" run -m "$model" --prompt x --cache-type q9
+refuses 1 "does not exist" run -m "$model" --prompt x --plugin "$work/none.so"
+refuses 1 "did not load" run -m "$model" --prompt x --plugin "$0"
+
+# Texts.
+printf ' \n\t\n' > "$work/blank"
+: > "$work/nothing"
+for i in $(seq 400); do printf 'line %d of a text that is too long. ' "$i"; done > "$work/long"
+refuses 1 "the prompt is empty; give --prompt or --file" run -m "$model"
+refuses 1 "the prompt is empty; give --prompt or --file" run -m "$model" --prompt ""
+refuses 1 "the prompt is empty; give --prompt or --file" run -m "$model" --file "$work/blank"
+refuses 1 "and the context holds 256 (-c)" run -m "$model" --file "$work/long" -c 256
+refuses 1 "cannot read $work/none" run -m "$model" --file "$work/none"
+refuses 1 "it is a directory" run -m "$model" --file "$work"
+refuses 1 "$work/blank has" eval kl -m "$model" --text "$work/blank" -d 64 -n 4
+refuses 1 "tokens; 1 window(s) of depth 8000 and 4 steps need" eval kl -m "$model" --text "$work/long" -d 8000 -n 4
+refuses 1 "$work/nothing has no text" bench -m "$model" --file "$work/nothing" -d 64
+refuses 1 "nothing to evaluate; give --text or --records" eval kl -m "$model"
+refuses 1 "'many' is not a whole number" bench -m "$model" -d many
+
+# What is not UTF-8 is said, replaced and gone on with.
+printf 'broken \377 and cut off \342\202 here.\n' > "$work/bytes"
+cat "$work/bytes" "$work/long" > "$work/bytes_long"
+printf 'text that is not UTF-8\n'
+call 0 run -m "$model" --file "$work/bytes" -n 2 -t 2
+says "$work/bytes is not UTF-8 text: 3 byte(s) replaced by U+FFFD, the first at offset 7"
+call 0 run -m "$model" --prompt "$(printf 'caf\351')" -n 2 -t 2
+says "the prompt is not UTF-8 text"
+call 0 eval kl -m "$model" --text "$work/bytes_long" -d 64 -n 2 -t 2 --modes dense
+says "$work/bytes_long is not UTF-8 text"
+call 0 bench -m "$model" --file "$work/bytes_long" -d 64 -n 2 --rounds 1 --warmup 2 -t 2 --modes dense
+says "$work/bytes_long is not UTF-8 text"
+
+# A full disk.
+printf 'a full disk\n'
+call 1 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes dense --json /dev/full
+says "cannot write /dev/full"
+call 1 inspect -m "$model" --file "$work/long" -d 1200 -n 2 -t 2 -o /dev/full
+says "cannot write /dev/full"
+got=0
+timeout 120 "$tactic" run -m "$model" --prompt x -n 2 -t 2 > /dev/full 2> "$work/err" || got=$?
+[ "$got" = 1 ] || fail "status $got, not 1, when the answer cannot be written"
+says "cannot write the output"
+
+[ "$failures" = 0 ]
