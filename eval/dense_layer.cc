@@ -10,7 +10,7 @@ namespace tactic::eval {
 namespace {
 
 // A dot product that compilers make vector code of: eight sums side by side.
-float dot(const float* a, const float* b, int32_t dim) {   // dim: a multiple of 16
+float dot(const float* a, const float* b, int32_t dim) {  // dim: a multiple of 16
   float sums[16] = {};
   for (int32_t d = 0; d < dim; d += 16) {
     for (int32_t i = 0; i < 16; ++i) sums[i] += a[d + i] * b[d + i];
@@ -20,7 +20,7 @@ float dot(const float* a, const float* b, int32_t dim) {   // dim: a multiple of
   return sum;
 }
 
-constexpr int64_t kBlock = 64;   // rows summed in f32
+constexpr int64_t kBlock = 64;  // rows summed in f32
 
 }  // namespace
 
@@ -47,14 +47,17 @@ std::vector<DenseQuery> dense_layer(const TraceLayer& layer, std::span<const int
     a.lse.resize(static_cast<size_t>(info.num_q_heads));
   }
   for (int32_t head = 0; head < info.num_kv_heads; ++head) {
-    const std::vector<float> k = rows_as_f32(layer.kv.k, head, layer.kv.kv_len, dim), v = rows_as_f32(layer.kv.v, head, layer.kv.kv_len, v_dim);
+    const std::vector<float> k = rows_as_f32(layer.kv.k, head, layer.kv.kv_len, dim),
+                             v = rows_as_f32(layer.kv.v, head, layer.kv.kv_len, v_dim);
     for (DenseQuery& a : answers) {
       for (int32_t h = head * group; h < (head + 1) * group; ++h) {
         const auto n = static_cast<size_t>(a.rows.end - a.rows.begin);
         float* weights = a.weights.data() + static_cast<size_t>(h) * n;
         std::vector<float> q(layer.query(a.query) + h * dim, layer.query(a.query) + (h + 1) * dim);
         for (float& x : q) x *= info.sm_scale;
-        for (size_t i = 0; i < n; ++i) weights[i] = dot(q.data(), k.data() + (static_cast<size_t>(a.rows.begin) + i) * static_cast<size_t>(dim), dim);
+        for (size_t i = 0; i < n; ++i)
+          weights[i] =
+              dot(q.data(), k.data() + (static_cast<size_t>(a.rows.begin) + i) * static_cast<size_t>(dim), dim);
         const float max = *std::max_element(weights, weights + n);
         double sum = 0;
         for (size_t i = 0; i < n; ++i) sum += weights[i] = std::exp(weights[i] - max);

@@ -11,11 +11,11 @@ namespace tactic::eval {
 
 /// Exact attention of one query: every weight, and the output.
 struct DenseQuery {
-  int64_t query = 0;             // number in the trace
-  RowRange rows;                 // that it sees
-  std::vector<float> weights;    // [num_q_heads, rows.end - rows.begin]; each head's sum to 1
-  std::vector<float> out;        // [num_q_heads, v_head_dim]
-  std::vector<double> lse;       // [num_q_heads]
+  int64_t query = 0;           // number in the trace
+  RowRange rows;               // that it sees
+  std::vector<float> weights;  // [num_q_heads, rows.end - rows.begin]; each head's sum to 1
+  std::vector<float> out;      // [num_q_heads, v_head_dim]
+  std::vector<double> lse;     // [num_q_heads]
 
   std::span<const float> head_weights(int32_t head) const {
     const auto n = static_cast<size_t>(rows.end - rows.begin);

@@ -16,14 +16,14 @@ namespace tactic::eval {
 namespace {
 
 constexpr int32_t kTopics = 64, kTokens = 4000;
-constexpr double kTopicLasts = 48;       // positions, on average
+constexpr double kTopicLasts = 48;  // positions, on average
 constexpr double kRopeBase = 1e6;
 
 class Normal {
  public:
   explicit Normal(uint64_t seed) : state_(seed) {}
   double uniform() { return tactic::uniform(state_++); }
-  float operator()() {   // Box-Muller
+  float operator()() {  // Box-Muller
     const double u = 1 - uniform(), v = uniform();
     return static_cast<float>(std::sqrt(-2 * std::log(u)) * std::cos(2 * std::numbers::pi * v));
   }
@@ -36,7 +36,7 @@ class Normal {
 uint16_t half(float x) {
   const auto bits = std::bit_cast<uint32_t>(x);
   const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
-  if (size < 0x38800000) {   // below the normal range: a multiple of 2^-24
+  if (size < 0x38800000) {  // below the normal range: a multiple of 2^-24
     return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::lrint(std::ldexp(std::bit_cast<float>(size), 24))));
   }
   return static_cast<uint16_t>(sign | ((size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13));
@@ -70,7 +70,7 @@ void mix(std::vector<float>& x, double share, const std::vector<float>& y) {
 }
 
 struct Text {
-  std::vector<int32_t> tokens, topics;   // [kv_len]
+  std::vector<int32_t> tokens, topics;  // [kv_len]
 };
 
 Text make_text(const SyntheticOptions& o) {
@@ -80,7 +80,7 @@ Text make_text(const SyntheticOptions& o) {
   for (int64_t p = 0; p < o.kv_len; ++p) {
     if (random.uniform() < 1 / kTopicLasts) topic = static_cast<int32_t>(random.uniform() * kTopics);
     text.topics.push_back(topic);
-    text.tokens.push_back(static_cast<int32_t>(std::pow(kTokens, random.uniform())) - 1);   // Zipf
+    text.tokens.push_back(static_cast<int32_t>(std::pow(kTokens, random.uniform())) - 1);  // Zipf
   }
   return text;
 }
@@ -123,13 +123,16 @@ void write_synthetic(const std::string& path, const SyntheticOptions& o) {
   const auto dim = static_cast<size_t>(o.head_dim);
   const auto scale = static_cast<float>(1 / std::sqrt(static_cast<double>(o.head_dim)));
   for (int32_t l = 0; l < o.num_layers; ++l) {
-    info.layers.push_back({l, o.num_q_heads, o.num_kv_heads, o.head_dim, o.head_dim, DType::kF16, DType::kF16, scale, 0});
+    info.layers.push_back(
+        {l, o.num_q_heads, o.num_kv_heads, o.head_dim, o.head_dim, DType::kF16, DType::kF16, scale, 0});
   }
   const Text text = make_text(o);
   std::vector<float> spectrum(dim);
-  for (size_t d = 0; d < dim; ++d) spectrum[d] = static_cast<float>(std::pow(static_cast<double>(d % (dim / 2)) + 2, -0.9));   // a pair turns together
+  for (size_t d = 0; d < dim; ++d)
+    spectrum[d] = static_cast<float>(std::pow(static_cast<double>(d % (dim / 2)) + 2, -0.9));  // a pair turns together
   std::vector<double> frequencies(dim / 2);
-  for (size_t d = 0; d < frequencies.size(); ++d) frequencies[d] = std::pow(kRopeBase, -static_cast<double>(d) / static_cast<double>(frequencies.size()));
+  for (size_t d = 0; d < frequencies.size(); ++d)
+    frequencies[d] = std::pow(kRopeBase, -static_cast<double>(d) / static_cast<double>(frequencies.size()));
   TraceWriter writer(path, info);
   for (int32_t l = 0; l < o.num_layers; ++l) {
     std::vector<std::byte> k, v;
@@ -143,21 +146,24 @@ void write_synthetic(const std::string& path, const SyntheticOptions& o) {
     };
     for (int32_t h = 0; h < o.num_kv_heads; ++h) {
       Normal random(hash64(o.seed * 1000003 + static_cast<uint64_t>(l * 64 + h)));
-      const Vectors shared = vectors(2, spectrum, random), topics = vectors(kTopics, spectrum, random), tokens = vectors(kTokens, spectrum, random);
-      const Vectors shared_value = vectors(1, std::vector<float>(dim, 0.7f), random), topic_values = vectors(kTopics, std::vector<float>(dim, 0.7f), random);
+      const Vectors shared = vectors(2, spectrum, random), topics = vectors(kTopics, spectrum, random),
+                    tokens = vectors(kTokens, spectrum, random);
+      const Vectors shared_value = vectors(1, std::vector<float>(dim, 0.7f), random),
+                    topic_values = vectors(kTopics, std::vector<float>(dim, 0.7f), random);
       const Vectors token_values = vectors(kTokens, std::vector<float>(dim, 0.7f), random);
       const double key_length = std::sqrt(static_cast<double>(dim));
       for (int64_t p = 0; p < o.kv_len; ++p) {
         const auto at = static_cast<size_t>(p);
         std::vector<float> key(dim), value(dim);
-        for (size_t d = 0; d < dim; ++d) key[d] = 0.15f * random();   // mostly across the directions that queries look along
+        for (size_t d = 0; d < dim; ++d)
+          key[d] = 0.15f * random();  // mostly across the directions that queries look along
         for (size_t d = 0; d < dim; ++d) value[d] = (p == 0 ? 0.1f : 0.7f) * random();
         mix(key, 0.8, shared[0]);
-        mix(key, p == 0 ? 3.0 : 0.0, shared[1]);   // the sink: what all queries share
+        mix(key, p == 0 ? 3.0 : 0.0, shared[1]);  // the sink: what all queries share
         mix(key, 0.8, topics[static_cast<size_t>(text.topics[at])]);
         mix(key, 1.0, tokens[static_cast<size_t>(text.tokens[at])]);
         if (p > 0) {
-          mix(value, 0.7, shared_value[0]);   // so that flat heads do not average to nothing
+          mix(value, 0.7, shared_value[0]);  // so that flat heads do not average to nothing
           mix(value, 0.7, topic_values[static_cast<size_t>(text.topics[at])]);
           mix(value, 1.0, token_values[static_cast<size_t>(text.tokens[at])]);
         }
@@ -167,7 +173,8 @@ void write_synthetic(const std::string& path, const SyntheticOptions& o) {
       }
       const int32_t group = o.num_q_heads / o.num_kv_heads;
       for (int32_t g = 0; g < group; ++g) {
-        const double spread = (0.7 * std::pow(4 / 0.7, random.uniform())) / o.flatness, topic = random.uniform(), token = random.uniform() * random.uniform(), sink = random.uniform();
+        const double spread = (0.7 * std::pow(4 / 0.7, random.uniform())) / o.flatness, topic = random.uniform(),
+                     token = random.uniform() * random.uniform(), sink = random.uniform();
         for (int64_t i = 0; i < info.num_queries(); ++i) {
           const int64_t p = info.positions[static_cast<size_t>(i)];
           std::vector<float> one(dim);
@@ -175,8 +182,11 @@ void write_synthetic(const std::string& path, const SyntheticOptions& o) {
           mix(one, sink, shared[1]);
           mix(one, topic, topics[static_cast<size_t>(text.topics[static_cast<size_t>(p)])]);
           mix(one, token, tokens[static_cast<size_t>(text.tokens[static_cast<size_t>(p)])]);
-          norm_and_rotate(one, spread * key_length, p, frequencies);   // with keys of this length scores spread by about `spread`
-          std::copy(one.begin(), one.end(), q.begin() + static_cast<std::ptrdiff_t>((static_cast<size_t>(i * o.num_q_heads + h * group + g)) * dim));
+          norm_and_rotate(one, spread * key_length, p,
+                          frequencies);  // with keys of this length scores spread by about `spread`
+          std::copy(
+              one.begin(), one.end(),
+              q.begin() + static_cast<std::ptrdiff_t>((static_cast<size_t>(i * o.num_q_heads + h * group + g)) * dim));
         }
       }
     }

@@ -1,5 +1,5 @@
-// Traces: what attention saw in one prefill of a real model. Per layer the K and V rows of the whole cache as stored, and
-// the queries of all heads at chosen positions. Format: docs/trace-format.md. Any layer can be read alone.
+// Traces: what attention saw in one prefill of a real model. Per layer the K and V rows of the whole cache as stored,
+// and the queries of all heads at chosen positions. Format: docs/trace-format.md. Any layer can be read alone.
 //
 //   Trace trace("prose.trace");
 //   const TraceLayer layer = trace.layer(3);
@@ -21,29 +21,29 @@ namespace tactic::eval {
 
 /// What every layer says about itself in the header.
 struct TraceLayerInfo {
-  int32_t layer = 0;           // number in the model
-  int32_t num_q_heads = 0;     // a multiple of num_kv_heads
+  int32_t layer = 0;        // number in the model
+  int32_t num_q_heads = 0;  // a multiple of num_kv_heads
   int32_t num_kv_heads = 0;
-  int32_t head_dim = 0;        // of K and Q
+  int32_t head_dim = 0;  // of K and Q
   int32_t v_head_dim = 0;
   DType k_dtype = DType::kF16, v_dtype = DType::kF16;
-  float sm_scale = 0;          // score = sm_scale * q.k
-  int64_t window = 0;          // sliding window: a query sees this many rows, itself included; 0: all before it
+  float sm_scale = 0;  // score = sm_scale * q.k
+  int64_t window = 0;  // sliding window: a query sees this many rows, itself included; 0: all before it
 
   bool operator==(const TraceLayerInfo&) const = default;
 };
 
 enum class QueryKind : uint8_t {
-  kDecode,   // to be answered: stands for a decode step at its position
-  kPrompt,   // one of the last prompt positions, which eviction methods look at
+  kDecode,  // to be answered: stands for a decode step at its position
+  kPrompt,  // one of the last prompt positions, which eviction methods look at
 };
 
 struct TraceInfo {
-  std::string model, text;               // names
-  int64_t kv_len = 0;                    // rows of every layer; row p is position p
-  int64_t prompt_len = 0;                // positions below are prompt: decode queries lie at prompt_len and after
-  std::vector<int64_t> positions;        // [num_queries] ascending
-  std::vector<QueryKind> kinds;          // [num_queries]
+  std::string model, text;         // names
+  int64_t kv_len = 0;              // rows of every layer; row p is position p
+  int64_t prompt_len = 0;          // positions below are prompt: decode queries lie at prompt_len and after
+  std::vector<int64_t> positions;  // [num_queries] ascending
+  std::vector<QueryKind> kinds;    // [num_queries]
   std::vector<TraceLayerInfo> layers;
 
   int64_t num_queries() const { return static_cast<int64_t>(positions.size()); }
@@ -61,8 +61,8 @@ struct RowRange {
 struct TraceLayer {
   const TraceInfo* trace = nullptr;
   const TraceLayerInfo* info = nullptr;
-  KvView kv;                             // all rows; head-major
-  std::span<const float> q;              // [num_queries, num_q_heads, head_dim]
+  KvView kv;                 // all rows; head-major
+  std::span<const float> q;  // [num_queries, num_q_heads, head_dim]
 
   const float* query(int64_t i) const { return q.data() + i * info->num_q_heads * info->head_dim; }
   /// Rows that query i attends to: causal, and inside the window.
@@ -98,7 +98,7 @@ class TraceWriter {
  public:
   /// Throws Error when `info` is out of range or the file cannot be written.
   TraceWriter(const std::string& path, const TraceInfo& info);
-  ~TraceWriter();   // without finish(): removes what was written
+  ~TraceWriter();  // without finish(): removes what was written
   TraceWriter(const TraceWriter&) = delete;
   TraceWriter& operator=(const TraceWriter&) = delete;
 

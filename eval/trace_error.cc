@@ -5,7 +5,6 @@
 #include <limits>
 #include <map>
 
-
 namespace tactic::eval {
 
 namespace {
@@ -14,7 +13,9 @@ namespace {
 class LayerRun {
  public:
   LayerRun(const TraceLayer& layer, int32_t number, const IndexOptions& options)
-      : layer_(layer), number_(number), index_(options, {layer.info->num_kv_heads, layer.info->head_dim, layer.info->v_head_dim}) {
+      : layer_(layer),
+        number_(number),
+        index_(options, {layer.info->num_kv_heads, layer.info->head_dim, layer.info->v_head_dim}) {
     index_.set_num_threads(1);
   }
 
@@ -40,11 +41,12 @@ class LayerRun {
     q.index = &index_;
     if (rows.begin > 0) {
       visible_.assign(static_cast<size_t>((rows.end + 63) / 64), 0);
-      for (int64_t row = rows.begin; row < rows.end; ++row) visible_[static_cast<size_t>(row >> 6)] |= uint64_t{1} << (row & 63);
+      for (int64_t row = rows.begin; row < rows.end; ++row)
+        visible_[static_cast<size_t>(row >> 6)] |= uint64_t{1} << (row & 63);
       q.visible = visible_.data();
     }
     q.layer = number_;
-    q.position = layer_.trace->positions[static_cast<size_t>(query)] * 8 + (8 - number_ % 8) % 8;   // a step that learns
+    q.position = layer_.trace->positions[static_cast<size_t>(query)] * 8 + (8 - number_ % 8) % 8;  // a step that learns
     q.out = out;
     q.out_head_stride = layer_.info->v_head_dim;
     q.masses = masses;
@@ -62,14 +64,17 @@ class LayerRun {
   std::vector<uint64_t> visible_;
 };
 
-void add_case(const TraceLayer& layer, int32_t number, const DenseQuery& answer, const StepStats& stats, const std::vector<float>& out,
-              const std::vector<MassEstimate>& masses, const Selection& selection, SettingCases& cases) {
+void add_case(const TraceLayer& layer, int32_t number, const DenseQuery& answer, const StepStats& stats,
+              const std::vector<float>& out, const std::vector<MassEstimate>& masses, const Selection& selection,
+              SettingCases& cases) {
   const TraceLayerInfo& info = *layer.info;
   const double heads = info.num_kv_heads;
   std::vector<char> read;
-  const auto row_size = static_cast<double>(row_bytes(info.k_dtype, info.head_dim) + row_bytes(info.v_dtype, info.v_head_dim));
-  cases.steps.push_back({static_cast<double>(stats.kv_bytes) / row_size / heads, static_cast<double>(stats.tokens_certain) / heads,
-                         static_cast<double>(stats.tokens_sampled) / heads, stats.read_fraction(), stats.dense != DenseReason::kNone});
+  const auto row_size =
+      static_cast<double>(row_bytes(info.k_dtype, info.head_dim) + row_bytes(info.v_dtype, info.v_head_dim));
+  cases.steps.push_back(
+      {static_cast<double>(stats.kv_bytes) / row_size / heads, static_cast<double>(stats.tokens_certain) / heads,
+       static_cast<double>(stats.tokens_sampled) / heads, stats.read_fraction(), stats.dense != DenseReason::kNone});
   for (int32_t h = 0; h < info.num_q_heads; ++h) {
     HeadCase one;
     one.layer = number;
@@ -77,7 +82,8 @@ void add_case(const TraceLayer& layer, int32_t number, const DenseQuery& answer,
     one.position = layer.trace->positions[static_cast<size_t>(answer.query)];
     double difference = 0, size = 0;
     for (int32_t d = 0; d < info.v_head_dim; ++d) {
-      const double exact = answer.out[static_cast<size_t>(h * info.v_head_dim + d)], got = out[static_cast<size_t>(h * info.v_head_dim + d)];
+      const double exact = answer.out[static_cast<size_t>(h * info.v_head_dim + d)],
+                   got = out[static_cast<size_t>(h * info.v_head_dim + d)];
       difference += (got - exact) * (got - exact);
       size += exact * exact;
     }
@@ -89,9 +95,11 @@ void add_case(const TraceLayer& layer, int32_t number, const DenseQuery& answer,
       for (const int32_t row : rows.tokens) read[static_cast<size_t>(row - answer.rows.begin)] = 1;
     }
     for (size_t i = 0; i < weights.size(); ++i) {
-      if (read[i] == 0 && weights[i] > one.missed_weight) one.missed_weight = weights[i], one.missed_row = answer.rows.begin + static_cast<int64_t>(i);
+      if (read[i] == 0 && weights[i] > one.missed_weight)
+        one.missed_weight = weights[i], one.missed_row = answer.rows.begin + static_cast<int64_t>(i);
     }
-    for (int64_t i = 0; i < rows.num_certain; ++i) one.achieved_mass += weights[static_cast<size_t>(rows.tokens[static_cast<size_t>(i)] - answer.rows.begin)];
+    for (int64_t i = 0; i < rows.num_certain; ++i)
+      one.achieved_mass += weights[static_cast<size_t>(rows.tokens[static_cast<size_t>(i)] - answer.rows.begin)];
     one.estimated_mass = masses[static_cast<size_t>(h)].mass;
     one.mass_std_error = masses[static_cast<size_t>(h)].std_error;
     one.low = masses[static_cast<size_t>(h)].low;
@@ -107,8 +115,8 @@ void SettingCases::append(const SettingCases& other) {
   steps.insert(steps.end(), other.steps.begin(), other.steps.end());
 }
 
-std::vector<SettingCases> measure_layer(const TraceLayer& layer, int32_t layer_number, std::span<const DenseQuery> answers,
-                                        std::span<const Setting> settings) {
+std::vector<SettingCases> measure_layer(const TraceLayer& layer, int32_t layer_number,
+                                        std::span<const DenseQuery> answers, std::span<const Setting> settings) {
   const TraceLayerInfo& info = *layer.info;
   const TraceInfo& trace = *layer.trace;
   std::vector<SettingCases> results(settings.size());
@@ -121,18 +129,22 @@ std::vector<SettingCases> measure_layer(const TraceLayer& layer, int32_t layer_n
     std::vector<size_t> together;
     for (size_t s = first; s < settings.size(); ++s) {
       // Sampling learns, and what it learns changes the index.
-      const bool alone = settings[first].decode.select == Select::kSample || settings[s].decode.select == Select::kSample;
-      if (s == first || (!alone && !done[s] && settings[s].index == settings[first].index)) together.push_back(s), done[s] = 1;
+      const bool alone =
+          settings[first].decode.select == Select::kSample || settings[s].decode.select == Select::kSample;
+      if (s == first || (!alone && !done[s] && settings[s].index == settings[first].index))
+        together.push_back(s), done[s] = 1;
     }
     LayerRun run(layer, layer_number, settings[first].index);
     std::vector<Attention> attentions;
     for (const size_t s : together) attentions.emplace_back(settings[s].decode, Backend::kCpu, 1);
     if (settings[first].index.clustering == Clustering::kWhole) {
-      run.advance(trace.prompt_len);   // clustered at the first decode step
+      run.advance(trace.prompt_len);  // clustered at the first decode step
     } else {
-      for (int64_t query = 0; query < trace.num_queries() && trace.kinds[static_cast<size_t>(query)] == QueryKind::kPrompt; ++query) {
+      for (int64_t query = 0;
+           query < trace.num_queries() && trace.kinds[static_cast<size_t>(query)] == QueryKind::kPrompt; ++query) {
         run.advance(layer.visible(query).end);
-        if (settings[first].decode.select == Select::kSample) run.step(attentions[0], query, out.data(), nullptr, nullptr);
+        if (settings[first].decode.select == Select::kSample)
+          run.step(attentions[0], query, out.data(), nullptr, nullptr);
       }
     }
     for (const DenseQuery& answer : answers) {
@@ -173,7 +185,7 @@ ErrorSummary summarize(const SettingCases& cases, double target_mass) {
     if (c.mass_std_error <= 0) continue;
     const double off = c.estimated_mass - c.achieved_mass;
     ++s.sampled_cases;
-    covered += c.achieved_mass >= c.low - 1e-6 && c.achieved_mass <= c.high + 1e-6;   // weights are of f32
+    covered += c.achieved_mass >= c.low - 1e-6 && c.achieved_mass <= c.high + 1e-6;  // weights are of f32
     s.mass_bias += off;
     squared_error += off * off;
     squared_believed += c.mass_std_error * c.mass_std_error;
@@ -188,7 +200,7 @@ ErrorSummary summarize(const SettingCases& cases, double target_mass) {
     if (mean > s.worst_mean) s.worst_mean = mean, s.worst_layer = where.first, s.worst_head = where.second;
   }
   std::sort(errors.begin(), errors.end());
-  const auto quantile = [&](double q) {   // linear between ranks
+  const auto quantile = [&](double q) {  // linear between ranks
     const double rank = q * (n - 1);
     const auto below = static_cast<size_t>(rank);
     const size_t above = std::min(below + 1, errors.size() - 1);

@@ -43,7 +43,8 @@ uint16_t half_bits(float x) {
   if (size >= 65520) return sign | 0x7C00;
   if (size < 0x1p-14) return static_cast<uint16_t>(sign | static_cast<int>(std::nearbyint(size * 0x1p24)));
   const int exponent = std::ilogb(size);
-  return static_cast<uint16_t>(sign + ((exponent + 14) << 10) + static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent))));
+  return static_cast<uint16_t>(sign + ((exponent + 14) << 10) +
+                               static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent))));
 }
 
 float half_value(uint16_t bits) {
@@ -56,7 +57,7 @@ void put(std::byte* at, const void* from, size_t bytes) { std::memcpy(at, from, 
 void encode_block(DType dtype, const float* x, std::byte* at) {
   float largest = 0;
   for (int i = 0; i < 32; ++i) {
-    if (!(std::fabs(x[i]) <= std::fabs(largest))) largest = x[i];   // NaN wins
+    if (!(std::fabs(x[i]) <= std::fabs(largest))) largest = x[i];  // NaN wins
   }
   const uint16_t scale_bits = half_bits(dtype == DType::kQ8_0 ? std::fabs(largest) / 127 : largest / -8);
   const float scale = half_value(scale_bits);
@@ -131,7 +132,8 @@ Cache::Rows Cache::make_rows(DType dtype, int32_t dim) const {
       break;
     case Layout::kPaged: {
       const int64_t pages = (len + kPageTokens - 1) / kPageTokens;
-      for (int64_t p = 0; p < pages; ++p) rows.pages.push_back(static_cast<int32_t>(2 * p));   // every other page is unused
+      for (int64_t p = 0; p < pages; ++p)
+        rows.pages.push_back(static_cast<int32_t>(2 * p));  // every other page is unused
       Random random(spec_.seed + 99);
       for (int64_t p = pages - 1; p > 0; --p) std::swap(rows.pages[p], rows.pages[random.below(p + 1)]);
       rows.view.token_stride_bytes = bytes + 4;
@@ -170,7 +172,7 @@ Cache::Cache(const CacheSpec& spec) : spec_(spec) {
     std::vector<float> k(spec.head_dim), v(spec.v_head_dim);
     size_t current = 0;
     for (int64_t row = 0; row < spec.kv_len; ++row) {
-      if (random.uniform() < 0.2) current = static_cast<size_t>(random.below(spec.topics));   // topics come in runs
+      if (random.uniform() < 0.2) current = static_cast<size_t>(random.below(spec.topics));  // topics come in runs
       for (size_t d = 0; d < k.size(); ++d) k[d] = topics[current][d] + random.normal();
       for (float& value : v) value = random.normal() + 0.3f * static_cast<float>(current % 3);
       set_key(head, row, k);
@@ -195,9 +197,15 @@ KvView Cache::view() const {
 }
 
 std::vector<float> Cache::key(int32_t head, int64_t row) const { return decode(view().k, head, row, spec_.head_dim); }
-std::vector<float> Cache::value(int32_t head, int64_t row) const { return decode(view().v, head, row, spec_.v_head_dim); }
-void Cache::set_key(int32_t head, int64_t row, const std::vector<float>& x) { encode(spec_.k_dtype, x, place(k_, head, row)); }
-void Cache::set_value(int32_t head, int64_t row, const std::vector<float>& x) { encode(spec_.v_dtype, x, place(v_, head, row)); }
+std::vector<float> Cache::value(int32_t head, int64_t row) const {
+  return decode(view().v, head, row, spec_.v_head_dim);
+}
+void Cache::set_key(int32_t head, int64_t row, const std::vector<float>& x) {
+  encode(spec_.k_dtype, x, place(k_, head, row));
+}
+void Cache::set_value(int32_t head, int64_t row, const std::vector<float>& x) {
+  encode(spec_.v_dtype, x, place(v_, head, row));
+}
 
 void Cache::poison(int64_t row) {
   for (int32_t head = 0; head < spec_.num_kv_heads; ++head) {
@@ -220,7 +228,9 @@ std::vector<float> make_queries(const Cache& cache, int32_t group_size, uint64_t
 }
 
 Problem::Problem(const CacheSpec& spec, int32_t group, uint64_t seed, float sharpness)
-    : cache(spec), group_size(group), q(make_queries(cache, group, seed, sharpness)),
+    : cache(spec),
+      group_size(group),
+      q(make_queries(cache, group, seed, sharpness)),
       out(static_cast<size_t>(spec.num_kv_heads) * group * spec.v_head_dim, std::nanf("")),
       lse(static_cast<size_t>(spec.num_kv_heads) * group, std::nanf("")) {
   query.q = q.data();

@@ -47,8 +47,8 @@ struct CacheSpec {
   Layout layout = Layout::kTokenMajor;
   int32_t num_kv_heads = 2, head_dim = 64, v_head_dim = 64;
   int64_t kv_len = 0;
-  int32_t topics = 24;        // keys lie around so many directions
-  float topic_scale = 2.0f;   // length of those, per dimension; keys have noise of 1 around them
+  int32_t topics = 24;       // keys lie around so many directions
+  float topic_scale = 2.0f;  // length of those, per dimension; keys have noise of 1 around them
   uint64_t seed = 1;
 };
 
@@ -59,13 +59,13 @@ class Cache {
 
   KvView view() const;
   const CacheSpec& spec() const { return spec_; }
-  std::vector<float> topic(int32_t head, int32_t number) const;   // [head_dim]
+  std::vector<float> topic(int32_t head, int32_t number) const;  // [head_dim]
 
-  std::vector<float> key(int32_t head, int64_t row) const;        // as stored
+  std::vector<float> key(int32_t head, int64_t row) const;  // as stored
   std::vector<float> value(int32_t head, int64_t row) const;
   void set_key(int32_t head, int64_t row, const std::vector<float>& x);
   void set_value(int32_t head, int64_t row, const std::vector<float>& x);
-  void poison(int64_t row);                                       // 0xFF bytes in K and V of every head
+  void poison(int64_t row);  // 0xFF bytes in K and V of every head
 
  private:
   struct Rows {
@@ -92,7 +92,7 @@ struct Problem {
   DecodeQuery query;
 
   Problem(const CacheSpec& spec, int32_t group_size, uint64_t seed = 7, float sharpness = 1.0f);
-  Problem(Problem&&) = delete;   // the query points into it
+  Problem(Problem&&) = delete;  // the query points into it
   /// Writes all rows and clusters what is due.
   void build_index(const IndexOptions& options = {});
   /// Answers into out and lse.
@@ -126,6 +126,8 @@ std::string target_name(int64_t target);
 
 inline constexpr DType kAllTypes[] = {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0};
 
-inline bool fits(DType dtype, int32_t dim) { return dim % (dtype == DType::kQ8_0 || dtype == DType::kQ4_0 ? 32 : 16) == 0; }
+inline bool fits(DType dtype, int32_t dim) {
+  return dim % (dtype == DType::kQ8_0 || dtype == DType::kQ4_0 ? 32 : 16) == 0;
+}
 
 }  // namespace tactic::test

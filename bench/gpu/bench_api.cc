@@ -54,7 +54,9 @@ static cuda::DecodeBatch batch_of(const BenchBatch& b) {
   return batch;
 }
 
-__attribute__((visibility("default"))) void* bench_index(int32_t cluster_tokens, float outlier_fraction, int32_t num_kv_heads, int32_t head_dim, int32_t sequences, int32_t rows) {
+__attribute__((visibility("default"))) void* bench_index(int32_t cluster_tokens, float outlier_fraction,
+                                                         int32_t num_kv_heads, int32_t head_dim, int32_t sequences,
+                                                         int32_t rows) {
   cuda::LayerIndex* index = nullptr;
   IndexOptions options;
   options.cluster_tokens = cluster_tokens;
@@ -62,14 +64,21 @@ __attribute__((visibility("default"))) void* bench_index(int32_t cluster_tokens,
   guarded([&] { index = new cuda::LayerIndex(options, {num_kv_heads, head_dim, head_dim}, sequences, rows); });
   return index;
 }
-__attribute__((visibility("default"))) int bench_build(void* index, const BenchBatch* batch, int32_t sequence, int32_t kv_len, void* stream) {
+__attribute__((visibility("default"))) int bench_build(void* index, const BenchBatch* batch, int32_t sequence,
+                                                       int32_t kv_len, void* stream) {
   return guarded([&] { static_cast<cuda::LayerIndex*>(index)->build(sequence, batch_of(*batch), kv_len, stream); });
 }
-__attribute__((visibility("default"))) int64_t bench_index_bytes(void* index) { return static_cast<int64_t>(static_cast<cuda::LayerIndex*>(index)->memory_bytes()); }
-__attribute__((visibility("default"))) void bench_free_index(void* index) { delete static_cast<cuda::LayerIndex*>(index); }
+__attribute__((visibility("default"))) int64_t bench_index_bytes(void* index) {
+  return static_cast<int64_t>(static_cast<cuda::LayerIndex*>(index)->memory_bytes());
+}
+__attribute__((visibility("default"))) void bench_free_index(void* index) {
+  delete static_cast<cuda::LayerIndex*>(index);
+}
 
-__attribute__((visibility("default"))) void* bench_decode(float tau, float refine, int32_t sequences, int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim, int32_t rows,
-                                                          int32_t cluster_tokens, float outlier_fraction) {
+__attribute__((visibility("default"))) void* bench_decode(float tau, float refine, int32_t sequences,
+                                                          int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim,
+                                                          int32_t rows, int32_t cluster_tokens,
+                                                          float outlier_fraction) {
   cuda::Decode* decode = nullptr;
   DecodeOptions options;
   options.select = tau > 0 ? Select::kSample : Select::kDense;
@@ -81,11 +90,15 @@ __attribute__((visibility("default"))) void* bench_decode(float tau, float refin
   guarded([&] { decode = new cuda::Decode(options, {sequences, num_q_heads, num_kv_heads, head_dim, rows, index}); });
   return decode;
 }
-__attribute__((visibility("default"))) int bench_run(void* decode, void* index, const BenchBatch* batch, void* stream, void* records) {
+__attribute__((visibility("default"))) int bench_run(void* decode, void* index, const BenchBatch* batch, void* stream,
+                                                     void* records) {
   return guarded([&] {
-    static_cast<cuda::Decode*>(decode)->run(batch_of(*batch), static_cast<cuda::LayerIndex*>(index), stream, static_cast<cuda::StepRecord*>(records));
+    static_cast<cuda::Decode*>(decode)->run(batch_of(*batch), static_cast<cuda::LayerIndex*>(index), stream,
+                                            static_cast<cuda::StepRecord*>(records));
   });
 }
-__attribute__((visibility("default"))) void bench_free_decode(void* decode) { delete static_cast<cuda::Decode*>(decode); }
+__attribute__((visibility("default"))) void bench_free_decode(void* decode) {
+  delete static_cast<cuda::Decode*>(decode);
+}
 
 }  // extern "C"

@@ -1,5 +1,6 @@
-// attend: rows of a random selection, K then V, against a plain random gather of rows of the same size by the same number
-// of threads. GB/s counts the bytes of the rows; `share` is attend's over the gather's, measured in turns in one run.
+// attend: rows of a random selection, K then V, against a plain random gather of rows of the same size by the same
+// number of threads. GB/s counts the bytes of the rows; `share` is attend's over the gather's, measured in turns in one
+// run.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -50,12 +51,15 @@ void attend(benchmark::State& state) {
         cpu::parallel_ranges(threads, num_tokens, 16, [&](int64_t from, int64_t to) {
           const int64_t num = to - from;
           if (only_gather) {
-            benchmark::DoNotOptimize(gather(kv.k, head, bytes, tokens.data() + from, num) + gather(kv.v, head, bytes, tokens.data() + from, num));
+            benchmark::DoNotOptimize(gather(kv.k, head, bytes, tokens.data() + from, num) +
+                                     gather(kv.v, head, bytes, tokens.data() + from, num));
             return;
           }
           auto& s = scores[static_cast<size_t>(omp_get_thread_num())];
-          cpu::attend_scores(kv.k, head, tokens.data() + from, num, q.data(), dim, group, s.data(), num_tokens, &kv.v, dim);
-          cpu::attend_values(kv.v, head, tokens.data() + from, num, s.data(), num_tokens, dim, group, out[static_cast<size_t>(omp_get_thread_num())].data());
+          cpu::attend_scores(kv.k, head, tokens.data() + from, num, q.data(), dim, group, s.data(), num_tokens, &kv.v,
+                             dim);
+          cpu::attend_values(kv.v, head, tokens.data() + from, num, s.data(), num_tokens, dim, group,
+                             out[static_cast<size_t>(omp_get_thread_num())].data());
         });
         time += seconds() - begin;
       }
@@ -66,7 +70,8 @@ void attend(benchmark::State& state) {
     const double plain = step(true), ours = step(false);
     state.SetIterationTime(ours);
     shares.push_back(plain / ours);
-    rates.push_back(static_cast<double>(layers) * heads * static_cast<double>(num_tokens) * static_cast<double>(bytes) * 2 / ours / 1e9);
+    rates.push_back(static_cast<double>(layers) * heads * static_cast<double>(num_tokens) * static_cast<double>(bytes) *
+                    2 / ours / 1e9);
   }
   const auto median = [](std::vector<double>& x) {
     std::nth_element(x.begin(), x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2), x.end());
@@ -76,7 +81,11 @@ void attend(benchmark::State& state) {
   state.counters["share"] = median(shares);
 }
 
-BENCHMARK(attend)->ArgNames({"threads", "head_dim", "tokens"})->ArgsProduct({{1, 2}, {64, 128}, {300, 700}})->UseManualTime()->Iterations(20);
+BENCHMARK(attend)
+    ->ArgNames({"threads", "head_dim", "tokens"})
+    ->ArgsProduct({{1, 2}, {64, 128}, {300, 700}})
+    ->UseManualTime()
+    ->Iterations(20);
 
 }  // namespace
 }  // namespace tactic::bench

@@ -17,10 +17,16 @@ void cluster(benchmark::State& state) {
   HeadClusters out;
   for (auto _ : state) cpu::cluster(task, static_cast<int32_t>(state.range(0)), out);
   const double flops = 2.0 * task.num_rows * task.num_clusters * 64 * (task.iterations + 1);
-  state.counters["GFLOP/s"] = benchmark::Counter(flops, benchmark::Counter::kIsIterationInvariantRate, benchmark::Counter::kIs1000);
+  state.counters["GFLOP/s"] =
+      benchmark::Counter(flops, benchmark::Counter::kIsIterationInvariantRate, benchmark::Counter::kIs1000);
 }
 
-BENCHMARK(cluster)->ArgNames({"threads", "rows", "cluster_tokens"})->Args({1, 2048, 16})->Args({2, 2048, 16})->Args({1, 256, 4})->UseRealTime();
+BENCHMARK(cluster)
+    ->ArgNames({"threads", "rows", "cluster_tokens"})
+    ->Args({1, 2048, 16})
+    ->Args({2, 2048, 16})
+    ->Args({1, 256, 4})
+    ->UseRealTime();
 
 }  // namespace
 }  // namespace tactic::bench

@@ -12,7 +12,8 @@ void score(benchmark::State& state) {
   IndexedLayer layer(3, 64, 8192, group);
   const std::vector<float> q = random_queries(group, 64, 3);
   for (auto _ : state) {
-    for (int32_t head = 0; head < 3; ++head) cpu::score(layer.index.state(), head, layer.filter, q.data(), group, 0, layer.scores.num_clusters, layer.scores);
+    for (int32_t head = 0; head < 3; ++head)
+      cpu::score(layer.index.state(), head, layer.filter, q.data(), group, 0, layer.scores.num_clusters, layer.scores);
   }
   state.SetBytesProcessed(state.iterations() * 3 * layer.index.num_clusters() * (64 + 10));
 }

@@ -47,7 +47,8 @@ struct Cache {
         if (random() % 8 == 0) topic = random() % 64;
         for (size_t i = 0; i < row_elements; ++i) {
           const size_t at = random() % noise.size();
-          keys[static_cast<size_t>(t) * row_elements + i] = static_cast<_Float16>(topics[topic * static_cast<size_t>(dim) + i % static_cast<size_t>(dim)] + 0.6f * noise[at]);
+          keys[static_cast<size_t>(t) * row_elements + i] = static_cast<_Float16>(
+              topics[topic * static_cast<size_t>(dim) + i % static_cast<size_t>(dim)] + 0.6f * noise[at]);
           values[static_cast<size_t>(t) * row_elements + i] = static_cast<_Float16>(noise[(at * 7) % noise.size()]);
         }
       }
@@ -81,7 +82,8 @@ struct IndexedLayer {
   RowFilter filter;
   ClusterScores scores;
 
-  IndexedLayer(int32_t heads, int32_t dim, int64_t len, int32_t group) : cache(1, heads, dim, len), index({}, {heads, dim, dim}) {
+  IndexedLayer(int32_t heads, int32_t dim, int64_t len, int32_t group)
+      : cache(1, heads, dim, len), index({}, {heads, dim, dim}) {
     index.write(0, len);
     index.maintain(cache.view(0));
     filter = {nullptr, len, &index.state().indexed};

@@ -38,9 +38,21 @@ const std::vector<Method>& methods() {
       {"pyramidkv", make_eviction, {kBudget, {"window", 32, 1, 4096}, {"kernel", 5, 1, 255}, {"beta", 20, 1, 1e6}}},
       {"adasnapkv", make_eviction, {kBudget, {"window", 32, 1, 4096}, {"kernel", 5, 1, 255}, {"floor", 0.2, 0, 1}}},
       {"magicpig", make_magicpig, {{"k", 10, 1, 16}, {"l", 150, 2, 4096}}},
-      {"retroinfer", make_retroinfer, {kBudget, {"cluster", 16, 1, 65536}, {"iterations", 10, 1, 100}, {"segment", 8192, 1, 65536}, {"estimate", 1, 0, 1}}},
-      {"vattention", make_vattention,
-       {{"epsilon", 0.1, 1e-6, 1e6}, {"delta", 0.1, 1e-9, 0.999}, {"base", 0.02, 0, 1}, {"heavy", 128, 0, 1e9}, {"cluster", 32, 1, 65536}, {"iterations", 10, 1, 100}}},
+      {"retroinfer",
+       make_retroinfer,
+       {kBudget,
+        {"cluster", 16, 1, 65536},
+        {"iterations", 10, 1, 100},
+        {"segment", 8192, 1, 65536},
+        {"estimate", 1, 0, 1}}},
+      {"vattention",
+       make_vattention,
+       {{"epsilon", 0.1, 1e-6, 1e6},
+        {"delta", 0.1, 1e-9, 0.999},
+        {"base", 0.02, 0, 1},
+        {"heavy", 128, 0, 1e9},
+        {"cluster", 32, 1, 65536},
+        {"iterations", 10, 1, 100}}},
   };
   return all;
 }
@@ -94,8 +106,10 @@ BaselineSpec parse_baseline(const std::string& text) {
     const std::string value = equals == std::string::npos ? "" : item.substr(equals + 1);
     double parsed = 0;
     const auto [stop, failure] = std::from_chars(value.data(), value.data() + value.size(), parsed);
-    if (failure != std::errc() || stop != value.data() + value.size() || !(parsed >= option->low && parsed <= option->high)) {
-      throw Error(spec.name + ": " + key + "='" + value + "' must be a number from " + number(option->low) + " to " + number(option->high));
+    if (failure != std::errc() || stop != value.data() + value.size() ||
+        !(parsed >= option->low && parsed <= option->high)) {
+      throw Error(spec.name + ": " + key + "='" + value + "' must be a number from " + number(option->low) + " to " +
+                  number(option->high));
     }
     spec.values[key] = parsed;
   }
@@ -141,7 +155,9 @@ int64_t Choice::sampled() const {
   return sum;
 }
 
-int64_t Choice::bytes(const Rows& rows) const { return tokens() * (rows.k_bytes() + rows.v_bytes()) + summary_bytes + probe_bytes; }
+int64_t Choice::bytes(const Rows& rows) const {
+  return tokens() * (rows.k_bytes() + rows.v_bytes()) + summary_bytes + probe_bytes;
+}
 
 namespace {
 
@@ -173,12 +189,15 @@ void attend(const Step& step, const Choice& choice, float* out) {
   for (int32_t h = 0; h < step.num_q_heads(); ++h) {
     const int32_t kv_head = h / step.group_size();
     const HeadSelection& head = choice.selection.heads[static_cast<size_t>(kv_head)];
-    const std::vector<float>& log_weights = choice.head_log_weights.empty() ? head.log_weights : choice.head_log_weights[static_cast<size_t>(h)];
+    const std::vector<float>& log_weights =
+        choice.head_log_weights.empty() ? head.log_weights : choice.head_log_weights[static_cast<size_t>(h)];
     const Estimate none, &rest = choice.estimates.empty() ? none : choice.estimates[static_cast<size_t>(h)];
     double max = rest.log_sum;
-    for (size_t i = 0; i < head.tokens.size(); ++i) max = std::max<double>(max, step.scores(h)[head.tokens[i]] + log_weights[i]);
+    for (size_t i = 0; i < head.tokens.size(); ++i)
+      max = std::max<double>(max, step.scores(h)[head.tokens[i]] + log_weights[i]);
     WeightedMean mean(out + static_cast<int64_t>(h) * dim, dim, max);
-    for (size_t i = 0; i < head.tokens.size(); ++i) mean.add(step.scores(h)[head.tokens[i]] + log_weights[i], rows.v(kv_head, head.tokens[i]));
+    for (size_t i = 0; i < head.tokens.size(); ++i)
+      mean.add(step.scores(h)[head.tokens[i]] + log_weights[i], rows.v(kv_head, head.tokens[i]));
     if (std::isfinite(rest.log_sum)) mean.add(rest.log_sum, rest.value.data());
     mean.finish();
   }

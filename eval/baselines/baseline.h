@@ -7,7 +7,8 @@
 //   quest->select(Step(rows, q, head_dim, num_q_heads, sm_scale, kv_len), choice);
 //   attend(step, choice, out);
 //
-// All of them read the first `sinks` rows and the newest `recent` rows exactly (these count too), and `budget` rows besides.
+// All of them read the first `sinks` rows and the newest `recent` rows exactly (these count too), and `budget` rows
+// besides.
 #pragma once
 
 #include <cstdint>
@@ -22,19 +23,19 @@
 
 namespace tactic::eval {
 
-class ClusterCache;   // common.h
+class ClusterCache;  // common.h
 
 /// What is known when the prompt is in the cache.
 struct Layer {
   const Rows* rows = nullptr;
-  KvView kv;                          // at least prompt_len rows
+  KvView kv;  // at least prompt_len rows
   int64_t prompt_len = 0;
   int32_t num_q_heads = 0;
   float sm_scale = 1;
-  std::span<const float> prompt_q;    // [n, num_q_heads, head_dim]: the last n prompt positions, oldest first
+  std::span<const float> prompt_q;  // [n, num_q_heads, head_dim]: the last n prompt positions, oldest first
   int32_t layer = 0, num_layers = 1;
   uint64_t seed = 0;
-  ClusterCache* clusterings = nullptr;   // shared by methods of this layer that are made one after the other, or nullptr
+  ClusterCache* clusterings = nullptr;  // shared by methods of this layer that are made one after the other, or nullptr
 
   int32_t group_size() const { return num_q_heads / kv.num_kv_heads; }
 };
@@ -50,7 +51,9 @@ class Step {
   int32_t num_q_heads() const { return num_q_heads_; }
   int32_t group_size() const { return num_q_heads_ / rows_->num_kv_heads(); }
   /// Scaled by sm_scale: a score is this times a key.
-  const float* q(int32_t q_head) const { return q_.data() + static_cast<size_t>(q_head) * static_cast<size_t>(rows_->head_dim()); }
+  const float* q(int32_t q_head) const {
+    return q_.data() + static_cast<size_t>(q_head) * static_cast<size_t>(rows_->head_dim());
+  }
   /// [kv_len]
   const float* scores(int32_t q_head) const { return scores_.data() + q_head * kv_len_; }
 
@@ -63,20 +66,21 @@ class Step {
 
 /// Stands for rows that are not read.
 struct Estimate {
-  double log_sum = -__builtin_inf();   // natural log of their sum of exp(score)
-  std::vector<float> value;            // [v_head_dim] their mean value under these weights
+  double log_sum = -__builtin_inf();  // natural log of their sum of exp(score)
+  std::vector<float> value;           // [v_head_dim] their mean value under these weights
 };
 
 /// What a step reads. Rows of the selection cost their K and V bytes once per KV head.
 struct Choice {
-  Selection selection;                               // [num_kv_heads]
-  std::vector<std::vector<float>> head_log_weights;  // [num_q_heads][rows]: instead of the selection's; -infinity: not for this head
-  std::vector<Estimate> estimates;                   // [num_q_heads] or empty
-  int64_t summary_bytes = 0;                         // centroids, page bounds, codes, tables, row lists
-  int64_t probe_bytes = 0;                           // rows read in order to choose that are not in the selection
+  Selection selection;  // [num_kv_heads]
+  std::vector<std::vector<float>>
+      head_log_weights;             // [num_q_heads][rows]: instead of the selection's; -infinity: not for this head
+  std::vector<Estimate> estimates;  // [num_q_heads] or empty
+  int64_t summary_bytes = 0;        // centroids, page bounds, codes, tables, row lists
+  int64_t probe_bytes = 0;          // rows read in order to choose that are not in the selection
 
-  int64_t tokens() const;      // rows over all KV heads
-  int64_t sampled() const;     // of those, rows with a weight of their own
+  int64_t tokens() const;   // rows over all KV heads
+  int64_t sampled() const;  // of those, rows with a weight of their own
   int64_t bytes(const Rows& rows) const;
 };
 

@@ -1,5 +1,5 @@
-// A fixed number of rows over ranked clusters (Tactic, arXiv 2502.12216, section 4.1 and the ablation "Tactic-topK"): per
-// query head clusters by falling q.centroid, rows until there are `budget`; the group reads the union.
+// A fixed number of rows over ranked clusters (Tactic, arXiv 2502.12216, section 4.1 and the ablation "Tactic-topK"):
+// per query head clusters by falling q.centroid, rows until there are `budget`; the group reads the union.
 // cluster_topk: k-means over the whole prompt, as the paper. position_topk: runs of `cluster` neighbors, its ablation.
 // Reads all centroids in the key's type, and two bytes for each row listed by a k-means cluster.
 #include "baselines/common.h"
@@ -13,7 +13,8 @@ class ClusterTopK : public Baseline {
   ClusterTopK(const BaselineSpec& spec, const Layer& layer) : spec_(spec), open_(prompt_rows(spec, layer)) {
     for (int32_t head = 0; head < layer.kv.num_kv_heads; ++head) {
       heads_.push_back(by_position() ? cluster_positions(layer, head, open_, spec.count("cluster"))
-                                     : cluster_keys(layer, head, open_, spec.count("cluster"), static_cast<int32_t>(spec.count("iterations")), 65536));
+                                     : cluster_keys(layer, head, open_, spec.count("cluster"),
+                                                    static_cast<int32_t>(spec.count("iterations")), 65536));
     }
   }
 
@@ -45,6 +46,8 @@ class ClusterTopK : public Baseline {
 
 }  // namespace
 
-std::unique_ptr<Baseline> make_clusters(const BaselineSpec& spec, const Layer& layer) { return std::make_unique<ClusterTopK>(spec, layer); }
+std::unique_ptr<Baseline> make_clusters(const BaselineSpec& spec, const Layer& layer) {
+  return std::make_unique<ClusterTopK>(spec, layer);
+}
 
 }  // namespace tactic::eval

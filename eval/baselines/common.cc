@@ -17,7 +17,8 @@ void set_means(const Layer& layer, int32_t kv_head, Clusters& clusters) {
   for (size_t c = 0; c < clusters.members.size(); ++c) {
     for (const int32_t row : clusters.members[c]) {
       const float* key = layer.rows->k(kv_head, row);
-      for (size_t d = 0; d < dim; ++d) clusters.centroids[c * dim + d] += key[d] / static_cast<float>(clusters.members[c].size());
+      for (size_t d = 0; d < dim; ++d)
+        clusters.centroids[c * dim + d] += key[d] / static_cast<float>(clusters.members[c].size());
     }
   }
 }
@@ -32,8 +33,10 @@ Range open_rows(const BaselineSpec& spec, int64_t kv_len) {
 Range prompt_rows(const BaselineSpec& spec, const Layer& layer) { return open_rows(spec, layer.prompt_len); }
 
 Marks::Marks(const Step& step, Range open) {
-  marked_.assign(static_cast<size_t>(step.rows().num_kv_heads()), std::vector<uint8_t>(static_cast<size_t>(step.kv_len()), 1));
-  for (std::vector<uint8_t>& head : marked_) std::fill(head.begin() + open.begin, head.begin() + std::min(open.end, step.kv_len()), uint8_t{0});
+  marked_.assign(static_cast<size_t>(step.rows().num_kv_heads()),
+                 std::vector<uint8_t>(static_cast<size_t>(step.kv_len()), 1));
+  for (std::vector<uint8_t>& head : marked_)
+    std::fill(head.begin() + open.begin, head.begin() + std::min(open.end, step.kv_len()), uint8_t{0});
 }
 
 void Marks::write(Choice& out) const {
@@ -68,7 +71,8 @@ std::vector<float> Clusters::dots(const float* q) const {
   return result;
 }
 
-Clusters cluster_keys(const Layer& layer, int32_t kv_head, Range range, int64_t cluster_tokens, int32_t iterations, int64_t segment) {
+Clusters cluster_keys(const Layer& layer, int32_t kv_head, Range range, int64_t cluster_tokens, int32_t iterations,
+                      int64_t segment) {
   const ClusterCache::Key key = {kv_head, range.begin, range.end, cluster_tokens, iterations, segment};
   if (layer.clusterings != nullptr && layer.clusterings->found.contains(key)) return layer.clusterings->found.at(key);
   Clusters clusters;
@@ -80,13 +84,15 @@ Clusters cluster_keys(const Layer& layer, int32_t kv_head, Range range, int64_t 
     task.num_rows = static_cast<int32_t>(std::min(segment, range.end - begin));
     task.num_clusters = static_cast<int32_t>((task.num_rows + cluster_tokens - 1) / cluster_tokens);
     task.iterations = iterations;
-    task.seed = hash64(layer.seed + static_cast<uint64_t>(begin) * 0x9E3779B97F4A7C15u + static_cast<uint64_t>(kv_head));
+    task.seed =
+        hash64(layer.seed + static_cast<uint64_t>(begin) * 0x9E3779B97F4A7C15u + static_cast<uint64_t>(kv_head));
     HeadClusters found;
     cpu::cluster(task, 1, found);
     size_t next = 0;
     for (int32_t c = 0; c < task.num_clusters; ++c) {
       std::vector<int32_t> members;
-      for (uint16_t i = 0; i < found.sizes[static_cast<size_t>(c)]; ++i) members.push_back(static_cast<int32_t>(begin + found.members[next++]));
+      for (uint16_t i = 0; i < found.sizes[static_cast<size_t>(c)]; ++i)
+        members.push_back(static_cast<int32_t>(begin + found.members[next++]));
       if (!members.empty()) clusters.members.push_back(std::move(members));
     }
     // Rows that cannot be clustered (not finite) stand alone.

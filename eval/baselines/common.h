@@ -24,7 +24,9 @@ class Marks {
   /// All rows outside `open` are marked.
   Marks(const Step& step, Range open);
   void set(int32_t kv_head, int64_t row) { marked_[static_cast<size_t>(kv_head)][static_cast<size_t>(row)] = 1; }
-  bool test(int32_t kv_head, int64_t row) const { return marked_[static_cast<size_t>(kv_head)][static_cast<size_t>(row)] != 0; }
+  bool test(int32_t kv_head, int64_t row) const {
+    return marked_[static_cast<size_t>(kv_head)][static_cast<size_t>(row)] != 0;
+  }
   /// Marked rows in ascending order, all certain. Forgets what was in `out`.
   void write(Choice& out) const;
 
@@ -38,8 +40,8 @@ std::vector<int32_t> largest(std::span<const float> values, int64_t count);
 /// A partition of rows with the mean key of each part.
 struct Clusters {
   int32_t head_dim = 0;
-  std::vector<float> centroids;                 // [size, head_dim]
-  std::vector<std::vector<int32_t>> members;    // [size]
+  std::vector<float> centroids;               // [size, head_dim]
+  std::vector<std::vector<int32_t>> members;  // [size]
 
   int64_t size() const { return static_cast<int64_t>(members.size()); }
   std::vector<float> dots(const float* q) const;
@@ -53,7 +55,8 @@ class ClusterCache {
 };
 
 /// k-means over the keys of rows [range) in runs of at most `segment` rows; clusters that stay empty are left out.
-Clusters cluster_keys(const Layer& layer, int32_t kv_head, Range range, int64_t cluster_tokens, int32_t iterations, int64_t segment);
+Clusters cluster_keys(const Layer& layer, int32_t kv_head, Range range, int64_t cluster_tokens, int32_t iterations,
+                      int64_t segment);
 /// Runs of neighbors.
 Clusters cluster_positions(const Layer& layer, int32_t kv_head, Range range, int64_t cluster_tokens);
 

@@ -1,8 +1,8 @@
-// MagicPIG (arXiv 2410.16179, section 4): l hash tables of k sign bits each over the centered keys. A row is read when its code
-// equals the query's in at least two tables; its weight is divided by the probability of that, with p = 1 - angle / pi:
-// u = 1 - (1 - p^k)^l - l p^k (1 - p^k)^(l - 1). Every query head samples for itself.
-// Reads per head and table the bounds of one bucket (8 bytes) and its list of rows (4 bytes each); per sampled row the norm
-// of its centered key (4 bytes).
+// MagicPIG (arXiv 2410.16179, section 4): l hash tables of k sign bits each over the centered keys. A row is read when
+// its code equals the query's in at least two tables; its weight is divided by the probability of that, with p = 1 -
+// angle / pi: u = 1 - (1 - p^k)^l - l p^k (1 - p^k)^(l - 1). Every query head samples for itself. Reads per head and
+// table the bounds of one bucket (8 bytes) and its list of rows (4 bytes each); per sampled row the norm of its
+// centered key (4 bytes).
 #include <algorithm>
 #include <cmath>
 #include <numbers>
@@ -23,10 +23,13 @@ double normal(uint64_t seed) {
 class MagicPig : public Baseline {
  public:
   MagicPig(const BaselineSpec& spec, const Layer& layer)
-      : open_(prompt_rows(spec, layer)), bits_(static_cast<int32_t>(spec.count("k"))), tables_(static_cast<int32_t>(spec.count("l"))),
+      : open_(prompt_rows(spec, layer)),
+        bits_(static_cast<int32_t>(spec.count("k"))),
+        tables_(static_cast<int32_t>(spec.count("l"))),
         dim_(layer.rows->head_dim()) {
     const size_t planes = static_cast<size_t>(bits_) * static_cast<size_t>(tables_);
-    for (size_t i = 0; i < planes * static_cast<size_t>(dim_); ++i) planes_.push_back(static_cast<float>(normal(layer.seed * 0x9E3779B97F4A7C15u + i)));
+    for (size_t i = 0; i < planes * static_cast<size_t>(dim_); ++i)
+      planes_.push_back(static_cast<float>(normal(layer.seed * 0x9E3779B97F4A7C15u + i)));
     heads_.resize(static_cast<size_t>(layer.kv.num_kv_heads));
 #pragma omp parallel for schedule(dynamic)
     for (size_t head = 0; head < heads_.size(); ++head) build(layer, static_cast<int32_t>(head));
@@ -35,7 +38,7 @@ class MagicPig : public Baseline {
   void select(const Step& step, Choice& out) override {
     const int32_t group = step.group_size();
     Marks marks(step, open_);
-    std::vector<std::vector<float>> weights;   // [num_q_heads][kv_len]
+    std::vector<std::vector<float>> weights;  // [num_q_heads][kv_len]
     int64_t listed = 0;
     for (int32_t h = 0; h < step.num_q_heads(); ++h) {
       const Head& head = heads_[static_cast<size_t>(h / group)];
@@ -44,7 +47,8 @@ class MagicPig : public Baseline {
       const float q_norm = std::sqrt(dot(step.q(h), step.q(h), dim_)), shift = dot(step.q(h), head.mean.data(), dim_);
       for (int64_t i = 0; i < open_.size(); ++i) {
         int32_t matches = 0;
-        for (int32_t t = 0; t < tables_; ++t) matches += head.codes[static_cast<size_t>(t * open_.size() + i)] == code[static_cast<size_t>(t)];
+        for (int32_t t = 0; t < tables_; ++t)
+          matches += head.codes[static_cast<size_t>(t * open_.size() + i)] == code[static_cast<size_t>(t)];
         listed += matches;
         float& weight = weights.back()[static_cast<size_t>(open_.begin + i)];
         weight = -HUGE_VALF;
@@ -58,7 +62,8 @@ class MagicPig : public Baseline {
     marks.write(out);
     for (int32_t h = 0; h < step.num_q_heads(); ++h) {
       out.head_log_weights.emplace_back();
-      for (const int32_t row : out.selection.heads[static_cast<size_t>(h / group)].tokens) out.head_log_weights.back().push_back(weights[static_cast<size_t>(h)][static_cast<size_t>(row)]);
+      for (const int32_t row : out.selection.heads[static_cast<size_t>(h / group)].tokens)
+        out.head_log_weights.back().push_back(weights[static_cast<size_t>(h)][static_cast<size_t>(row)]);
     }
     const int64_t exact = step.rows().num_kv_heads() * (step.kv_len() - open_.size());
     out.summary_bytes = 8 * int64_t{tables_} * step.num_q_heads() + 4 * listed + 4 * (out.tokens() - exact);
@@ -66,8 +71,8 @@ class MagicPig : public Baseline {
 
  private:
   struct Head {
-    std::vector<float> mean, norms;    // [head_dim], [open.size()]
-    std::vector<uint16_t> codes;       // [l, open.size()]
+    std::vector<float> mean, norms;  // [head_dim], [open.size()]
+    std::vector<uint16_t> codes;     // [l, open.size()]
   };
 
   double probability(double cosine) const {
@@ -80,7 +85,8 @@ class MagicPig : public Baseline {
     std::vector<uint16_t> code(static_cast<size_t>(tables_));
     const float* plane = planes_.data();
     for (uint16_t& bits : code) {
-      for (int32_t b = 0; b < bits_; ++b, plane += dim_) bits = static_cast<uint16_t>(bits << 1 | (dot(x, plane, dim_) > 0 ? 1 : 0));
+      for (int32_t b = 0; b < bits_; ++b, plane += dim_)
+        bits = static_cast<uint16_t>(bits << 1 | (dot(x, plane, dim_) > 0 ? 1 : 0));
     }
     return code;
   }
@@ -92,7 +98,9 @@ class MagicPig : public Baseline {
     for (int64_t row = open_.begin; row < open_.end; ++row) {
       for (int32_t d = 0; d < dim_; ++d) sums[static_cast<size_t>(d)] += layer.rows->k(kv_head, row)[d];
     }
-    for (int32_t d = 0; d < dim_ && open_.size() > 0; ++d) head.mean[static_cast<size_t>(d)] = static_cast<float>(sums[static_cast<size_t>(d)] / static_cast<double>(open_.size()));
+    for (int32_t d = 0; d < dim_ && open_.size() > 0; ++d)
+      head.mean[static_cast<size_t>(d)] =
+          static_cast<float>(sums[static_cast<size_t>(d)] / static_cast<double>(open_.size()));
     head.codes.resize(static_cast<size_t>(tables_ * open_.size()));
     std::vector<float> x(static_cast<size_t>(dim_));
     for (int64_t i = 0; i < open_.size(); ++i) {
@@ -100,18 +108,21 @@ class MagicPig : public Baseline {
       for (size_t d = 0; d < x.size(); ++d) x[d] = key[d] - head.mean[d];
       head.norms.push_back(std::sqrt(dot(x.data(), x.data(), dim_)));
       const std::vector<uint16_t> code = encode(x.data());
-      for (int32_t t = 0; t < tables_; ++t) head.codes[static_cast<size_t>(t * open_.size() + i)] = code[static_cast<size_t>(t)];
+      for (int32_t t = 0; t < tables_; ++t)
+        head.codes[static_cast<size_t>(t * open_.size() + i)] = code[static_cast<size_t>(t)];
     }
   }
 
   Range open_;
   int32_t bits_, tables_, dim_;
-  std::vector<float> planes_;   // [l, k, head_dim]
+  std::vector<float> planes_;  // [l, k, head_dim]
   std::vector<Head> heads_;
 };
 
 }  // namespace
 
-std::unique_ptr<Baseline> make_magicpig(const BaselineSpec& spec, const Layer& layer) { return std::make_unique<MagicPig>(spec, layer); }
+std::unique_ptr<Baseline> make_magicpig(const BaselineSpec& spec, const Layer& layer) {
+  return std::make_unique<MagicPig>(spec, layer);
+}
 
 }  // namespace tactic::eval

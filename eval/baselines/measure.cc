@@ -13,19 +13,22 @@ std::vector<float> prompt_queries(const TraceLayer& layer) {
   std::vector<float> all;
   for (int64_t i = 0; i < layer.trace->num_queries(); ++i) {
     const bool last = layer.trace->positions[static_cast<size_t>(i)] < layer.trace->prompt_len;
-    if (layer.trace->kinds[static_cast<size_t>(i)] == QueryKind::kPrompt && last) all.insert(all.end(), layer.query(i), layer.query(i) + size);
+    if (layer.trace->kinds[static_cast<size_t>(i)] == QueryKind::kPrompt && last)
+      all.insert(all.end(), layer.query(i), layer.query(i) + size);
   }
   return all;
 }
 
-void add_case(const TraceLayer& layer, int32_t number, const DenseQuery& answer, const Step& step, const Choice& choice, const std::vector<float>& out,
-              SettingCases& cases) {
-  const double heads = layer.info->num_kv_heads, row_bytes = static_cast<double>(step.rows().k_bytes() + step.rows().v_bytes());
+void add_case(const TraceLayer& layer, int32_t number, const DenseQuery& answer, const Step& step, const Choice& choice,
+              const std::vector<float>& out, SettingCases& cases) {
+  const double heads = layer.info->num_kv_heads,
+               row_bytes = static_cast<double>(step.rows().k_bytes() + step.rows().v_bytes());
   const auto sampled = static_cast<double>(choice.sampled()), tokens = static_cast<double>(choice.tokens());
   cases.steps.push_back({.tokens = tokens / heads + static_cast<double>(choice.probe_bytes) / row_bytes / heads,
                          .tokens_certain = (tokens - sampled) / heads,
                          .tokens_sampled = sampled / heads,
-                         .read_fraction = static_cast<double>(choice.bytes(step.rows())) / (row_bytes * heads * static_cast<double>(step.kv_len())),
+                         .read_fraction = static_cast<double>(choice.bytes(step.rows())) /
+                                          (row_bytes * heads * static_cast<double>(step.kv_len())),
                          .dense = false});
   const auto dim = static_cast<size_t>(layer.info->v_head_dim);
   for (int32_t h = 0; h < layer.info->num_q_heads; ++h) {
@@ -40,7 +43,8 @@ void add_case(const TraceLayer& layer, int32_t number, const DenseQuery& answer,
     }
     one.error = norm > 0 ? std::sqrt(difference / norm) : difference > 0 ? HUGE_VAL : 0;
     const HeadSelection& rows = choice.selection.heads[static_cast<size_t>(h / layer.group_size())];
-    const std::vector<float>& log_weights = choice.head_log_weights.empty() ? rows.log_weights : choice.head_log_weights[static_cast<size_t>(h)];
+    const std::vector<float>& log_weights =
+        choice.head_log_weights.empty() ? rows.log_weights : choice.head_log_weights[static_cast<size_t>(h)];
     for (size_t i = 0; i < rows.tokens.size(); ++i) {
       if (log_weights[i] == 0) one.achieved_mass += answer.head_weights(h)[static_cast<size_t>(rows.tokens[i])];
     }
@@ -51,8 +55,9 @@ void add_case(const TraceLayer& layer, int32_t number, const DenseQuery& answer,
 
 }  // namespace
 
-std::vector<SettingCases> measure_baselines(const TraceLayer& layer, int32_t layer_number, std::span<const DenseQuery> answers,
-                                            std::span<const BaselineSpec> specs, uint64_t seed) {
+std::vector<SettingCases> measure_baselines(const TraceLayer& layer, int32_t layer_number,
+                                            std::span<const DenseQuery> answers, std::span<const BaselineSpec> specs,
+                                            uint64_t seed) {
   std::vector<SettingCases> results(specs.size());
   const TraceLayerInfo& info = *layer.info;
   if (specs.empty() || info.window > 0) return results;

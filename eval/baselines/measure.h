@@ -10,9 +10,10 @@
 
 namespace tactic::eval {
 
-/// Measures every method on one layer, at the decode queries `answers` (ascending). What a method builds, it builds over the
-/// trace's prompt; rows after it are new to it. Layers with a sliding window give no cases.
-std::vector<SettingCases> measure_baselines(const TraceLayer& layer, int32_t layer_number, std::span<const DenseQuery> answers,
-                                            std::span<const BaselineSpec> specs, uint64_t seed);
+/// Measures every method on one layer, at the decode queries `answers` (ascending). What a method builds, it builds
+/// over the trace's prompt; rows after it are new to it. Layers with a sliding window give no cases.
+std::vector<SettingCases> measure_baselines(const TraceLayer& layer, int32_t layer_number,
+                                            std::span<const DenseQuery> answers, std::span<const BaselineSpec> specs,
+                                            uint64_t seed);
 
 }  // namespace tactic::eval

@@ -1,5 +1,5 @@
-// Selection from true scores: what no method can know. Per query head the fewest rows whose mass reaches `mass` (top-p), or
-// the `budget` heaviest (top-k); the group reads the union. Reads no index: the scores are free.
+// Selection from true scores: what no method can know. Per query head the fewest rows whose mass reaches `mass`
+// (top-p), or the `budget` heaviest (top-k); the group reads the union. Reads no index: the scores are free.
 #include <algorithm>
 #include <cmath>
 
@@ -50,6 +50,8 @@ class Oracle : public Baseline {
 
 }  // namespace
 
-std::unique_ptr<Baseline> make_oracle(const BaselineSpec& spec, const Layer& layer) { return std::make_unique<Oracle>(spec, layer); }
+std::unique_ptr<Baseline> make_oracle(const BaselineSpec& spec, const Layer& layer) {
+  return std::make_unique<Oracle>(spec, layer);
+}
 
 }  // namespace tactic::eval

@@ -1,5 +1,5 @@
-// Sinks and the newest rows only (StreamingLLM, arXiv 2309.17453, section 3.2, without its renumbering of positions, which a
-// stored cache does not allow): the first `sinks` rows and the last `recent` + `budget`.
+// Sinks and the newest rows only (StreamingLLM, arXiv 2309.17453, section 3.2, without its renumbering of positions,
+// which a stored cache does not allow): the first `sinks` rows and the last `recent` + `budget`.
 #include <algorithm>
 
 #include "baselines/common.h"

@@ -13,7 +13,8 @@ const std::vector<float>& halves() {
     std::vector<float> values;
     for (uint32_t bits = 0; bits < 65536; ++bits) {
       const auto half = static_cast<uint16_t>(bits);
-      values.push_back(static_cast<float>(reference::element(DType::kF16, reinterpret_cast<const std::byte*>(&half), 0)));
+      values.push_back(
+          static_cast<float>(reference::element(DType::kF16, reinterpret_cast<const std::byte*>(&half), 0)));
     }
     return values;
   }();
@@ -42,7 +43,7 @@ void decode(DType dtype, const std::byte* row, int32_t dim, std::vector<float>& 
 #endif
 
 TACTIC_EVAL_CLONES float dot(const float* a, const float* b, int32_t n) {
-  float sums[16] = {};   // as many as a vector register or two holds: the compiler may not reorder a single sum
+  float sums[16] = {};  // as many as a vector register or two holds: the compiler may not reorder a single sum
   int32_t i = 0;
   for (; i + 16 <= n; i += 16) {
     for (int32_t j = 0; j < 16; ++j) sums[j] += a[i + j] * b[i + j];

@@ -28,7 +28,7 @@ class Rows {
   const float* v(int32_t head, int64_t row) const { return v_[static_cast<size_t>(head)].data() + row * v_head_dim_; }
 
  private:
-  std::vector<std::vector<float>> k_, v_;   // [num_kv_heads][size, dim]
+  std::vector<std::vector<float>> k_, v_;  // [num_kv_heads][size, dim]
   int64_t size_ = 0, k_bytes_ = 0, v_bytes_ = 0;
   int32_t head_dim_ = 0, v_head_dim_ = 0;
 };

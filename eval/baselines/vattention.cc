@@ -1,10 +1,11 @@
-// vAttention (arXiv 2510.05688, section 4): sinks, recent rows and predicted heavy hitters are read with certainty; from the n_s
-// rows that remain a uniform sample without replacement is read, each for n_s / b. A base sample of base * n_s rows estimates the
-// standard deviation sigma of exp(score) there and the denominator D of all; by the central limit theorem
+// vAttention (arXiv 2510.05688, section 4): sinks, recent rows and predicted heavy hitters are read with certainty;
+// from the n_s rows that remain a uniform sample without replacement is read, each for n_s / b. A base sample of base *
+// n_s rows estimates the standard deviation sigma of exp(score) there and the denominator D of all; by the central
+// limit theorem
 //   b = (z n_s sigma / (epsilon D))^2 with z = quantile of the normal distribution at 1 - delta / 2
-// keeps the denominator's relative error within epsilon with probability 1 - delta. At least the base sample, at most n_s.
-// Heavy hitters: the `heavy` rows of the best-ranked k-means clusters per query head, whose index is paid for. The group reads
-// one sample, of the size that its neediest head asks for.
+// keeps the denominator's relative error within epsilon with probability 1 - delta. At least the base sample, at most
+// n_s. Heavy hitters: the `heavy` rows of the best-ranked k-means clusters per query head, whose index is paid for. The
+// group reads one sample, of the size that its neediest head asks for.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -28,7 +29,10 @@ double normal_quantile(double p) {
 class VAttention : public Baseline {
  public:
   VAttention(const BaselineSpec& spec, const Layer& layer)
-      : spec_(spec), open_(prompt_rows(spec, layer)), z_(normal_quantile(1 - spec.at("delta") / 2)), seed_(hash64(layer.seed + static_cast<uint64_t>(layer.layer))) {
+      : spec_(spec),
+        open_(prompt_rows(spec, layer)),
+        z_(normal_quantile(1 - spec.at("delta") / 2)),
+        seed_(hash64(layer.seed + static_cast<uint64_t>(layer.layer))) {
     BaselineSpec heavy = parse_baseline("cluster_topk");
     for (const char* key : {"sinks", "recent", "cluster", "iterations"}) heavy.values[key] = spec.at(key);
     heavy.values["budget"] = spec.at("heavy");
@@ -51,10 +55,12 @@ class VAttention : public Baseline {
       if (rest.empty()) continue;
       shuffle(rest, hash64(seed_ + static_cast<uint64_t>(step.kv_len()) * 64 + head));
       const auto n = static_cast<double>(rest.size());
-      const int64_t base = std::clamp<int64_t>(std::llround(spec_.at("base") * n), std::min<int64_t>(2, std::ssize(rest)), std::ssize(rest));
+      const int64_t base = std::clamp<int64_t>(std::llround(spec_.at("base") * n),
+                                               std::min<int64_t>(2, std::ssize(rest)), std::ssize(rest));
       int64_t size = base;
       for (int32_t g = 0; g < step.group_size(); ++g) {
-        size = std::max(size, sample_size(step.scores(static_cast<int32_t>(head) * step.group_size() + g), selection, rest, base));
+        size = std::max(
+            size, sample_size(step.scores(static_cast<int32_t>(head) * step.group_size() + g), selection, rest, base));
       }
       const auto weight = static_cast<float>(std::log(n / static_cast<double>(size)));
       for (int64_t i = 0; i < size; ++i) {
@@ -74,7 +80,8 @@ class VAttention : public Baseline {
     }
   }
 
-  int64_t sample_size(const float* scores, const HeadSelection& certain, const std::vector<int32_t>& rest, int64_t base) const {
+  int64_t sample_size(const float* scores, const HeadSelection& certain, const std::vector<int32_t>& rest,
+                      int64_t base) const {
     double max = -HUGE_VAL, known = 0, sum = 0, squares = 0;
     for (const int32_t row : certain.tokens) max = std::max<double>(max, scores[row]);
     for (int64_t i = 0; i < base; ++i) max = std::max<double>(max, scores[rest[static_cast<size_t>(i)]]);
@@ -99,6 +106,8 @@ class VAttention : public Baseline {
 
 }  // namespace
 
-std::unique_ptr<Baseline> make_vattention(const BaselineSpec& spec, const Layer& layer) { return std::make_unique<VAttention>(spec, layer); }
+std::unique_ptr<Baseline> make_vattention(const BaselineSpec& spec, const Layer& layer) {
+  return std::make_unique<VAttention>(spec, layer);
+}
 
 }  // namespace tactic::eval

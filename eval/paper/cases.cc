@@ -14,7 +14,9 @@ double quantile(std::vector<double> values, double q) {
   return values[static_cast<size_t>(std::lround(q * static_cast<double>(values.size() - 1)))];
 }
 
-Range case_rows(int64_t prompt_len) { return {std::min<int64_t>(4, prompt_len), std::max<int64_t>(prompt_len - 64, std::min<int64_t>(4, prompt_len))}; }
+Range case_rows(int64_t prompt_len) {
+  return {std::min<int64_t>(4, prompt_len), std::max<int64_t>(prompt_len - 64, std::min<int64_t>(4, prompt_len))};
+}
 
 std::vector<int64_t> decode_queries(const TraceInfo& info, const PaperOptions& options) {
   std::vector<int64_t> all, some;
@@ -22,7 +24,9 @@ std::vector<int64_t> decode_queries(const TraceInfo& info, const PaperOptions& o
     const bool near = info.positions[static_cast<size_t>(i)] <= info.prompt_len + options.within;
     if (info.kinds[static_cast<size_t>(i)] == QueryKind::kDecode && near) all.push_back(i);
   }
-  if (all.empty()) throw Error("no decode query lies within " + std::to_string(options.within) + " rows after the prompt of " + std::to_string(info.prompt_len));
+  if (all.empty())
+    throw Error("no decode query lies within " + std::to_string(options.within) + " rows after the prompt of " +
+                std::to_string(info.prompt_len));
   const int64_t n = std::ssize(all), take = std::min(n, options.queries);
   for (int64_t i = 0; i < take; ++i) some.push_back(all[static_cast<size_t>(i * n / take)]);
   return some;
@@ -37,8 +41,15 @@ std::vector<int32_t> full_layers(const Trace& trace) {
 }
 
 Layer layer_of(const TraceLayer& traced, const Rows& rows, uint64_t seed) {
-  return {.rows = &rows, .kv = traced.kv, .prompt_len = traced.trace->prompt_len, .num_q_heads = traced.info->num_q_heads, .sm_scale = traced.info->sm_scale, .prompt_q = {},
-          .layer = traced.info->layer, .num_layers = static_cast<int32_t>(traced.trace->layers.size()), .seed = seed};
+  return {.rows = &rows,
+          .kv = traced.kv,
+          .prompt_len = traced.trace->prompt_len,
+          .num_q_heads = traced.info->num_q_heads,
+          .sm_scale = traced.info->sm_scale,
+          .prompt_q = {},
+          .layer = traced.info->layer,
+          .num_layers = static_cast<int32_t>(traced.trace->layers.size()),
+          .seed = seed};
 }
 
 CaseWeights case_weights(const Step& step, int32_t h, const Clusters& clusters) {

@@ -29,11 +29,11 @@ std::vector<int32_t> full_layers(const Trace& trace);
 
 Layer layer_of(const TraceLayer& traced, const Rows& rows, uint64_t seed);
 
-/// One case: the weights of all rows that the query sees, summing to 1; of the rows to choose from in two orders; and the mass
-/// of the others, which are read anyway.
+/// One case: the weights of all rows that the query sees, summing to 1; of the rows to choose from in two orders; and
+/// the mass of the others, which are read anyway.
 struct CaseWeights {
-  std::vector<double> by_row, by_rank, by_cluster;   // in the cache's order, falling, in the clusters' order
-  std::vector<int32_t> cluster_order;                // rows
+  std::vector<double> by_row, by_rank, by_cluster;  // in the cache's order, falling, in the clusters' order
+  std::vector<int32_t> cluster_order;               // rows
   double certain = 0;
 };
 CaseWeights case_weights(const Step& step, int32_t h, const Clusters& clusters);

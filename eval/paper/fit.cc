@@ -15,7 +15,7 @@ struct Point {
 
 // Through the windows' means `near` and `far`; `peak` is the end of what is known exactly.
 std::function<double(double)> fit(Curve curve, Point peak, Point near, Point far) {
-  if (far.y > near.y) return [y = (near.y + far.y) / 2](double) { return y; };   // no curve that falls fits
+  if (far.y > near.y) return [y = (near.y + far.y) / 2](double) { return y; };  // no curve that falls fits
   switch (curve) {
     case Curve::kReciprocal: {
       const double a = (near.y - far.y) / (1 / near.x - 1 / far.x), b = near.y - a / near.x;

@@ -17,8 +17,11 @@ constexpr double kMasses[] = {0.5, 0.6, 0.7, 0.8, 0.9, 0.95};
 struct PaperTable1 {
   double mass, oracle, clusters, fit, achieved, success;
 };
-constexpr PaperTable1 kPaper[] = {{0.5, 71, 166, 185, 0.66, 0.92}, {0.6, 122, 271, 294, 0.72, 0.89}, {0.7, 212, 451, 490, 0.78, 0.86},
-                                  {0.8, 394, 802, 890, 0.84, 0.84}, {0.9, 895, 1723, 1975, 0.91, 0.86}};
+constexpr PaperTable1 kPaper[] = {{0.5, 71, 166, 185, 0.66, 0.92},
+                                  {0.6, 122, 271, 294, 0.72, 0.89},
+                                  {0.7, 212, 451, 490, 0.78, 0.86},
+                                  {0.8, 394, 802, 890, 0.84, 0.84},
+                                  {0.9, 895, 1723, 1975, 0.91, 0.86}};
 
 double mass_of(const std::vector<double>& weights, int64_t count) {
   return std::accumulate(weights.begin(), weights.begin() + count, 0.0);
@@ -33,7 +36,8 @@ std::vector<int32_t> certain_rows(const Step& step, Range open) {
 }
 
 // |o - o_exact| / |o_exact| of attention over `tokens`.
-double error_of(const Step& step, int32_t h, const std::vector<double>& weights, const std::vector<float>& exact, const std::vector<int32_t>& tokens) {
+double error_of(const Step& step, int32_t h, const std::vector<double>& weights, const std::vector<float>& exact,
+                const std::vector<int32_t>& tokens) {
   const auto dim = static_cast<size_t>(step.rows().v_head_dim());
   std::vector<double> out(dim);
   double sum = 0, difference = 0, norm = 0;
@@ -61,18 +65,19 @@ struct FitMeans {
   }
 };
 
-constexpr int kBins = 20;   // of achieved mass, for "distance"
+constexpr int kBins = 20;  // of achieved mass, for "distance"
 
 // Sums over the cases of one layer.
 struct LayerSums {
   FitMeans fits[std::size(kMasses)], curves[std::size(kCurves)];
   Mean oracle[std::size(kMasses)], ordered[std::size(kMasses)];
-  std::vector<std::vector<double>> head_tokens;   // [num_q_heads][queries] of the oracle at 0.9
+  std::vector<std::vector<double>> head_tokens;  // [num_q_heads][queries] of the oracle at 0.9
   Mean own_rows, union_rows, own_error, union_error, loads_per_row;
-  Mean distance[3][kBins];                        // oracle, Quest, fit
+  Mean distance[3][kBins];  // oracle, Quest, fit
 };
 
-void add_union(const Step& step, Range open, const std::vector<CaseWeights>& cases, const std::vector<float>& exact, LayerSums& sums) {
+void add_union(const Step& step, Range open, const std::vector<CaseWeights>& cases, const std::vector<float>& exact,
+               LayerSums& sums) {
   const int32_t group = step.group_size();
   const std::vector<int32_t> certain = certain_rows(step, open);
   const auto error = [&](int32_t h, std::vector<int32_t> rows) {
@@ -85,7 +90,8 @@ void add_union(const Step& step, Range open, const std::vector<CaseWeights>& cas
     std::vector<std::vector<int32_t>> sets;
     for (int32_t h = first; h < first + group; ++h) {
       const CaseWeights& w = cases[static_cast<size_t>(h)];
-      sets.emplace_back(w.cluster_order.begin(), w.cluster_order.begin() + fitted_tokens(w.by_cluster, w.certain, Curve::kReciprocal, 0.9));
+      sets.emplace_back(w.cluster_order.begin(),
+                        w.cluster_order.begin() + fitted_tokens(w.by_cluster, w.certain, Curve::kReciprocal, 0.9));
       all.insert(sets.back().begin(), sets.back().end());
       own += static_cast<double>(sets.back().size());
     }
@@ -109,26 +115,31 @@ std::vector<int32_t> quest_order(const Step& step, Range open, int32_t h) {
     float bound = 0;
     for (int32_t d = 0; d < step.rows().head_dim(); ++d) {
       float best = -HUGE_VALF;
-      for (int64_t row = begin; row < std::min(open.end, begin + 16); ++row) best = std::max(best, step.q(h)[d] * step.rows().k(h / step.group_size(), row)[d]);
+      for (int64_t row = begin; row < std::min(open.end, begin + 16); ++row)
+        best = std::max(best, step.q(h)[d] * step.rows().k(h / step.group_size(), row)[d]);
       bound += best;
     }
     bounds.push_back(bound);
   }
   std::vector<int32_t> order;
   for (const int32_t page : largest(bounds, std::ssize(bounds))) {
-    for (int64_t row = open.begin + page * 16; row < std::min(open.end, open.begin + page * 16 + 16); ++row) order.push_back(static_cast<int32_t>(row));
+    for (int64_t row = open.begin + page * 16; row < std::min(open.end, open.begin + page * 16 + 16); ++row)
+      order.push_back(static_cast<int32_t>(row));
   }
   return order;
 }
 
 // Each head reads for itself here, so that mass and distance are of one set.
-void add_distance(const Step& step, Range open, const std::vector<CaseWeights>& cases, const std::vector<float>& exact, LayerSums& sums) {
+void add_distance(const Step& step, Range open, const std::vector<CaseWeights>& cases, const std::vector<float>& exact,
+                  LayerSums& sums) {
   const std::vector<int32_t> certain = certain_rows(step, open);
   for (int32_t h = 0; h < step.num_q_heads(); ++h) {
     const CaseWeights& w = cases[static_cast<size_t>(h)];
     const std::vector<int32_t> quest = quest_order(step, open, h);
     std::vector<int32_t> rank = quest;
-    std::sort(rank.begin(), rank.end(), [&](int32_t a, int32_t b) { return w.by_row[static_cast<size_t>(a)] > w.by_row[static_cast<size_t>(b)]; });
+    std::sort(rank.begin(), rank.end(), [&](int32_t a, int32_t b) {
+      return w.by_row[static_cast<size_t>(a)] > w.by_row[static_cast<size_t>(b)];
+    });
     const std::vector<int32_t>* orders[] = {&rank, &quest, &w.cluster_order};
     for (const int64_t budget : {0, 32, 128, 512, 2048}) {
       for (size_t i = 0; i < std::size(orders); ++i) {
@@ -149,15 +160,19 @@ LayerSums measure(const TraceLayer& traced, const PaperOptions& options, const s
   rows.extend(traced.kv);
   const Layer layer = layer_of(traced, rows, options.seed);
   std::vector<Clusters> clusters;
-  for (int32_t head = 0; head < traced.info->num_kv_heads; ++head) clusters.push_back(cluster_keys(layer, head, case_rows(prompt), options.cluster_tokens, options.iterations, 65536));
+  for (int32_t head = 0; head < traced.info->num_kv_heads; ++head)
+    clusters.push_back(cluster_keys(layer, head, case_rows(prompt), options.cluster_tokens, options.iterations, 65536));
   sums.head_tokens.resize(static_cast<size_t>(traced.info->num_q_heads));
-  std::vector<float> exact(static_cast<size_t>(traced.info->num_q_heads) * static_cast<size_t>(traced.info->v_head_dim));
+  std::vector<float> exact(static_cast<size_t>(traced.info->num_q_heads) *
+                           static_cast<size_t>(traced.info->v_head_dim));
   for (const int64_t query : queries) {
-    const Step step(rows, traced.query(query), traced.info->head_dim, traced.info->num_q_heads, traced.info->sm_scale, traced.visible(query).end);
+    const Step step(rows, traced.query(query), traced.info->head_dim, traced.info->num_q_heads, traced.info->sm_scale,
+                    traced.visible(query).end);
     attend_dense(step, exact.data());
     std::vector<CaseWeights> cases;
     for (int32_t h = 0; h < step.num_q_heads(); ++h) {
-      const CaseWeights& w = cases.emplace_back(case_weights(step, h, clusters[static_cast<size_t>(h / step.group_size())]));
+      const CaseWeights& w =
+          cases.emplace_back(case_weights(step, h, clusters[static_cast<size_t>(h / step.group_size())]));
       for (size_t m = 0; m < std::size(kMasses); ++m) {
         sums.oracle[m].add(static_cast<double>(tokens_for(w.by_rank, w.certain, kMasses[m])));
         sums.ordered[m].add(static_cast<double>(tokens_for(w.by_cluster, w.certain, kMasses[m])));
@@ -179,12 +194,17 @@ Mean total(const std::vector<LayerSums>& layers, Field field) {
   return sum;
 }
 
-void write_sparsity(const Trace& trace, const std::vector<LayerSums>& layers, const std::vector<int64_t>& queries, std::vector<Json>& out) {
+void write_sparsity(const Trace& trace, const std::vector<LayerSums>& layers, const std::vector<int64_t>& queries,
+                    std::vector<Json>& out) {
   for (size_t l = 0; l < layers.size(); ++l) {
     for (size_t h = 0; h < layers[l].head_tokens.size(); ++h) {
       const std::vector<double>& tokens = layers[l].head_tokens[h];
-      out.push_back({{"table", "sparsity_head"}, {"layer", trace.info().layers[l].layer}, {"head", h},
-                     {"tokens", std::accumulate(tokens.begin(), tokens.end(), 0.0) / static_cast<double>(tokens.size())}, {"median", quantile(tokens, 0.5)}});
+      out.push_back(
+          {{"table", "sparsity_head"},
+           {"layer", trace.info().layers[l].layer},
+           {"head", h},
+           {"tokens", std::accumulate(tokens.begin(), tokens.end(), 0.0) / static_cast<double>(tokens.size())},
+           {"median", quantile(tokens, 0.5)}});
     }
   }
   for (size_t q = 0; q < queries.size(); ++q) {
@@ -192,7 +212,9 @@ void write_sparsity(const Trace& trace, const std::vector<LayerSums>& layers, co
     for (const LayerSums& layer : layers) {
       for (const std::vector<double>& head : layer.head_tokens) tokens.add(head[q]);
     }
-    out.push_back({{"table", "sparsity_query"}, {"position", trace.info().positions[static_cast<size_t>(queries[q])]}, {"tokens", tokens.get()}});
+    out.push_back({{"table", "sparsity_query"},
+                   {"position", trace.info().positions[static_cast<size_t>(queries[q])]},
+                   {"tokens", tokens.get()}});
   }
 }
 
@@ -208,7 +230,9 @@ std::vector<Json> paper_cases(const Trace& trace, const PaperOptions& options) {
   for (size_t l = 0; l < traced.size(); ++l) layers[l] = measure(traced[l], options, queries);
   std::vector<Json> out;
   for (size_t m = 0; m < std::size(kMasses); ++m) {
-    Json row = {{"table", "table1"}, {"target_mass", kMasses[m]}, {"rows", trace.info().prompt_len},
+    Json row = {{"table", "table1"},
+                {"target_mass", kMasses[m]},
+                {"rows", trace.info().prompt_len},
                 {"oracle", total(layers, [&](const LayerSums& s) { return s.oracle[m]; }).get()},
                 {"clusters", total(layers, [&](const LayerSums& s) { return s.ordered[m]; }).get()},
                 {"fit", total(layers, [&](const LayerSums& s) { return s.fits[m].tokens; }).get()},
@@ -216,17 +240,21 @@ std::vector<Json> paper_cases(const Trace& trace, const PaperOptions& options) {
                 {"success", total(layers, [&](const LayerSums& s) { return s.fits[m].success; }).get()}};
     for (const PaperTable1& p : kPaper) {
       if (p.mass != kMasses[m]) continue;
-      row["paper"] = {{"model", "Llama-3.1-8B"}, {"oracle", p.oracle}, {"clusters", p.clusters}, {"fit", p.fit}, {"achieved_mass", p.achieved}, {"success", p.success}};
+      row["paper"] = {{"model", "Llama-3.1-8B"},     {"oracle", p.oracle},  {"clusters", p.clusters}, {"fit", p.fit},
+                      {"achieved_mass", p.achieved}, {"success", p.success}};
     }
     out.push_back(row);
   }
   for (size_t c = 0; c < std::size(kCurves); ++c) {
-    out.push_back({{"table", "curves"}, {"curve", curve_name(kCurves[c])}, {"target_mass", 0.9},
+    out.push_back({{"table", "curves"},
+                   {"curve", curve_name(kCurves[c])},
+                   {"target_mass", 0.9},
                    {"tokens", total(layers, [&](const LayerSums& s) { return s.curves[c].tokens; }).get()},
                    {"achieved_mass", total(layers, [&](const LayerSums& s) { return s.curves[c].mass; }).get()},
                    {"success", total(layers, [&](const LayerSums& s) { return s.curves[c].success; }).get()}});
   }
-  out.push_back({{"table", "union"}, {"target_mass", 0.9},
+  out.push_back({{"table", "union"},
+                 {"target_mass", 0.9},
                  {"rows_own", total(layers, [](const LayerSums& s) { return s.own_rows; }).get()},
                  {"rows_union", total(layers, [](const LayerSums& s) { return s.union_rows; }).get()},
                  {"error_own", total(layers, [](const LayerSums& s) { return s.own_error; }).get()},
@@ -237,7 +265,12 @@ std::vector<Json> paper_cases(const Trace& trace, const PaperOptions& options) {
   for (size_t i = 0; i < std::size(kOrders); ++i) {
     for (int bin = 0; bin < kBins; ++bin) {
       const Mean mean = total(layers, [&](const LayerSums& s) { return s.distance[i][bin]; });
-      if (mean.count > 0) out.push_back({{"table", "distance"}, {"order", kOrders[i]}, {"mass", (bin + 0.5) / kBins}, {"error", mean.get()}, {"cases", mean.count}});
+      if (mean.count > 0)
+        out.push_back({{"table", "distance"},
+                       {"order", kOrders[i]},
+                       {"mass", (bin + 0.5) / kBins},
+                       {"error", mean.get()},
+                       {"cases", mean.count}});
     }
   }
   write_sparsity(trace, layers, queries, out);

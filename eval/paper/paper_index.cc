@@ -17,7 +17,8 @@ std::vector<Json> paper_value_norms(const Trace& trace) {
     std::vector<double> norms;
     for (int32_t head = 0; head < rows.num_kv_heads(); ++head) {
       std::vector<double> own;
-      for (int64_t row = 0; row < trace.info().prompt_len; ++row) own.push_back(std::sqrt(dot(rows.v(head, row), rows.v(head, row), rows.v_head_dim())));
+      for (int64_t row = 0; row < trace.info().prompt_len; ++row)
+        own.push_back(std::sqrt(dot(rows.v(head, row), rows.v(head, row), rows.v_head_dim())));
       const double median = quantile(own, 0.5);
       for (const double norm : own) norms.push_back(norm / median);
     }
@@ -47,12 +48,15 @@ std::vector<Json> paper_clusters(const Trace& trace, const PaperOptions& options
     rows.extend(traced[l].kv);
     const Layer layer = layer_of(traced[l], rows, options.seed);
     std::vector<Step> steps;
-    for (const int64_t query : queries) steps.emplace_back(rows, traced[l].query(query), rows.head_dim(), layer.num_q_heads, layer.sm_scale, traced[l].visible(query).end);
+    for (const int64_t query : queries)
+      steps.emplace_back(rows, traced[l].query(query), rows.head_dim(), layer.num_q_heads, layer.sm_scale,
+                         traced[l].visible(query).end);
     const auto squares = [&](const Clusters& clusters, int32_t head) {
       double sum = 0;
       for (int64_t c = 0; c < clusters.size(); ++c) {
         for (const int32_t row : clusters.members[static_cast<size_t>(c)]) {
-          for (int32_t d = 0; d < rows.head_dim(); ++d) sum += std::pow(rows.k(head, row)[d] - clusters.centroids[static_cast<size_t>(c * rows.head_dim() + d)], 2);
+          for (int32_t d = 0; d < rows.head_dim(); ++d)
+            sum += std::pow(rows.k(head, row)[d] - clusters.centroids[static_cast<size_t>(c * rows.head_dim() + d)], 2);
         }
       }
       return sum;
@@ -60,7 +64,8 @@ std::vector<Json> paper_clusters(const Trace& trace, const PaperOptions& options
     for (int32_t head = 0; head < rows.num_kv_heads(); ++head) {
       const double whole = squares(cluster_positions(layer, head, case_rows(prompt), prompt), head);
       for (size_t s = 0; s < settings.size(); ++s) {
-        const Clusters clusters = cluster_keys(layer, head, case_rows(prompt), settings[s].cluster_tokens, settings[s].iterations, 65536);
+        const Clusters clusters =
+            cluster_keys(layer, head, case_rows(prompt), settings[s].cluster_tokens, settings[s].iterations, 65536);
         shares[l][s].add(squares(clusters, head) / whole);
         for (const Step& step : steps) {
           for (int32_t g = 0; g < step.group_size(); ++g) {
@@ -75,15 +80,22 @@ std::vector<Json> paper_clusters(const Trace& trace, const PaperOptions& options
   for (size_t s = 0; s < settings.size(); ++s) {
     Mean token, share;
     for (size_t l = 0; l < traced.size(); ++l) token.add(tokens[l][s]), share.add(shares[l][s]);
-    out.push_back({{"table", "clusters"}, {"cluster_tokens", settings[s].cluster_tokens}, {"iterations", settings[s].iterations}, {"layers", traced.size()},
-                   {"wcss_share", share.get()}, {"tokens", token.get()}, {"target_mass", 0.9}});
+    out.push_back({{"table", "clusters"},
+                   {"cluster_tokens", settings[s].cluster_tokens},
+                   {"iterations", settings[s].iterations},
+                   {"layers", traced.size()},
+                   {"wcss_share", share.get()},
+                   {"tokens", token.get()},
+                   {"target_mass", 0.9}});
   }
   return out;
 }
 
 std::vector<Json> paper_rows(const Trace& trace, const PaperOptions& options) {
   std::vector<Json> out;
-  for (const std::vector<Json>& part : {paper_cases(trace, options), paper_value_norms(trace), paper_clusters(trace, options)}) out.insert(out.end(), part.begin(), part.end());
+  for (const std::vector<Json>& part :
+       {paper_cases(trace, options), paper_value_norms(trace), paper_clusters(trace, options)})
+    out.insert(out.end(), part.begin(), part.end());
   for (Json& row : out) {
     row["model"] = trace.info().model;
     row["text"] = trace.info().text;

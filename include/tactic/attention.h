@@ -19,10 +19,10 @@ namespace tactic {
 
 /// One query token of one sequence at one layer.
 struct DecodeQuery {
-  const float* q = nullptr;           // [num_q_heads, head_dim]
-  int64_t q_head_stride = 0;          // in floats
-  int32_t num_q_heads = 0;            // a multiple of kv.num_kv_heads
-  float sm_scale = 1.0f;              // score = sm_scale * q.k
+  const float* q = nullptr;   // [num_q_heads, head_dim]
+  int64_t q_head_stride = 0;  // in floats
+  int32_t num_q_heads = 0;    // a multiple of kv.num_kv_heads
+  float sm_scale = 1.0f;      // score = sm_scale * q.k
   KvView kv;
   KvIndex* index = nullptr;           // nullptr: dense. Calibration and statistics are kept in it
   const uint64_t* visible = nullptr;  // bit r of word r / 64: row r takes part. nullptr: all of kv.kv_len
@@ -30,12 +30,12 @@ struct DecodeQuery {
   uint64_t stream_id = 0;             // with seed, layer and position it makes the random offset of the sampling
   int32_t layer = 0;
   int64_t position = 0;
-  float* out = nullptr;               // [num_q_heads, v_head_dim]
-  int64_t out_head_stride = 0;        // in floats
-  float* lse = nullptr;               // [num_q_heads] natural log of the sum of exp(score), or nullptr
-  HeadStats* head_stats = nullptr;    // [num_kv_heads], filled by sparse steps on the CPU, or nullptr
-  MassEstimate* masses = nullptr;     // [num_q_heads], or nullptr
-  Selection* selection = nullptr;     // every row read and its log weight, for those who want to look at it, or nullptr
+  float* out = nullptr;             // [num_q_heads, v_head_dim]
+  int64_t out_head_stride = 0;      // in floats
+  float* lse = nullptr;             // [num_q_heads] natural log of the sum of exp(score), or nullptr
+  HeadStats* head_stats = nullptr;  // [num_kv_heads], filled by sparse steps on the CPU, or nullptr
+  MassEstimate* masses = nullptr;   // [num_q_heads], or nullptr
+  Selection* selection = nullptr;   // every row read and its log weight, for those who want to look at it, or nullptr
 };
 
 /// Which implementation computes. kReference is the specification in double precision and one thread.
@@ -49,9 +49,9 @@ class Attention {
   Attention(Attention&&) noexcept;
   Attention& operator=(Attention&&) noexcept;
 
-  /// Computes every query. A query that cannot be answered within the options is answered exactly, and its stats say why.
-  /// A query without any visible row gives zeros and lse = -infinity. `stats`: one per query, or nullptr.
-  /// Throws Error when shapes do not fit, naming the value and the limit.
+  /// Computes every query. A query that cannot be answered within the options is answered exactly, and its stats say
+  /// why. A query without any visible row gives zeros and lse = -infinity. `stats`: one per query, or nullptr. Throws
+  /// Error when shapes do not fit, naming the value and the limit.
   void run(std::span<const DecodeQuery> queries, StepStats* stats = nullptr);
 
   void set_options(const DecodeOptions& options);

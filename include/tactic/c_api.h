@@ -1,5 +1,6 @@
 /* The library from C and from other languages. Every function that can fail returns 0, or -1 and leaves a message that
- * tactic_last_error() gives to the same thread. Structures begin with their size, so that later versions can grow them. */
+ * tactic_last_error() gives to the same thread. Structures begin with their size, so that later versions can grow them.
+ */
 #ifndef TACTIC_C_API_H
 #define TACTIC_C_API_H
 
@@ -84,7 +85,8 @@ void tactic_index_options_init(tactic_index_options* options);
 void tactic_decode_options_init(tactic_decode_options* options);
 
 /* NULL on error. */
-tactic_index* tactic_index_create(const tactic_index_options* options, int32_t num_kv_heads, int32_t head_dim, int32_t v_head_dim);
+tactic_index* tactic_index_create(const tactic_index_options* options, int32_t num_kv_heads, int32_t head_dim,
+                                  int32_t v_head_dim);
 void tactic_index_free(tactic_index* index);
 int tactic_index_write(tactic_index* index, int64_t row_begin, int64_t count);
 int tactic_index_truncate(tactic_index* index, int64_t kv_len);
@@ -98,7 +100,8 @@ size_t tactic_index_memory_bytes(const tactic_index* index);
 tactic_attention* tactic_attention_create(const tactic_decode_options* options, int32_t num_threads);
 void tactic_attention_free(tactic_attention* attention);
 /* stats: [num_queries] or NULL. */
-int tactic_attention_run(tactic_attention* attention, const tactic_query* queries, size_t num_queries, tactic_step_stats* stats);
+int tactic_attention_run(tactic_attention* attention, const tactic_query* queries, size_t num_queries,
+                         tactic_step_stats* stats);
 
 #ifdef __cplusplus
 }

@@ -22,43 +22,43 @@ namespace tactic::cuda {
 /// A cudaStream_t; nullptr is the default stream.
 using Stream = void*;
 
-/// Rows [num_sequences, num_kv_heads, kv_len, head_dim] of K or V in device memory. Addresses and strides are multiples of
-/// 16 bytes for f16 and bf16, of 2 for q8_0 and q4_0.
+/// Rows [num_sequences, num_kv_heads, kv_len, head_dim] of K or V in device memory. Addresses and strides are multiples
+/// of 16 bytes for f16 and bf16, of 2 for q8_0 and q4_0.
 struct DeviceRows {
   const void* data = nullptr;
   DType dtype = DType::kF16;
   int64_t sequence_stride_bytes = 0;
   int64_t head_stride_bytes = 0;
   int64_t token_stride_bytes = 0;
-  int64_t page_stride_bytes = 0;      // with page tables: pages lie this far apart, whatever the sequence
+  int64_t page_stride_bytes = 0;  // with page tables: pages lie this far apart, whatever the sequence
   int32_t page_tokens = 0;
 };
 
 struct DecodeBatch {
   int32_t num_sequences = 0;
-  int32_t num_q_heads = 0, num_kv_heads = 0;   // up to 8 query heads per KV head
-  int32_t head_dim = 0;                        // of K, V, q and out: 64, 80, 96, 128 or 256
+  int32_t num_q_heads = 0, num_kv_heads = 0;  // up to 8 query heads per KV head
+  int32_t head_dim = 0;                       // of K, V, q and out: 64, 80, 96, 128 or 256
   float sm_scale = 1;
   DeviceRows k, v;
-  const int32_t* page_tables = nullptr;        // device [num_sequences, max_pages], or nullptr: tokens lie in order
+  const int32_t* page_tables = nullptr;  // device [num_sequences, max_pages], or nullptr: tokens lie in order
   int32_t max_pages = 0;
-  const int32_t* kv_lens = nullptr;            // device [num_sequences]
-  const void* q = nullptr;                     // device [num_sequences, num_q_heads, head_dim]
-  void* out = nullptr;                         // device, like q
-  DType q_dtype = DType::kF16;                 // of q and out: f32, f16 or bf16
-  float* lse = nullptr;                        // device [num_sequences, num_q_heads] natural log, or nullptr
-  const uint64_t* stream_ids = nullptr;        // device [num_sequences] for the random offsets, or nullptr: 0, 1, ...
+  const int32_t* kv_lens = nullptr;      // device [num_sequences]
+  const void* q = nullptr;               // device [num_sequences, num_q_heads, head_dim]
+  void* out = nullptr;                   // device, like q
+  DType q_dtype = DType::kF16;           // of q and out: f32, f16 or bf16
+  float* lse = nullptr;                  // device [num_sequences, num_q_heads] natural log, or nullptr
+  const uint64_t* stream_ids = nullptr;  // device [num_sequences] for the random offsets, or nullptr: 0, 1, ...
   int32_t layer = 0;
 };
 
 /// What one step read of one sequence and KV head.
 struct StepRecord {
-  int32_t tokens_exact;       // sinks, recent rows, outliers
-  int32_t tokens_selected;    // by select_sample, certain and sampled
+  int32_t tokens_exact;     // sinks, recent rows, outliers
+  int32_t tokens_selected;  // by select_sample, certain and sampled
   int32_t clusters_refined;
-  int32_t tokens_refined;     // added by that
-  float certain_mass;         // mean over the group's heads
-  float mass_variance;        // likewise
+  int32_t tokens_refined;  // added by that
+  float certain_mass;      // mean over the group's heads
+  float mass_variance;     // likewise
 };
 
 /// The indexes of one layer for up to max_sequences sequences, in device memory.
@@ -74,8 +74,8 @@ class LayerIndex {
   /// Takes over an index made on the CPU with the same options and segments in order. Synchronizes the stream.
   void upload(int32_t sequence, const KvIndex& index, Stream stream);
 
-  /// Clusters the rows [0, kv_len) of a sequence that are in no segment yet: what fills a segment becomes one, full parts
-  /// of the rest provisional ones.
+  /// Clusters the rows [0, kv_len) of a sequence that are in no segment yet: what fills a segment becomes one, full
+  /// parts of the rest provisional ones.
   void build(int32_t sequence, const DecodeBatch& batch, int32_t kv_len, Stream stream);
 
   /// Rows from kv_len on are gone: segments that hold any of them are dropped.
@@ -95,8 +95,8 @@ class LayerIndex {
 struct DecodeLimits {
   int32_t max_sequences = 1;
   int32_t num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
-  int32_t max_rows = 0;               // longest kv_len
-  IndexOptions index;                 // of the indexes it will be used with
+  int32_t max_rows = 0;  // longest kv_len
+  IndexOptions index;    // of the indexes it will be used with
 };
 
 /// Launches decode steps. Holds the workspace, so that two steps at once need two of these.

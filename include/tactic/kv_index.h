@@ -1,7 +1,8 @@
 // The index over the K rows of one layer: clusters of the older rows, and the rows that are not clustered yet.
 //
-// Rows are named by their place in the cache. Whoever writes rows says so with write(); maintain() then clusters what has
-// become full. A row that was rewritten is read exactly until its segment is built anew, so a query never sees an old key.
+// Rows are named by their place in the cache. Whoever writes rows says so with write(); maintain() then clusters what
+// has become full. A row that was rewritten is read exactly until its segment is built anew, so a query never sees an
+// old key.
 //
 //   tactic::KvIndex index({}, {.num_kv_heads = 8, .head_dim = 128, .v_head_dim = 128});
 //   index.write(kv, 0, kv.kv_len);     // after the rows have been stored
@@ -39,8 +40,8 @@ class KvIndex {
   /// Rows from kv_len on are gone.
   void truncate(int64_t kv_len);
 
-  /// Clusters what is due. `max_segments` bounds the work of this call (a provisional segment counts as one eighth of it
-  /// or less); negative: all that is due. Returns whether work is left. Throws Error if `kv` does not fit the shape.
+  /// Clusters what is due. `max_segments` bounds the work of this call (a provisional segment counts as one eighth of
+  /// it or less); negative: all that is due. Returns whether work is left. Throws Error if `kv` does not fit the shape.
   bool maintain(const KvView& kv, double max_segments = -1);
 
   /// Compares every indexed row's check value; rows that differ count as rewritten. Returns how many differed.
@@ -54,12 +55,12 @@ class KvIndex {
 
   /// Bits of rows [64 * word, 64 * word + 64): the row was written.
   uint64_t written_word(int64_t word) const;
-  uint64_t indexed_word(int64_t word) const;   // the row is in clusters (or kept as an outlier) and unchanged since
-  int64_t rows_written() const;       // rows that hold something
-  int64_t rows_indexed() const;       // of those, rows in clusters (or kept as outliers) and unchanged since
-  int64_t num_clusters() const;       // per KV head
-  double mean_spread(int32_t head) const;   // mean squared distance of rows to their centroids, per dimension
-  size_t memory_bytes() const;        // all of it: centroids, spreads, members, row checks, bookkeeping
+  uint64_t indexed_word(int64_t word) const;  // the row is in clusters (or kept as an outlier) and unchanged since
+  int64_t rows_written() const;               // rows that hold something
+  int64_t rows_indexed() const;               // of those, rows in clusters (or kept as outliers) and unchanged since
+  int64_t num_clusters() const;               // per KV head
+  double mean_spread(int32_t head) const;     // mean squared distance of rows to their centroids, per dimension
+  size_t memory_bytes() const;                // all of it: centroids, spreads, members, row checks, bookkeeping
   const IndexOptions& options() const;
   const KvShape& shape() const;
 

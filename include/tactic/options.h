@@ -24,13 +24,14 @@ enum class Clustering : uint8_t {
 /// What the index keeps. Fixed when a KvIndex is made.
 struct IndexOptions {
   Clustering clustering = Clustering::kIncremental;
-  int32_t cluster_tokens = 16;              // mean cluster size; larger: smaller index, more tokens read
-  int32_t segment_tokens = 2048;            // rows clustered together, at most 65535
-  int32_t provisional_tokens = 256;         // rows of the small segments that hold the newest tokens; divides segment_tokens
-  int32_t provisional_cluster_tokens = 4;   // their mean cluster size
-  int32_t iterations = 4;                   // k-means rounds (10 with Clustering::kWhole in the paper)
-  int32_t sink_tokens = 4;                  // first rows, always read
-  float outlier_fraction = 0.0025f;         // share of a segment's rows of least key norm, and of least value norm, always read
+  int32_t cluster_tokens = 16;       // mean cluster size; larger: smaller index, more tokens read
+  int32_t segment_tokens = 2048;     // rows clustered together, at most 65535
+  int32_t provisional_tokens = 256;  // rows of the small segments that hold the newest tokens; divides segment_tokens
+  int32_t provisional_cluster_tokens = 4;  // their mean cluster size
+  int32_t iterations = 4;                  // k-means rounds (10 with Clustering::kWhole in the paper)
+  int32_t sink_tokens = 4;                 // first rows, always read
+  float outlier_fraction =
+      0.0025f;  // share of a segment's rows of least key norm, and of least value norm, always read
   uint64_t seed = 0;
 
   bool operator==(const IndexOptions&) const = default;
@@ -39,14 +40,17 @@ struct IndexOptions {
 /// What a decode step does.
 struct DecodeOptions {
   Select select = Select::kSample;
-  float target_error = 0.02f;   // kSample: relative standard error of the attention mass, were draws independent; ignored when tau > 0
-  float tau = 0.0f;             // kSample: expected number of tokens read is at most tau per KV head
-  float refine = 0.01f;         // kSample: a sampled token that stands for more than this share has its cluster read whole; 1: never
-  float target_mass = 0.0f;     // kFit: share of the attention mass to read; 0: 0.9. kSample: the step measures the mass of the rows
-                                // read with certainty and reads on until every head surely has this share; 0: any mass will do
-  int32_t budget = 1024;        // kTopK: tokens per query head
-  float beta = 0.0f;            // kSample: weight of the spread term; 0: calibrated per layer and head from what is read
-  bool check_rows = true;       // compare the check value of each indexed row that is read
+  float target_error =
+      0.02f;  // kSample: relative standard error of the attention mass, were draws independent; ignored when tau > 0
+  float tau = 0.0f;  // kSample: expected number of tokens read is at most tau per KV head
+  float refine =
+      0.01f;  // kSample: a sampled token that stands for more than this share has its cluster read whole; 1: never
+  float target_mass =
+      0.0f;  // kFit: share of the attention mass to read; 0: 0.9. kSample: the step measures the mass of the rows
+             // read with certainty and reads on until every head surely has this share; 0: any mass will do
+  int32_t budget = 1024;   // kTopK: tokens per query head
+  float beta = 0.0f;       // kSample: weight of the spread term; 0: calibrated per layer and head from what is read
+  bool check_rows = true;  // compare the check value of each indexed row that is read
   uint64_t seed = 0;
 };
 

@@ -19,7 +19,8 @@ namespace tactic::plugin {
 namespace {
 
 int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 // fn(begin, end) for the rows of a write; few elements are not worth a second thread.
@@ -49,15 +50,19 @@ PluginOptions without_limits(const PluginOptions& options) {
 void note_geometry(const ggml_tensor* op, const PluginOptions& options) {
   const std::optional<AttentionMatch> match = match_attention(op, without_limits(options));
   const ggml_tensor* cache = match ? match->k->view_src : nullptr;
-  if (cache == nullptr || cache->data == nullptr || cache->buffer == nullptr || !ggml_backend_buffer_is_host(cache->buffer)) return;
-  if (shared().watch.layer_of(*match, options.index) != nullptr && !views_filled_cache(op)) shared().watch.note_empty(*match);
+  if (cache == nullptr || cache->data == nullptr || cache->buffer == nullptr ||
+      !ggml_backend_buffer_is_host(cache->buffer))
+    return;
+  if (shared().watch.layer_of(*match, options.index) != nullptr && !views_filled_cache(op))
+    shared().watch.note_empty(*match);
 }
 
-/// The mask rows of the step under way as bits. Every layer shows the same mask, so the last few rows are kept and compared.
+/// The mask rows of the step under way as bits. Every layer shows the same mask, so the last few rows are kept and
+/// compared.
 struct MaskRow {
   std::vector<ggml_fp16_t> values;
   std::vector<uint64_t> visible;
-  std::vector<float> bias;      // filled when other values than 0 and -infinity occur
+  std::vector<float> bias;  // filled when other values than 0 and -infinity occur
   int64_t num_visible = 0;
 
   void set(const ggml_fp16_t* mask, int64_t n_kv) {
@@ -116,7 +121,8 @@ class AccelBackend {
     if (layer != nullptr) layer->owner = this;
     // Prefill pays for its clusters as it goes; decode steps have their own budget.
     if (layer == nullptr || rows <= options.max_rows * static_cast<int64_t>(layer->streams.size())) return;
-    if (!options.enabled || options.decode.select == Select::kDense || options.index.clustering == Clustering::kWhole) return;
+    if (!options.enabled || options.decode.select == Select::kDense || options.index.clustering == Clustering::kWhole)
+      return;
     for (size_t s = 0; s < layer->streams.size(); ++s) maintain(*layer, s, -1);
     shared().stats.add_clustering(now_ns() - stored);
   }
@@ -127,8 +133,9 @@ class AccelBackend {
     index.maintain(layer.stream_view(stream), budget);
   }
 
-  // The work on indexes that one decode step may do for one layer: a full segment every 16th step, a few small ones every
-  // fourth, so that layers take turns. An index that lags far behind (state restored, watched late) is built at once.
+  // The work on indexes that one decode step may do for one layer: a full segment every 16th step, a few small ones
+  // every fourth, so that layers take turns. An index that lags far behind (state restored, watched late) is built at
+  // once.
   double budget_of(const CacheLayer& layer, const KvIndex& index) const {
     const int64_t behind = index.rows_written() - index.rows_indexed();
     if (behind > 4 * index.options().provisional_tokens + index.options().sink_tokens) return -1;
@@ -142,7 +149,8 @@ class AccelBackend {
     if (!match) throw Error(std::string("attention node ") + node->name + " cannot be computed here");
     const bool offered = shared().decoder.is_set() && match->rows() == 1;
     const bool indexed = options.enabled && options.decode.select != Select::kDense && !offered;
-    const std::shared_ptr<CacheLayer> layer = indexed || offered ? shared().watch.layer_of(*match, options.index) : nullptr;
+    const std::shared_ptr<CacheLayer> layer =
+        indexed || offered ? shared().watch.layer_of(*match, options.index) : nullptr;
     const int64_t num_queries = match->rows() * match->streams();
     queries_.assign(static_cast<size_t>(num_queries), {});
     stats_.resize(static_cast<size_t>(num_queries));
@@ -169,7 +177,8 @@ class AccelBackend {
         query.out = match->output(row, stream);
         query.out_head_stride = static_cast<int64_t>(match->out->nb[1] / sizeof(float));
         if (layer != nullptr) query.layer = layer->layer;
-        if (indexed && layer != nullptr) use_index(*layer, layer->first_stream(*match) + static_cast<size_t>(stream), row, options, bits, query);
+        if (indexed && layer != nullptr)
+          use_index(*layer, layer->first_stream(*match) + static_cast<size_t>(stream), row, options, bits, query);
       }
     }
     const int64_t attend_begin = now_ns();
@@ -178,7 +187,8 @@ class AccelBackend {
     for (const StepStats& stats : stats_) {
       if (stats.dense == DenseReason::kRowChanged) shared().watch.note_changed_row();
     }
-    shared().stats.add_node(stats_.data(), num_queries, layer != nullptr ? layer->layer : last_layer_, now_ns() - attend_begin);
+    shared().stats.add_node(stats_.data(), num_queries, layer != nullptr ? layer->layer : last_layer_,
+                            now_ns() - attend_begin);
   }
 
   void run(const ggml_tensor& node, const PluginOptions& options) {
@@ -186,14 +196,15 @@ class AccelBackend {
     attention_.set_num_threads(num_threads);
     try {
       attention_.run(queries_, stats_.data());
-    } catch (const std::exception& error) {   // most likely memory: exact attention over the cache needs next to none
+    } catch (const std::exception& error) {  // most likely memory: exact attention over the cache needs next to none
       log_error("%s is read densely: %s", node.name, error.what());
       for (DecodeQuery& query : queries_) query.index = nullptr, query.head_stats = nullptr;
       attention_.run(queries_, stats_.data());
     }
   }
 
-  void use_index(CacheLayer& layer, size_t stream, int64_t row, const PluginOptions& options, const MaskRow& bits, DecodeQuery& query) {
+  void use_index(CacheLayer& layer, size_t stream, int64_t row, const PluginOptions& options, const MaskRow& bits,
+                 DecodeQuery& query) {
     if (stream >= layer.streams.size()) return;
     query.stream_id += stream * 64;
     try {
@@ -216,7 +227,7 @@ class AccelBackend {
   Attention attention_;
   std::vector<DecodeQuery> queries_;
   std::vector<StepStats> stats_;
-  std::vector<MaskRow> masks_;   // one per query of a node
+  std::vector<MaskRow> masks_;  // one per query of a node
   int32_t last_layer_ = -1;
   uint64_t step_ = 0;
 };
@@ -252,11 +263,12 @@ void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
   props->name = device_name(device);
   props->description = device_description(device);
   props->type = device_type(device);
-  props->caps.mmap_support = true;   // tensors mapped from a file are host memory like any other
+  props->caps.mmap_support = true;  // tensors mapped from a file are host memory like any other
 }
 
 ggml_guid_t backend_guid() {
-  static ggml_guid guid = {0x74, 0x61, 0x63, 0x74, 0x69, 0x63, 0x2d, 0x61, 0x63, 0x63, 0x65, 0x6c, 0x2d, 0x63, 0x70, 0x75};
+  static ggml_guid guid = {0x74, 0x61, 0x63, 0x74, 0x69, 0x63, 0x2d, 0x61,
+                           0x63, 0x63, 0x65, 0x6c, 0x2d, 0x63, 0x70, 0x75};
   return &guid;
 }
 
@@ -299,7 +311,9 @@ bool device_supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
   }
 }
 
-bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t type) { return ggml_backend_buft_is_host(type); }
+bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t type) {
+  return ggml_backend_buft_is_host(type);
+}
 
 }  // namespace
 
@@ -315,7 +329,7 @@ void Shared::set_options(const PluginOptions& options) {
 }
 
 Shared& shared() {
-  static Shared* instance = new Shared;   // outlives static destruction of the host
+  static Shared* instance = new Shared;  // outlives static destruction of the host
   return *instance;
 }
 
@@ -344,13 +358,16 @@ std::string inspect_json() {
   shared().watch.for_each([&](const CacheLayer& layer) {
     if (layer.last_step.empty()) return;
     const KvIndex& index = layer.streams[layer.last_stream]->index;
-    json << separator << "{\"layer\": " << layer.layer << ", \"stream\": " << layer.last_stream << ", \"kv_len\": " << layer.last_kv_len << ", \"heads\": [";
+    json << separator << "{\"layer\": " << layer.layer << ", \"stream\": " << layer.last_stream
+         << ", \"kv_len\": " << layer.last_kv_len << ", \"heads\": [";
     separator = ", ";
     for (size_t head = 0; head < layer.last_step.size(); ++head) {
       const HeadStats& s = layer.last_step[head];
-      json << (head > 0 ? ", " : "") << "{\"clusters\": " << index.num_clusters() << ", \"mean_spread\": " << index.mean_spread(static_cast<int32_t>(head))
-           << ", \"beta\": " << s.beta << ", \"tokens\": " << s.tokens << ", \"exact_tokens\": " << s.exact_tokens << ", \"exact_mass\": " << s.exact_mass
-           << ", \"estimated_mass\": " << s.estimated_mass << ", \"tau\": " << (std::isfinite(s.tau) ? s.tau : 0) << "}";
+      json << (head > 0 ? ", " : "") << "{\"clusters\": " << index.num_clusters()
+           << ", \"mean_spread\": " << index.mean_spread(static_cast<int32_t>(head)) << ", \"beta\": " << s.beta
+           << ", \"tokens\": " << s.tokens << ", \"exact_tokens\": " << s.exact_tokens
+           << ", \"exact_mass\": " << s.exact_mass << ", \"estimated_mass\": " << s.estimated_mass
+           << ", \"tau\": " << (std::isfinite(s.tau) ? s.tau : 0) << "}";
     }
     json << "]}";
   });

@@ -23,8 +23,10 @@ bool share_memory(const CacheLayer& a, const CacheLayer& b) {
     return x_begin < y_begin + static_cast<size_t>(y_stream_bytes) * b.streams.size() &&
            y_begin < x_begin + static_cast<size_t>(x_stream_bytes) * a.streams.size();
   };
-  return overlap(a.k_cache, a.k_stream_bytes, b.k_cache, b.k_stream_bytes) || overlap(a.k_cache, a.k_stream_bytes, b.v_cache, b.v_stream_bytes) ||
-         overlap(a.v_cache, a.v_stream_bytes, b.k_cache, b.k_stream_bytes) || overlap(a.v_cache, a.v_stream_bytes, b.v_cache, b.v_stream_bytes);
+  return overlap(a.k_cache, a.k_stream_bytes, b.k_cache, b.k_stream_bytes) ||
+         overlap(a.k_cache, a.k_stream_bytes, b.v_cache, b.v_stream_bytes) ||
+         overlap(a.v_cache, a.v_stream_bytes, b.k_cache, b.k_stream_bytes) ||
+         overlap(a.v_cache, a.v_stream_bytes, b.v_cache, b.v_stream_bytes);
 }
 
 // fn(begin, length) for each run of set bits.
@@ -77,7 +79,8 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
   std::shared_ptr<CacheLayer>& layer = layers_[k->data];
   const auto same = [](const KvView& a, const KvView& b) {
     const auto rows = [](const RowsView& x, const RowsView& y) {
-      return x.data == y.data && x.dtype == y.dtype && x.token_stride_bytes == y.token_stride_bytes && x.head_stride_bytes == y.head_stride_bytes;
+      return x.data == y.data && x.dtype == y.dtype && x.token_stride_bytes == y.token_stride_bytes &&
+             x.head_stride_bytes == y.head_stride_bytes;
     };
     return rows(a.k, b.k) && rows(a.v, b.v) && a.num_kv_heads == b.num_kv_heads && a.head_dim == b.head_dim &&
            a.v_head_dim == b.v_head_dim && a.kv_len == b.kv_len;
@@ -91,7 +94,8 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
     }
     // Memory is in one cache only: what else lay there is gone, and must be neither read nor told of writes.
     std::shared_ptr<CacheLayer> made = layer;
-    std::erase_if(layers_, [&](const auto& entry) { return entry.second != made && share_memory(*entry.second, *made); });
+    std::erase_if(layers_,
+                  [&](const auto& entry) { return entry.second != made && share_memory(*entry.second, *made); });
     made->last_used = ++clock_;
     if (layers_.size() > kMaxLayers) drop_oldest();
     return made;
@@ -135,7 +139,7 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
   }
   if (layer == nullptr) return nullptr;
   const ggml_tensor* cells = node->src[1];
-  int64_t run_begin = -1, run_end = -1;   // cells mostly come in order
+  int64_t run_begin = -1, run_end = -1;  // cells mostly come in order
   const auto flush = [&] {
     if (run_begin < 0) return;
     const int64_t stream = run_begin / layer->cells, first = run_begin % layer->cells;
@@ -144,7 +148,8 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
       const int64_t end = std::min(first + run_end - run_begin, layer->cells);
       entry.index.write(first, end - first);
       entry.known.resize(std::max(entry.known.size(), static_cast<size_t>(end + 63) / 64));
-      for (int64_t row = first; row < end; ++row) entry.known[static_cast<size_t>(row / 64)] |= uint64_t{1} << (row % 64);
+      for (int64_t row = first; row < end; ++row)
+        entry.known[static_cast<size_t>(row / 64)] |= uint64_t{1} << (row % 64);
     }
   };
   for (int64_t i = 0; i < cells->ne[0]; ++i) {
@@ -169,7 +174,8 @@ void CacheWatch::note_changed_row() {
 namespace {
 
 // Indexed cells that the last step did not show: while they were hidden their memory may have been used. All rows are
-// compared then; and if any has changed, all that came back count as rewritten, for one row in 256 slips through a check.
+// compared then; and if any has changed, all that came back count as rewritten, for one row in 256 slips through a
+// check.
 bool returned_changed(StreamIndex& entry, const KvView& kv, const std::vector<uint64_t>& visible, bool first) {
   if (first) {
     entry.known_before.swap(entry.known);
@@ -180,7 +186,8 @@ bool returned_changed(StreamIndex& entry, const KvView& kv, const std::vector<ui
   for (size_t w = 0; w < visible.size(); ++w) {
     const uint64_t before = w < entry.known_before.size() ? entry.known_before[w] : 0;
     const uint64_t unknown = visible[w] & ~before & ~entry.known[w];
-    if (unknown != 0 && (unknown & entry.index.indexed_word(static_cast<int64_t>(w))) != 0) returned.emplace_back(w, unknown);
+    if (unknown != 0 && (unknown & entry.index.indexed_word(static_cast<int64_t>(w))) != 0)
+      returned.emplace_back(w, unknown);
     entry.known[w] |= visible[w];
   }
   if (returned.empty() || entry.index.verify(kv) == 0) return false;
@@ -193,7 +200,8 @@ bool returned_changed(StreamIndex& entry, const KvView& kv, const std::vector<ui
 
 }  // namespace
 
-void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, bool first, const Faults& faults) {
+void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, bool first,
+                             const Faults& faults) {
   StreamIndex& entry = *layer.streams[stream];
   const bool changed = !faults.skip_verify && returned_changed(entry, layer.stream_view(stream), visible, first);
   const bool had_rows = entry.index.rows_written() > 0;
@@ -207,7 +215,7 @@ void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector
   uint64_t generation;
   {
     const std::lock_guard lock(mutex_);
-    if ((unseen && had_rows) || changed) ++generation_;   // written unseen: what else was?
+    if ((unseen && had_rows) || changed) ++generation_;  // written unseen: what else was?
     generation = generation_;
     if (changed) entry.verified = generation;
   }
@@ -222,7 +230,8 @@ void CacheWatch::memory(int64_t& index_bytes, int64_t& kv_bytes) {
   const std::lock_guard lock(mutex_);
   for (const auto& [key, layer] : layers_) {
     const KvView& kv = layer->view;
-    const auto row = static_cast<int64_t>(row_bytes(kv.k.dtype, kv.head_dim) + row_bytes(kv.v.dtype, kv.v_head_dim)) * kv.num_kv_heads;
+    const auto row = static_cast<int64_t>(row_bytes(kv.k.dtype, kv.head_dim) + row_bytes(kv.v.dtype, kv.v_head_dim)) *
+                     kv.num_kv_heads;
     for (const auto& stream : layer->streams) {
       index_bytes += static_cast<int64_t>(stream->index.memory_bytes());
       kv_bytes += stream->index.rows_written() * row;

@@ -1,8 +1,9 @@
 // What happened to the caches: which cells were written, which changed unseen, and an index for each.
 //
 // Cells are seen being written through SET_ROWS. State restore and shifts write them unseen; four things catch that: a
-// visible cell that was never seen written, an indexed cell that comes back after steps that did not see it, a check value
-// that does not match in a row that a step reads, and, once any of these has happened, a comparison of all check values.
+// visible cell that was never seen written, an indexed cell that comes back after steps that did not see it, a check
+// value that does not match in a row that a step reads, and, once any of these has happened, a comparison of all check
+// values.
 #pragma once
 
 #include <cstdint>
@@ -20,24 +21,24 @@ namespace tactic::plugin {
 /// The index of one stream of one layer's cache.
 struct StreamIndex {
   KvIndex index;
-  uint64_t verified = 0;   // the generation in which its rows were last compared
-  // Bits of cells whose content is known: shown to a query, or seen being written, in the step under way and since, and in
-  // the step before it.
+  uint64_t verified = 0;  // the generation in which its rows were last compared
+  // Bits of cells whose content is known: shown to a query, or seen being written, in the step under way and since, and
+  // in the step before it.
   std::vector<uint64_t> known, known_before;
   explicit StreamIndex(const IndexOptions& options, const KvShape& shape) : index(options, shape) {}
 };
 
 /// One layer's cache as attention nodes show it.
 struct CacheLayer {
-  const void* owner = nullptr;    // the backend that last computed with it
+  const void* owner = nullptr;  // the backend that last computed with it
   const void* k_cache = nullptr;
   const void* v_cache = nullptr;
-  KvView view;                    // of stream 0, all cells
+  KvView view;  // of stream 0, all cells
   int64_t k_stream_bytes = 0, v_stream_bytes = 0;
-  int64_t cells = 0;              // per stream
+  int64_t cells = 0;  // per stream
   int32_t layer = 0;
   uint64_t last_used = 0;
-  std::vector<HeadStats> last_step;   // [num_kv_heads] of the first query, when inspected
+  std::vector<HeadStats> last_step;  // [num_kv_heads] of the first query, when inspected
   int64_t last_kv_len = 0;
   size_t last_stream = 0;
   std::vector<std::unique_ptr<StreamIndex>> streams;
@@ -59,9 +60,10 @@ class CacheWatch {
   /// A SET_ROWS node was computed. Returns the layer if its K was written and its geometry is known.
   std::shared_ptr<CacheLayer> note_write(const ggml_tensor* node, const PluginOptions& options);
 
-  /// Makes the index fit what the query sees: unseen cells count as written and, if anything may have changed unseen, all
-  /// rows are compared. `visible`: bits of n_kv cells. `first`: of the step's queries at this stream.
-  void before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, bool first, const Faults& faults);
+  /// Makes the index fit what the query sees: unseen cells count as written and, if anything may have changed unseen,
+  /// all rows are compared. `visible`: bits of n_kv cells. `first`: of the step's queries at this stream.
+  void before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, bool first,
+                   const Faults& faults);
 
   /// A step read a row that had changed.
   void note_changed_row();
@@ -85,7 +87,7 @@ class CacheWatch {
   void drop_oldest();
 
   std::mutex mutex_;
-  std::unordered_map<const void*, std::shared_ptr<CacheLayer>> layers_;   // by the K cache's memory
+  std::unordered_map<const void*, std::shared_ptr<CacheLayer>> layers_;  // by the K cache's memory
   uint64_t generation_ = 1;
   uint64_t clock_ = 0;
 };

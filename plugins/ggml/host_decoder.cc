@@ -5,8 +5,13 @@ namespace tactic::plugin {
 namespace {
 
 tactic_rows rows_of(const RowsView& rows) {
-  return {rows.data,       static_cast<tactic_dtype>(rows.dtype), rows.token_stride_bytes, rows.head_stride_bytes,
-          rows.page_table, rows.page_tokens,                      rows.page_stride_bytes};
+  return {rows.data,
+          static_cast<tactic_dtype>(rows.dtype),
+          rows.token_stride_bytes,
+          rows.head_stride_bytes,
+          rows.page_table,
+          rows.page_tokens,
+          rows.page_stride_bytes};
 }
 
 tactic_query query_of(const DecodeQuery& q) {

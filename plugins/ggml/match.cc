@@ -51,16 +51,19 @@ KvView AttentionMatch::view(int64_t stream) const {
 }
 
 const float* AttentionMatch::query(int64_t row, int64_t stream) const {
-  return reinterpret_cast<const float*>(static_cast<const char*>(q->data) + static_cast<size_t>(row) * q->nb[1] + static_cast<size_t>(stream) * q->nb[3]);
+  return reinterpret_cast<const float*>(static_cast<const char*>(q->data) + static_cast<size_t>(row) * q->nb[1] +
+                                        static_cast<size_t>(stream) * q->nb[3]);
 }
 
 float* AttentionMatch::output(int64_t row, int64_t stream) const {
-  return reinterpret_cast<float*>(static_cast<char*>(out->data) + static_cast<size_t>(row) * out->nb[2] + static_cast<size_t>(stream) * out->nb[3]);
+  return reinterpret_cast<float*>(static_cast<char*>(out->data) + static_cast<size_t>(row) * out->nb[2] +
+                                  static_cast<size_t>(stream) * out->nb[3]);
 }
 
 const ggml_fp16_t* AttentionMatch::mask_row(int64_t row, int64_t stream) const {
   if (mask == nullptr) return nullptr;
-  return reinterpret_cast<const ggml_fp16_t*>(static_cast<const char*>(mask->data) + static_cast<size_t>(row) * mask->nb[1] +
+  return reinterpret_cast<const ggml_fp16_t*>(static_cast<const char*>(mask->data) +
+                                              static_cast<size_t>(row) * mask->nb[1] +
                                               static_cast<size_t>(stream % mask->ne[3]) * mask->nb[3]);
 }
 
@@ -72,7 +75,8 @@ bool views_filled_cache(const ggml_tensor* node) {
   const size_t bytes = ggml_row_size(k->type, k->ne[0]);
   for (int64_t stream = 0; stream < k->ne[3]; ++stream) {
     for (int64_t row = 0; row < k->ne[1] && row < 8; ++row) {
-      const char* data = static_cast<const char*>(k->data) + static_cast<size_t>(stream) * k->nb[3] + static_cast<size_t>(row) * k->nb[1];
+      const char* data = static_cast<const char*>(k->data) + static_cast<size_t>(stream) * k->nb[3] +
+                         static_cast<size_t>(row) * k->nb[1];
       for (size_t i = 0; i < bytes; ++i) {
         if (data[i] != 0) return true;
       }
@@ -84,16 +88,19 @@ bool views_filled_cache(const ggml_tensor* node) {
 std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const PluginOptions& options) {
   if (!options.enabled || node->op != GGML_OP_FLASH_ATTN_EXT) return std::nullopt;
   const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
-  float params[3];   // scale, max_bias (ALiBi), logit soft-cap
+  float params[3];  // scale, max_bias (ALiBi), logit soft-cap
   std::memcpy(params, node->op_params, sizeof params);
   if (node->src[4] != nullptr || params[1] != 0 || params[2] != 0) return std::nullopt;
   if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || !rows_fit(k) || !rows_fit(v)) return std::nullopt;
-  if (q->ne[0] != k->ne[0] || k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] != 0) return std::nullopt;
-  if (q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3] || q->ne[1] > options.max_rows || k->ne[1] < options.min_context) return std::nullopt;
+  if (q->ne[0] != k->ne[0] || k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] != 0)
+    return std::nullopt;
+  if (q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3] || q->ne[1] > options.max_rows || k->ne[1] < options.min_context)
+    return std::nullopt;
   if (q->nb[1] % 4 != 0 || q->nb[2] % 4 != 0 || k->ne[1] > INT32_MAX) return std::nullopt;
   if (node->type != GGML_TYPE_F32 || node->nb[0] != sizeof(float)) return std::nullopt;
   if (mask != nullptr) {
-    if (mask->type != GGML_TYPE_F16 || mask->nb[0] != 2 || mask->ne[0] < k->ne[1] || mask->ne[1] < q->ne[1]) return std::nullopt;
+    if (mask->type != GGML_TYPE_F16 || mask->nb[0] != 2 || mask->ne[0] < k->ne[1] || mask->ne[1] < q->ne[1])
+      return std::nullopt;
     if (mask->ne[2] != 1 || q->ne[3] % mask->ne[3] != 0) return std::nullopt;
   }
   if (!options.accept_any && !views_filled_cache(node)) return std::nullopt;
@@ -104,15 +111,19 @@ bool match_write(const ggml_tensor* node) {
   if (node->op != GGML_OP_SET_ROWS) return false;
   const ggml_tensor *rows = node->src[0], *cells = node->src[1];
   if (rows->type != GGML_TYPE_F32 || (cells->type != GGML_TYPE_I64 && cells->type != GGML_TYPE_I32)) return false;
-  if (node->ne[0] != rows->ne[0] || node->ne[2] != rows->ne[2] || node->ne[3] != rows->ne[3] || cells->ne[0] != rows->ne[1]) return false;
-  if (cells->ne[1] < 1 || cells->ne[2] < 1 || rows->ne[2] % cells->ne[1] != 0 || rows->ne[3] % cells->ne[2] != 0) return false;
-  return dtype_of(node->type).has_value() && node->nb[0] == ggml_type_size(node->type) && rows->nb[0] == sizeof(float) &&
-         node->ne[0] % ggml_blck_size(node->type) == 0;
+  if (node->ne[0] != rows->ne[0] || node->ne[2] != rows->ne[2] || node->ne[3] != rows->ne[3] ||
+      cells->ne[0] != rows->ne[1])
+    return false;
+  if (cells->ne[1] < 1 || cells->ne[2] < 1 || rows->ne[2] % cells->ne[1] != 0 || rows->ne[3] % cells->ne[2] != 0)
+    return false;
+  return dtype_of(node->type).has_value() && node->nb[0] == ggml_type_size(node->type) &&
+         rows->nb[0] == sizeof(float) && node->ne[0] % ggml_blck_size(node->type) == 0;
 }
 
 int64_t cell_number(const ggml_tensor* cells, int64_t i1, int64_t i2, int64_t i3) {
   const char* at = static_cast<const char*>(cells->data) + static_cast<size_t>(i1) * cells->nb[0] +
-                   static_cast<size_t>(i2 % cells->ne[1]) * cells->nb[1] + static_cast<size_t>(i3 % cells->ne[2]) * cells->nb[2];
+                   static_cast<size_t>(i2 % cells->ne[1]) * cells->nb[1] +
+                   static_cast<size_t>(i3 % cells->ne[2]) * cells->nb[2];
   if (cells->type == GGML_TYPE_I32) {
     int32_t cell;
     std::memcpy(&cell, at, sizeof cell);
@@ -130,7 +141,8 @@ void check_cells(const ggml_tensor* node) {
       for (int64_t i1 = 0; i1 < cells->ne[0]; ++i1) {
         const int64_t cell = cell_number(cells, i1, i2, i3);
         if (cell >= 0 && cell < node->ne[1]) continue;
-        throw Error("cell " + std::to_string(cell) + " of " + node->name + " must lie in 0.." + std::to_string(node->ne[1] - 1));
+        throw Error("cell " + std::to_string(cell) + " of " + node->name + " must lie in 0.." +
+                    std::to_string(node->ne[1] - 1));
       }
     }
   }
@@ -146,10 +158,11 @@ void store_rows(const ggml_tensor* node, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t i1 = r % rows->ne[1], i2 = r / rows->ne[1] % rows->ne[2], i3 = r / (rows->ne[1] * rows->ne[2]);
     const int64_t cell = cell_number(cells, i1, i2, i3);
-    const auto* source = reinterpret_cast<const float*>(static_cast<const char*>(rows->data) + static_cast<size_t>(i1) * rows->nb[1] +
-                                                        static_cast<size_t>(i2) * rows->nb[2] + static_cast<size_t>(i3) * rows->nb[3]);
-    char* target = static_cast<char*>(node->data) + static_cast<size_t>(cell) * node->nb[1] + static_cast<size_t>(i2) * node->nb[2] +
-                   static_cast<size_t>(i3) * node->nb[3];
+    const auto* source =
+        reinterpret_cast<const float*>(static_cast<const char*>(rows->data) + static_cast<size_t>(i1) * rows->nb[1] +
+                                       static_cast<size_t>(i2) * rows->nb[2] + static_cast<size_t>(i3) * rows->nb[3]);
+    char* target = static_cast<char*>(node->data) + static_cast<size_t>(cell) * node->nb[1] +
+                   static_cast<size_t>(i2) * node->nb[2] + static_cast<size_t>(i3) * node->nb[3];
     switch (node->type) {
       case GGML_TYPE_F32: std::memcpy(target, source, static_cast<size_t>(node->ne[0]) * 4); break;
       case GGML_TYPE_F16: ggml_fp32_to_fp16_row(source, reinterpret_cast<ggml_fp16_t*>(target), node->ne[0]); break;

@@ -16,20 +16,21 @@ struct AttentionMatch {
   const ggml_tensor* q;
   const ggml_tensor* k;
   const ggml_tensor* v;
-  const ggml_tensor* mask;   // or nullptr
-  ggml_tensor* out;          // [v_head_dim, num_q_heads, rows, streams]
+  const ggml_tensor* mask;  // or nullptr
+  ggml_tensor* out;         // [v_head_dim, num_q_heads, rows, streams]
   float sm_scale;
 
   int64_t rows() const { return q->ne[1]; }
   int64_t streams() const { return q->ne[3]; }
-  KvView view(int64_t stream) const;   // the rows the node shows
+  KvView view(int64_t stream) const;  // the rows the node shows
   const float* query(int64_t row, int64_t stream) const;
   float* output(int64_t row, int64_t stream) const;
   const ggml_fp16_t* mask_row(int64_t row, int64_t stream) const;
 };
 
-/// Whether K is a view of a tensor in host memory that holds something. A new context asks for its attention device before
-/// anything is in its cache, and switches flash attention off if that is not the layer's; an empty cache is declined then.
+/// Whether K is a view of a tensor in host memory that holds something. A new context asks for its attention device
+/// before anything is in its cache, and switches flash attention off if that is not the layer's; an empty cache is
+/// declined then.
 bool views_filled_cache(const ggml_tensor* node);
 
 std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const PluginOptions& options);

@@ -67,7 +67,7 @@ void* reg_proc_address(ggml_backend_reg_t, const char* name) {
 // ggml promises no stable ABI. What we rely on, and a program can ask: the size of a tensor, and the numbers of the
 // operations and types we name.
 const char* abi_mismatch() {
-  constexpr size_t kObjectBytes = 32;   // struct ggml_object, in ggml.c alone
+  constexpr size_t kObjectBytes = 32;  // struct ggml_object, in ggml.c alone
   if (ggml_tensor_overhead() != sizeof(ggml_tensor) + kObjectBytes) return "tensors have another size";
   const struct {
     ggml_op op;
@@ -81,7 +81,7 @@ const char* abi_mismatch() {
   const struct {
     ggml_type type;
     const char* name;
-  } types[] = {{GGML_TYPE_F32, "f32"}, {GGML_TYPE_F16, "f16"}, {GGML_TYPE_BF16, "bf16"}, {GGML_TYPE_Q8_0, "q8_0"},
+  } types[] = {{GGML_TYPE_F32, "f32"},   {GGML_TYPE_F16, "f16"}, {GGML_TYPE_BF16, "bf16"}, {GGML_TYPE_Q8_0, "q8_0"},
                {GGML_TYPE_Q4_0, "q4_0"}, {GGML_TYPE_I64, "i64"}, {GGML_TYPE_I32, "i32"}};
   for (const auto& [type, name] : types) {
     if (std::strcmp(ggml_type_name(type), name) != 0) return "types have other numbers";
@@ -90,12 +90,13 @@ const char* abi_mismatch() {
 }
 
 bool fits_this_ggml() {
-  const char* pretend = std::getenv("TACTIC_TEST_ABI_MISMATCH");   // for the test of the refusal
+  const char* pretend = std::getenv("TACTIC_TEST_ABI_MISMATCH");  // for the test of the refusal
   const char* problem = pretend != nullptr ? pretend : abi_mismatch();
   if (problem == nullptr) return true;
-  log_error("built for ggml %s, this is %s (%s). Rebuild with TACTIC_LLAMA_DIR set to this llama.cpp's tree "
-            "(its source/ and build/bin/); going on without sparse decode",
-            TACTIC_GGML_VERSION, ggml_version(), problem);
+  log_error(
+      "built for ggml %s, this is %s (%s). Rebuild with TACTIC_LLAMA_DIR set to this llama.cpp's tree "
+      "(its source/ and build/bin/); going on without sparse decode",
+      TACTIC_GGML_VERSION, ggml_version(), problem);
   return false;
 }
 
@@ -127,7 +128,8 @@ GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void);
 
 ggml_backend_reg_t ggml_backend_init(void) {
   using namespace tactic::plugin;
-  static ggml_backend_reg reg = {GGML_BACKEND_API_VERSION, {reg_name, reg_device_count, reg_device, reg_proc_address}, nullptr};
+  static ggml_backend_reg reg = {
+      GGML_BACKEND_API_VERSION, {reg_name, reg_device_count, reg_device, reg_proc_address}, nullptr};
   static const bool fits = fits_this_ggml();
   if (!fits) return nullptr;
   static const bool read = (read_environment(), true);

@@ -18,12 +18,12 @@ typedef int (*tactic_configure_fn)(const char* options, char* error, size_t erro
 
 /// Sums over all attention nodes computed since the last call of "tactic_take_totals".
 struct tactic_totals {
-  int64_t nodes;               // attention nodes computed
-  int64_t queries;             // query rows in them (one per sequence and layer)
-  int64_t dense_queries;       // of those, answered by reading everything
-  int64_t changed_queries;     // of those, because a row had been changed unseen
-  int64_t kv_heads;            // sum over queries of KV heads
-  int64_t tokens_certain;      // sums over queries and KV heads, as in tactic::StepStats
+  int64_t nodes;            // attention nodes computed
+  int64_t queries;          // query rows in them (one per sequence and layer)
+  int64_t dense_queries;    // of those, answered by reading everything
+  int64_t changed_queries;  // of those, because a row had been changed unseen
+  int64_t kv_heads;         // sum over queries of KV heads
+  int64_t tokens_certain;   // sums over queries and KV heads, as in tactic::StepStats
   int64_t tokens_sampled;
   int64_t tokens_value;
   int64_t refined_clusters;
@@ -42,15 +42,17 @@ struct tactic_totals {
 typedef void (*tactic_take_totals_fn)(struct tactic_totals* totals);
 
 /// "tactic_inspect": JSON about every indexed layer as of its last step (needs the option inspect=1):
-/// {"layers": [{"layer": 0, "stream": 0, "kv_len": n, "heads": [{"clusters": n, "mean_spread": x, "beta": x, "tokens": n,
+/// {"layers": [{"layer": 0, "stream": 0, "kv_len": n, "heads": [{"clusters": n, "mean_spread": x, "beta": x, "tokens":
+/// n,
 ///   "exact_tokens": n, "exact_mass": x, "estimated_mass": x, "tau": x}, ...]}]}
 /// Writes at most `size` bytes with a terminating zero and returns the bytes needed.
 typedef size_t (*tactic_inspect_fn)(char* json, size_t size);
 
-/// "tactic_set_decoder": from now on every attention node of one query row is offered to `decode`, which may fill query->out and
-/// `stats` (from zeros) and return 0, or return anything else and have it answered exactly. So methods other than Tactic's are
-/// measured end to end. query->layer is the model's, query->index NULL, query->position the number of rows it sees. Calls come
-/// from one thread per context, for the nodes that the options take over. NULL ends it.
+/// "tactic_set_decoder": from now on every attention node of one query row is offered to `decode`, which may fill
+/// query->out and `stats` (from zeros) and return 0, or return anything else and have it answered exactly. So methods
+/// other than Tactic's are measured end to end. query->layer is the model's, query->index NULL, query->position the
+/// number of rows it sees. Calls come from one thread per context, for the nodes that the options take over. NULL ends
+/// it.
 typedef int (*tactic_decode_fn)(void* user, const tactic_query* query, tactic_step_stats* stats);
 typedef void (*tactic_set_decoder_fn)(tactic_decode_fn decode, void* user);
 

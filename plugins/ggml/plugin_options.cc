@@ -55,8 +55,16 @@ const std::vector<std::pair<const char*, Setter>>& setters() {
   using O = PluginOptions;
   using S = std::string_view;
   static const std::vector<std::pair<const char*, Setter>> table = {
-      {"select", [](O& o, S, S v) { if (v == "off") o.enabled = false; else o.decode.select = select_from_name(v); }},
-      {"error", [](O& o, S k, S v) { o.decode.target_error = number<float>(k, v); o.decode.tau = 0; }},
+      {"select",
+       [](O& o, S, S v) {
+         if (v == "off") o.enabled = false;
+         else o.decode.select = select_from_name(v);
+       }},
+      {"error",
+       [](O& o, S k, S v) {
+         o.decode.target_error = number<float>(k, v);
+         o.decode.tau = 0;
+       }},
       {"tau", [](O& o, S k, S v) { o.decode.tau = number<float>(k, v); }},
       {"refine", [](O& o, S k, S v) { o.decode.refine = number<float>(k, v); }},
       {"mass", [](O& o, S k, S v) { o.decode.target_mass = number<float>(k, v); }},
@@ -71,16 +79,22 @@ const std::vector<std::pair<const char*, Setter>>& setters() {
       {"provisional", [](O& o, S k, S v) { o.index.provisional_tokens = number<int32_t>(k, v); }},
       {"provisional_cluster", [](O& o, S k, S v) { o.index.provisional_cluster_tokens = number<int32_t>(k, v); }},
       {"iterations", [](O& o, S k, S v) { o.index.iterations = number<int32_t>(k, v); }},
-      {"clustering", [](O& o, S k, S v) {
+      {"clustering",
+       [](O& o, S k, S v) {
          if (v == "incremental") o.index.clustering = Clustering::kIncremental;
          else if (v == "whole") o.index.clustering = Clustering::kWhole;
          else fail(k, v, "incremental or whole");
        }},
       {"min_context", [](O& o, S k, S v) { o.min_context = in_range<int32_t>(k, v, 0, 1 << 30); }},
       {"max_rows", [](O& o, S k, S v) { o.max_rows = in_range<int32_t>(k, v, 1, 64); }},
-      {"accept", [](O& o, S k, S v) { if (v != "any") fail(k, v, "any"); o.accept_any = true; }},
+      {"accept",
+       [](O& o, S k, S v) {
+         if (v != "any") fail(k, v, "any");
+         o.accept_any = true;
+       }},
       {"inspect", [](O& o, S k, S v) { o.inspect = flag(k, v); }},
-      {"fault", [](O& o, S k, S v) {
+      {"fault",
+       [](O& o, S k, S v) {
          if (v == "mask") o.faults.ignore_mask = true;
          else if (v == "writes") o.faults.ignore_writes = true;
          else if (v == "verify") o.faults.skip_verify = true;

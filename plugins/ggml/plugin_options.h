@@ -11,18 +11,18 @@ namespace tactic::plugin {
 
 /// Safeguards that a test takes out to prove that it would notice.
 struct Faults {
-  bool ignore_mask = false;       // fault=mask
-  bool ignore_writes = false;     // fault=writes
-  bool skip_verify = false;       // fault=verify
+  bool ignore_mask = false;    // fault=mask
+  bool ignore_writes = false;  // fault=writes
+  bool skip_verify = false;    // fault=verify
 };
 
 struct PluginOptions {
-  bool enabled = true;           // select=off: every node is the host's
+  bool enabled = true;  // select=off: every node is the host's
   DecodeOptions decode;
   IndexOptions index;
-  int32_t min_context = 1024;    // padded cache length from which attention is taken over
-  int32_t max_rows = 8;          // more rows per stream are prefill
-  bool accept_any = false;       // accept=any: also tensors that are no view of a filled cache (test-backend-ops)
+  int32_t min_context = 1024;  // padded cache length from which attention is taken over
+  int32_t max_rows = 8;        // more rows per stream are prefill
+  bool accept_any = false;     // accept=any: also tensors that are no view of a filled cache (test-backend-ops)
   bool inspect = false;
   Faults faults;
 };

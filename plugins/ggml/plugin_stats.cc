@@ -83,16 +83,22 @@ void PluginStats::write_line() {
     const double heads = s.kv_heads > 0 ? static_cast<double>(s.kv_heads) : 1.0;
     const int written = std::fprintf(
         file_,
-        "{\"step\":%lld,\"layers\":%lld,\"queries\":%lld,\"dense_queries\":%lld,\"changed_queries\":%lld,\"tokens_certain\":%.1f,"
-        "\"tokens_sampled\":%.1f,\"refined_clusters\":%.2f,\"kv_bytes\":%lld,\"index_bytes\":%lld,\"read_fraction\":%.5f,"
+        "{\"step\":%lld,\"layers\":%lld,\"queries\":%lld,\"dense_queries\":%lld,\"changed_queries\":%lld,\"tokens_"
+        "certain\":%.1f,"
+        "\"tokens_sampled\":%.1f,\"refined_clusters\":%.2f,\"kv_bytes\":%lld,\"index_bytes\":%lld,\"read_fraction\":%."
+        "5f,"
         "\"estimated_mass\":%.5f,\"mass_variance\":%.3e,\"attend_us\":%.1f,\"write_us\":%.1f,\"cluster_us\":%.1f}\n",
         static_cast<long long>(step_number_), static_cast<long long>(s.nodes), static_cast<long long>(s.queries),
         static_cast<long long>(s.dense_queries), static_cast<long long>(s.changed_queries),
         static_cast<double>(s.tokens_certain) / heads, static_cast<double>(s.tokens_sampled) / heads,
-        static_cast<double>(s.refined_clusters) / heads, static_cast<long long>(s.kv_bytes), static_cast<long long>(s.index_bytes),
-        s.kv_bytes_present > 0 ? static_cast<double>(s.kv_bytes + s.index_bytes) / static_cast<double>(s.kv_bytes_present) : 0.0,
-        s.sparse_queries > 0 ? s.estimated_mass / sparse : 1.0, s.mass_variance / sparse, static_cast<double>(s.attend_ns) / 1e3,
-        static_cast<double>(s.write_ns) / 1e3, static_cast<double>(s.cluster_ns) / 1e3);
+        static_cast<double>(s.refined_clusters) / heads, static_cast<long long>(s.kv_bytes),
+        static_cast<long long>(s.index_bytes),
+        s.kv_bytes_present > 0
+            ? static_cast<double>(s.kv_bytes + s.index_bytes) / static_cast<double>(s.kv_bytes_present)
+            : 0.0,
+        s.sparse_queries > 0 ? s.estimated_mass / sparse : 1.0, s.mass_variance / sparse,
+        static_cast<double>(s.attend_ns) / 1e3, static_cast<double>(s.write_ns) / 1e3,
+        static_cast<double>(s.cluster_ns) / 1e3);
     if (written < 0 || (step_number_ % 16 == 0 && std::fflush(file_) != 0) || std::ferror(file_) != 0) {
       log_error("cannot write statistics to %s: %s; going on without them", path_.c_str(), std::strerror(errno));
       std::fclose(file_);

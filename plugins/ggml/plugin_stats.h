@@ -31,7 +31,7 @@ class PluginStats {
   void write_line();
 
   std::mutex mutex_;
-  tactic_totals totals_{}, step_{};   // all, and the decode step under way
+  tactic_totals totals_{}, step_{};  // all, and the decode step under way
   int32_t last_layer_ = -1;
   int64_t step_number_ = 0;
   std::FILE* file_ = nullptr;

@@ -20,22 +20,25 @@ void check_query(const DecodeQuery& query) {
   const KvView& kv = query.kv;
   check_view(kv);
   if (query.num_q_heads < 1 || query.num_q_heads % kv.num_kv_heads != 0) {
-    throw Error("num_q_heads (" + std::to_string(query.num_q_heads) + ") must be a multiple of num_kv_heads (" + std::to_string(kv.num_kv_heads) + ")");
+    throw Error("num_q_heads (" + std::to_string(query.num_q_heads) + ") must be a multiple of num_kv_heads (" +
+                std::to_string(kv.num_kv_heads) + ")");
   }
   if (query.q == nullptr || query.out == nullptr) throw Error("q and out must not be null");
   if (query.index != nullptr) {
     const KvShape& shape = query.index->shape();
     if (shape.num_kv_heads != kv.num_kv_heads || shape.head_dim != kv.head_dim || shape.v_head_dim != kv.v_head_dim) {
-      throw Error("the index is for " + std::to_string(shape.num_kv_heads) + " KV heads of " + std::to_string(shape.head_dim) + " and " +
-                  std::to_string(shape.v_head_dim) + ", the query has " + std::to_string(kv.num_kv_heads) + " of " +
-                  std::to_string(kv.head_dim) + " and " + std::to_string(kv.v_head_dim));
+      throw Error("the index is for " + std::to_string(shape.num_kv_heads) + " KV heads of " +
+                  std::to_string(shape.head_dim) + " and " + std::to_string(shape.v_head_dim) + ", the query has " +
+                  std::to_string(kv.num_kv_heads) + " of " + std::to_string(kv.head_dim) + " and " +
+                  std::to_string(kv.v_head_dim));
     }
   }
 }
 
 }  // namespace
 
-Attention::Attention(const DecodeOptions& options, Backend backend, int32_t num_threads) : impl_(std::make_unique<Impl>()) {
+Attention::Attention(const DecodeOptions& options, Backend backend, int32_t num_threads)
+    : impl_(std::make_unique<Impl>()) {
   set_options(options);
   impl_->backend = backend == Backend::kCpu ? make_cpu_run() : make_reference_run();
   set_num_threads(num_threads);

@@ -43,7 +43,8 @@ const T& checked(const T* pointer, const char* name) {
 template <class T>
 const T& sized(const T* pointer, const char* name) {
   if (checked(pointer, name).struct_size != sizeof(T)) {
-    throw tactic::Error(std::string(name) + ".struct_size (" + std::to_string(pointer->struct_size) + ") must be " + std::to_string(sizeof(T)));
+    throw tactic::Error(std::string(name) + ".struct_size (" + std::to_string(pointer->struct_size) + ") must be " +
+                        std::to_string(sizeof(T)));
   }
   return *pointer;
 }
@@ -54,13 +55,20 @@ uint8_t checked_enum(const E& field, const char* name, int32_t limit) {
   int32_t value;
   static_assert(sizeof value == sizeof field);
   std::memcpy(&value, &field, sizeof value);
-  if (value < 0 || value > limit) throw tactic::Error(std::string(name) + " (" + std::to_string(value) + ") must be in 0.." + std::to_string(limit));
+  if (value < 0 || value > limit)
+    throw tactic::Error(std::string(name) + " (" + std::to_string(value) + ") must be in 0.." + std::to_string(limit));
   return static_cast<uint8_t>(value);
 }
 
 tactic::RowsView rows_of(const tactic_rows& rows) {
-  return {rows.data, static_cast<tactic::DType>(checked_enum(rows.dtype, "dtype", TACTIC_Q4_0)), rows.token_stride_bytes,
-          rows.head_stride_bytes, rows.page_table, rows.page_tokens, rows.page_stride_bytes, rows.num_pages};
+  return {rows.data,
+          static_cast<tactic::DType>(checked_enum(rows.dtype, "dtype", TACTIC_Q4_0)),
+          rows.token_stride_bytes,
+          rows.head_stride_bytes,
+          rows.page_table,
+          rows.page_tokens,
+          rows.page_stride_bytes,
+          rows.num_pages};
 }
 
 tactic::KvView view_of(const tactic_kv& kv) {
@@ -93,17 +101,29 @@ const char* tactic_last_error(void) { return last_error.c_str(); }
 
 void tactic_index_options_init(tactic_index_options* o) {
   const tactic::IndexOptions d;
-  *o = {sizeof *o, 0, d.cluster_tokens, d.segment_tokens, d.provisional_tokens, d.provisional_cluster_tokens, d.iterations,
-        d.sink_tokens, d.outlier_fraction, d.seed};
+  *o = {sizeof *o,
+        0,
+        d.cluster_tokens,
+        d.segment_tokens,
+        d.provisional_tokens,
+        d.provisional_cluster_tokens,
+        d.iterations,
+        d.sink_tokens,
+        d.outlier_fraction,
+        d.seed};
 }
 
 void tactic_decode_options_init(tactic_decode_options* o) {
   const tactic::DecodeOptions d;
-  *o = {sizeof *o, static_cast<tactic_select>(d.select), d.target_error, d.tau, d.refine, d.target_mass, d.budget, d.beta,
-        d.check_rows, d.seed};
+  *o = {sizeof *o,      static_cast<tactic_select>(d.select),
+        d.target_error, d.tau,
+        d.refine,       d.target_mass,
+        d.budget,       d.beta,
+        d.check_rows,   d.seed};
 }
 
-tactic_index* tactic_index_create(const tactic_index_options* options, int32_t num_kv_heads, int32_t head_dim, int32_t v_head_dim) {
+tactic_index* tactic_index_create(const tactic_index_options* options, int32_t num_kv_heads, int32_t head_dim,
+                                  int32_t v_head_dim) {
   return guarded<tactic_index*>(nullptr, [&] {
     const tactic_index_options& o = sized(options, "options");
     tactic::IndexOptions d;
@@ -152,7 +172,9 @@ int64_t tactic_index_verify(tactic_index* index, const tactic_kv* kv) {
   });
 }
 
-size_t tactic_index_memory_bytes(const tactic_index* index) { return index != nullptr ? index->index.memory_bytes() : 0; }
+size_t tactic_index_memory_bytes(const tactic_index* index) {
+  return index != nullptr ? index->index.memory_bytes() : 0;
+}
 
 tactic_attention* tactic_attention_create(const tactic_decode_options* options, int32_t num_threads) {
   return guarded<tactic_attention*>(nullptr, [&] {
@@ -173,7 +195,8 @@ tactic_attention* tactic_attention_create(const tactic_decode_options* options, 
 
 void tactic_attention_free(tactic_attention* attention) { delete attention; }
 
-int tactic_attention_run(tactic_attention* attention, const tactic_query* queries, size_t num_queries, tactic_step_stats* stats) {
+int tactic_attention_run(tactic_attention* attention, const tactic_query* queries, size_t num_queries,
+                         tactic_step_stats* stats) {
   return guarded(-1, [&] {
     checked(attention, "attention");
     if (num_queries > 0) checked(queries, "queries");
@@ -183,8 +206,8 @@ int tactic_attention_run(tactic_attention* attention, const tactic_query* querie
     attention->attention.run(attention->queries, attention->stats.data());
     for (size_t i = 0; stats != nullptr && i < num_queries; ++i) {
       const tactic::StepStats& s = attention->stats[i];
-      stats[i] = {s.kv_len, s.tokens_certain, s.tokens_sampled, s.refined_clusters, s.index_bytes, s.kv_bytes, s.kv_bytes_present,
-                  s.estimated_mass, s.mass_std_error, static_cast<int32_t>(s.dense)};
+      stats[i] = {s.kv_len,   s.tokens_certain,   s.tokens_sampled, s.refined_clusters, s.index_bytes,
+                  s.kv_bytes, s.kv_bytes_present, s.estimated_mass, s.mass_std_error,   static_cast<int32_t>(s.dense)};
     }
     return 0;
   });

@@ -13,18 +13,20 @@ constexpr int32_t kMaxHeads = 65536;
 std::string value_of(int64_t value) { return " (" + std::to_string(value) + ")"; }
 
 void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int64_t kv_len) {
-  if (rows.dtype > DType::kQ4_0) throw Error(name + " dtype" + value_of(static_cast<int64_t>(rows.dtype)) + " must be in 0..4");
+  if (rows.dtype > DType::kQ4_0)
+    throw Error(name + " dtype" + value_of(static_cast<int64_t>(rows.dtype)) + " must be in 0..4");
   const bool quantized = rows.dtype == DType::kQ8_0 || rows.dtype == DType::kQ4_0;
   const int32_t multiple = quantized ? 32 : 16;
   if (dim < multiple || dim > 1024 || dim % multiple != 0) {
-    throw Error(name + " head_dim" + value_of(dim) + " must be a multiple of " + std::to_string(multiple) + " up to 1024 for " +
-                dtype_name(rows.dtype));
+    throw Error(name + " head_dim" + value_of(dim) + " must be a multiple of " + std::to_string(multiple) +
+                " up to 1024 for " + dtype_name(rows.dtype));
   }
-  if (kv_len > 0 && rows.data == nullptr) throw Error(name + " data must not be null when kv_len is " + std::to_string(kv_len));
+  if (kv_len > 0 && rows.data == nullptr)
+    throw Error(name + " data must not be null when kv_len is " + std::to_string(kv_len));
   if (rows.page_table == nullptr) return;
   if (rows.page_tokens < 1) throw Error(name + " page_tokens" + value_of(rows.page_tokens) + " must be at least 1");
   if (rows.num_pages < 0) throw Error(name + " num_pages" + value_of(rows.num_pages) + " must be at least 0");
-  if (rows.num_pages == 0) return;   // nobody knows
+  if (rows.num_pages == 0) return;  // nobody knows
   const int64_t entries = (kv_len + rows.page_tokens - 1) / rows.page_tokens;
   for (int64_t i = 0; i < entries; ++i) {
     if (rows.page_table[i] >= 0 && rows.page_table[i] < rows.num_pages) continue;

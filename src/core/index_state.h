@@ -21,32 +21,34 @@ inline int32_t padded_clusters(int32_t num_clusters) {
 
 /// The clusters of one segment and one KV head.
 struct HeadClusters {
-  std::vector<float> mean;          // [head_dim] mean key of the segment; centroid = mean + scale * int8 residual
-  std::vector<int8_t> residuals;    // [padded / 16, head_dim, 16]
-  std::vector<float> scales;        // [padded]
-  std::vector<float> spreads;       // [padded] mean squared distance to the stored centroid, per dimension
-  std::vector<uint16_t> sizes;      // [padded] members
-  std::vector<uint16_t> members;    // rows relative to row_begin, cluster by cluster, ascending inside a cluster
-  std::vector<uint16_t> outliers;   // rows relative to row_begin, ascending; in no cluster
+  std::vector<float> mean;         // [head_dim] mean key of the segment; centroid = mean + scale * int8 residual
+  std::vector<int8_t> residuals;   // [padded / 16, head_dim, 16]
+  std::vector<float> scales;       // [padded]
+  std::vector<float> spreads;      // [padded] mean squared distance to the stored centroid, per dimension
+  std::vector<uint16_t> sizes;     // [padded] members
+  std::vector<uint16_t> members;   // rows relative to row_begin, cluster by cluster, ascending inside a cluster
+  std::vector<uint16_t> outliers;  // rows relative to row_begin, ascending; in no cluster
 };
 
 /// Rows [row_begin, row_begin + num_rows) clustered together. Rows below `sink_tokens` are left out.
 struct Segment {
   int64_t row_begin = 0;
   int32_t num_rows = 0;
-  int32_t num_clusters = 0;            // per KV head, some may be empty
-  int32_t num_sinks = 0;               // first rows that are left out
+  int32_t num_clusters = 0;  // per KV head, some may be empty
+  int32_t num_sinks = 0;     // first rows that are left out
   bool provisional = false;
-  std::vector<HeadClusters> heads;     // [num_kv_heads]
-  std::vector<uint8_t> row_checks;     // [num_kv_heads, num_rows] low four bits: check_row of K, high four: of V
+  std::vector<HeadClusters> heads;  // [num_kv_heads]
+  std::vector<uint8_t> row_checks;  // [num_kv_heads, num_rows] low four bits: check_row of K, high four: of V
 };
 
-/// Running least squares of the true log mean weight of a cluster against the spread term (docs/method.md, calibration).
+/// Running least squares of the true log mean weight of a cluster against the spread term (docs/method.md,
+/// calibration).
 struct Calibration {
   double sum_xx = 0, sum_xy = 0;       // x = spread * |q|^2 / 2, y = true log mean weight minus the centroid's score
   double variance_ratio = 1;           // measured over predicted variance of the mass
   std::vector<int32_t> suspects;       // rows found heavy by chance, the latest last
-  std::vector<double> usual_variance;  // [group_size] running mean of the drawn rows' variance relative to their squared sum; empty: unknown
+  std::vector<double> usual_variance;  // [group_size] running mean of the drawn rows' variance relative to their
+                                       // squared sum; empty: unknown
 
   /// The slope, held near `prior` until pairs of total weight `prior_weight` are in.
   float beta(double prior_weight, double prior) const {
@@ -68,7 +70,9 @@ class RowBits {
   void set_range(int64_t begin, int64_t end);
   void reset_range(int64_t begin, int64_t end);
   int64_t count_range(int64_t begin, int64_t end) const;  // rows past the capacity count as 0
-  uint64_t word(int64_t index) const { return index < static_cast<int64_t>(words_.size()) ? words_[static_cast<size_t>(index)] : 0; }
+  uint64_t word(int64_t index) const {
+    return index < static_cast<int64_t>(words_.size()) ? words_[static_cast<size_t>(index)] : 0;
+  }
   int64_t num_words() const { return static_cast<int64_t>(words_.size()); }
   void clear() { words_.clear(); }
 
@@ -79,12 +83,12 @@ class RowBits {
 struct IndexState {
   IndexOptions options;
   KvShape shape;
-  std::vector<Segment> segments;       // ascending row_begin, disjoint
-  RowBits written;                     // the row holds something
-  RowBits indexed;                     // the row is in a segment (clustered or an outlier) and has not changed since
-  int64_t rows_end = 0;                // one past the last written row
+  std::vector<Segment> segments;         // ascending row_begin, disjoint
+  RowBits written;                       // the row holds something
+  RowBits indexed;                       // the row is in a segment (clustered or an outlier) and has not changed since
+  int64_t rows_end = 0;                  // one past the last written row
   std::vector<Calibration> calibration;  // [num_kv_heads]
-  int32_t num_threads = 0;             // for clustering; 0: OpenMP's default
+  int32_t num_threads = 0;               // for clustering; 0: OpenMP's default
 
   /// Clusters per KV head over all segments, each segment padded to kCentroidBlock. Cluster numbers run over this.
   int32_t total_clusters() const {
@@ -111,7 +115,7 @@ inline uint8_t check_row(const std::byte* data, size_t bytes, int64_t row) {
 
 /// Which rows a query may read at all, and which of those through the index.
 struct RowFilter {
-  const uint64_t* visible = nullptr;   // as in DecodeQuery
+  const uint64_t* visible = nullptr;  // as in DecodeQuery
   int64_t kv_len = 0;
   const RowBits* indexed = nullptr;
 

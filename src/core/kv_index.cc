@@ -61,7 +61,7 @@ int64_t RowFilter::count_indexed(int64_t begin, int64_t end) const {
 
 KvIndex::KvIndex(const IndexOptions& options, const KvShape& shape) : state_(std::make_unique<IndexState>()) {
   validate(options);
-  KvView kv;   // without rows
+  KvView kv;  // without rows
   kv.num_kv_heads = shape.num_kv_heads;
   kv.head_dim = shape.head_dim;
   kv.v_head_dim = shape.v_head_dim;
@@ -84,7 +84,7 @@ void KvIndex::write(int64_t row_begin, int64_t count) {
   const int64_t end = row_begin + count;
   if (end > s.written.capacity()) {
     const int64_t rows = std::max(end, s.written.capacity() * 2);
-    s.indexed.resize(rows);   // first: it must reach as far as `written` even when memory runs out in between
+    s.indexed.resize(rows);  // first: it must reach as far as `written` even when memory runs out in between
     s.written.resize(rows);
   }
   s.written.set_range(row_begin, end);
@@ -104,11 +104,13 @@ void KvIndex::truncate(int64_t kv_len) {
 
 namespace {
 
-constexpr size_t kSuspects = 64;   // per KV head; induction finds new rows all the time, which must not push out the lasting ones at once
+constexpr size_t kSuspects =
+    64;  // per KV head; induction finds new rows all the time, which must not push out the lasting ones at once
 
 // Takes the row out of its cluster. As many rows again as the segment's outliers of least norm may join those.
 void make_outlier(Segment& segment, HeadClusters& clusters, float outlier_fraction, int32_t row) {
-  if (static_cast<float>(clusters.outliers.size()) >= 4 * outlier_fraction * static_cast<float>(segment.num_rows)) return;
+  if (static_cast<float>(clusters.outliers.size()) >= 4 * outlier_fraction * static_cast<float>(segment.num_rows))
+    return;
   const auto member = static_cast<uint16_t>(row - segment.row_begin);
   auto at = clusters.members.begin();
   for (uint16_t& size : clusters.sizes) {
@@ -157,7 +159,7 @@ struct Due {
   int64_t row_begin;
   int32_t num_rows;
   bool provisional;
-  double cost;   // in full segments
+  double cost;  // in full segments
 };
 
 int64_t sinks_in(const IndexState& s, int64_t begin, int64_t end) {
@@ -181,11 +183,12 @@ bool is_written(const IndexState& s, int64_t begin, int64_t end) {
 }
 
 // Incremental clustering: a block of segment_tokens rows is one segment once all its rows are written, before that each
-// full part of provisional_tokens rows is a segment of its own. What was rewritten is built anew when enough has changed.
+// full part of provisional_tokens rows is a segment of its own. What was rewritten is built anew when enough has
+// changed.
 std::vector<Due> due_incremental(const IndexState& s, double max_segments) {
   const IndexOptions& o = s.options;
   const int64_t block_rows = o.segment_tokens, part_rows = o.provisional_tokens;
-  const auto cost = [](int64_t rows, int32_t cluster_rows) {   // of k-means: rows times clusters
+  const auto cost = [](int64_t rows, int32_t cluster_rows) {  // of k-means: rows times clusters
     return static_cast<double>(rows) * static_cast<double>(rows) / cluster_rows;
   };
   const double part_cost = cost(part_rows, o.provisional_cluster_tokens) / cost(block_rows, o.cluster_tokens);
@@ -202,9 +205,9 @@ std::vector<Due> due_incremental(const IndexState& s, double max_segments) {
         planned += 1;
         continue;
       }
-      if (exists) continue;   // stays readable; its rewritten rows are read exactly
+      if (exists) continue;  // stays readable; its rewritten rows are read exactly
     } else if (segment_at(s, begin, o.segment_tokens) != nullptr && unindexed < block_rows / 2) {
-      continue;               // cut short by truncate(): what is left of the segment is still good
+      continue;  // cut short by truncate(): what is left of the segment is still good
     }
     for (int64_t part = begin; part < std::min(end, s.rows_end); part += part_rows) {
       const int64_t missing = unindexed_in(s, part, part + part_rows);
@@ -273,8 +276,8 @@ void put_segment(IndexState& s, Segment segment) {
     return true;
   });
   s.indexed.set_range(begin + sinks_in(s, begin, end), end);
-  const auto at = std::find_if(s.segments.begin(), s.segments.end(),
-                               [&](const Segment& other) { return other.row_begin > begin; });
+  const auto at =
+      std::find_if(s.segments.begin(), s.segments.end(), [&](const Segment& other) { return other.row_begin > begin; });
   s.segments.insert(at, std::move(segment));
 }
 
@@ -287,7 +290,8 @@ void check_view_of(const IndexState& s, const KvView& kv) {
   if (kv.head_dim != s.shape.head_dim) fail("head_dim", kv.head_dim, s.shape.head_dim);
   if (kv.v_head_dim != s.shape.v_head_dim) fail("v_head_dim", kv.v_head_dim, s.shape.v_head_dim);
   if (kv.kv_len < s.rows_end) {
-    throw Error("kv_len (" + std::to_string(kv.kv_len) + ") must cover the " + std::to_string(s.rows_end) + " rows written");
+    throw Error("kv_len (" + std::to_string(kv.kv_len) + ") must cover the " + std::to_string(s.rows_end) +
+                " rows written");
   }
 }
 
@@ -299,8 +303,9 @@ bool KvIndex::maintain(const KvView& kv, double max_segments) {
   if (std::isnan(max_segments)) throw Error("max_segments (nan) must be a number");
   const bool whole = s.options.clustering == Clustering::kWhole;
   double spent = 0;
-  while (true) {   // a new segment can push out an old one and make its other parts due
-    const std::vector<Due> due = whole ? due_whole(s) : due_incremental(s, max_segments < 0 ? -1 : max_segments - spent);
+  while (true) {  // a new segment can push out an old one and make its other parts due
+    const std::vector<Due> due =
+        whole ? due_whole(s) : due_incremental(s, max_segments < 0 ? -1 : max_segments - spent);
     if (due.empty()) return false;
     for (const Due& item : due) {
       if (max_segments >= 0 && spent + item.cost > max_segments) return true;
@@ -322,7 +327,9 @@ int64_t KvIndex::verify(const KvView& kv) {
       for (int32_t head = 0; head < kv.num_kv_heads; ++head) {
         const uint8_t check = static_cast<uint8_t>(check_row(kv.k.row(head, row), k_bytes, row) |
                                                    (check_row(kv.v.row(head, row), v_bytes, row) << 4));
-        if (check == segment.row_checks[static_cast<size_t>(head) * static_cast<size_t>(segment.num_rows) + static_cast<size_t>(i)]) continue;
+        if (check == segment.row_checks[static_cast<size_t>(head) * static_cast<size_t>(segment.num_rows) +
+                                        static_cast<size_t>(i)])
+          continue;
         s.indexed.reset(row);
         ++changed;
         break;
@@ -367,7 +374,6 @@ size_t KvIndex::memory_bytes() const {
   }
   return bytes;
 }
-
 
 void KvIndex::set_num_threads(int32_t num_threads) {
   check_threads(num_threads);

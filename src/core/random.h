@@ -28,8 +28,8 @@ inline double random_offset(const DecodeQuery& query, int32_t head, uint64_t see
   return uniform(x);
 }
 
-/// Where the running sum of a segment begins: each segment is sampled on its own, so that segments can be drawn from at the
-/// same time. Uniform in [0, 1) when `offset` is.
+/// Where the running sum of a segment begins: each segment is sampled on its own, so that segments can be drawn from at
+/// the same time. Uniform in [0, 1) when `offset` is.
 inline double segment_offset(double offset, int64_t row_begin) {
   const double sum = offset + uniform(static_cast<uint64_t>(row_begin));
   return sum < 1 ? sum : sum - 1;

@@ -13,8 +13,8 @@ double spread_growth(double s2, double size) {
 double mass_bound(const HeadMass& head, double z) {
   if (head.std_error <= 0) return head.mass;
   const double mass = head.mass, freedom = head.freedom, std_error = head.std_error;
-  // Student's quantile after Wallace, and the rest 1 - mass as a positive variable: its logarithm is nearer to normal than
-  // itself, up to one standard error of its own size.
+  // Student's quantile after Wallace, and the rest 1 - mass as a positive variable: its logarithm is nearer to normal
+  // than itself, up to one standard error of its own size.
   const double x = std::abs(z) * (8 * freedom + 3) / (8 * freedom + 1);
   const double t = std::sqrt(freedom * std::expm1(x * x / freedom));
   const double rest = 1 - mass, r = rest > 0 ? t * std_error / rest : HUGE_VAL;
@@ -23,7 +23,8 @@ double mass_bound(const HeadMass& head, double z) {
   return std::max(0.0, 1 - far);
 }
 
-Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability, const std::vector<char>& whole) {
+Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability,
+                     const std::vector<char>& whole) {
   Undrawn rows;
   size_t c = 0;
   for (const Segment& segment : index.segments) {
@@ -46,19 +47,21 @@ std::vector<int32_t> read_on(const ClusterScores& scores, const SelectParams& pa
     if (!whole[c] && scores.sizes[c] > 0) left.push_back(c);
   }
   struct Short {
-    std::vector<double> shares;   // of what is left, of each cluster; they sum to 1
-    double lacks;                 // share of what is left that must be read
+    std::vector<double> shares;  // of what is left, of each cluster; they sum to 1
+    double lacks;                // share of what is left that must be read
   };
   std::vector<Short> heads;
   for (size_t g = 0; g < masses.size() && !left.empty(); ++g) {
     const HeadMass& m = masses[g];
-    const double rest = 1 - mass_bound(m, kSureness), allowed = std::max(1 - target_mass, 0.0);   // of the mass, surely and at most
+    const double rest = 1 - mass_bound(m, kSureness),
+                 allowed = std::max(1 - target_mass, 0.0);  // of the mass, surely and at most
     if (rest <= allowed) continue;
     Short head{std::vector<double>(left.size()), 1 - allowed / rest};
     double sum = 0;
     for (size_t i = 0; i < left.size(); ++i) {
       const size_t c = left[i];
-      const double spread = params.beta * spread_growth(double{scores.spreads[c]} * params.q_norms2[g], scores.sizes[c]);
+      const double spread =
+          params.beta * spread_growth(double{scores.spreads[c]} * params.q_norms2[g], scores.sizes[c]);
       sum += head.shares[i] = scores.sizes[c] * std::exp(std::min(scores.dots[g * n + c] + spread - m.lse, 0.0));
     }
     for (double& share : head.shares) share = sum > 0 ? share / sum : 1 / static_cast<double>(left.size());

@@ -1,5 +1,5 @@
-// read_on: the rest of a step that promises a mass. It knows what it has read and what the drawn rows say of the rest, and
-// names the clusters to read next. Plain arithmetic over a few hundred clusters, so every backend uses this one.
+// read_on: the rest of a step that promises a mass. It knows what it has read and what the drawn rows say of the rest,
+// and names the clusters to read next. Plain arithmetic over a few hundred clusters, so every backend uses this one.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace tactic {
 
-inline constexpr double kNormal95 = 1.96;   // standard errors either way
+inline constexpr double kNormal95 = 1.96;  // standard errors either way
 
 /// How many standard errors a mass must lie above its target to count as reached. Successes at 0.9 against it:
 /// docs/method.md, verified mass.
@@ -18,10 +18,10 @@ inline constexpr double kSureness = 1.5;
 
 /// What a query head knows of itself.
 struct HeadMass {
-  double mass = 1;        // estimated share of the rows read with certainty
-  double std_error = 0;   // of that
-  double freedom = 1;     // degrees of freedom behind std_error
-  double lse = 0;         // natural log of the estimated sum of exp(score)
+  double mass = 1;       // estimated share of the rows read with certainty
+  double std_error = 0;  // of that
+  double freedom = 1;    // degrees of freedom behind std_error
+  double lse = 0;        // natural log of the estimated sum of exp(score)
 };
 
 /// The end of an interval for the mass: `z` standard errors of a normal variable down (z > 0) or up (z < 0).
@@ -38,8 +38,8 @@ std::vector<int32_t> read_on(const ClusterScores& scores, const SelectParams& pa
 /// members cannot average more than their maximum.
 double spread_growth(double s2, double size);
 
-/// Variance of the sum of drawn weights under systematic sampling, from the draw itself (docs/method.md, measuring itself).
-/// add() takes the weights, divided by their probabilities, in the order of the draw.
+/// Variance of the sum of drawn weights under systematic sampling, from the draw itself (docs/method.md, measuring
+/// itself). add() takes the weights, divided by their probabilities, in the order of the draw.
 class DrawnVariance {
  public:
   void add(double weight, double probability) {
@@ -54,23 +54,23 @@ class DrawnVariance {
     last_probability_ = probability;
     ++count_;
   }
-  /// `usual`: what earlier steps of this head found relative to the squared sum (a draw that missed the heavy rows knows
-  /// nothing of them, neither in the sum nor in the scatter), 0: nothing. `total`: of all weights. `tau`: what a row stands for is about total / tau. `count_variance`: of the number of draws.
+  /// `usual`: what earlier steps of this head found relative to the squared sum (a draw that missed the heavy rows
+  /// knows nothing of them, neither in the sum nor in the scatter), 0: nothing. `total`: of all weights. `tau`: what a
+  /// row stands for is about total / tau. `count_variance`: of the number of draws.
   double variance(double total, double tau, double count_variance, double usual) const {
     const auto n = static_cast<double>(count_);
     const double mean = count_ > 0 ? sum_ / n : total / tau;
     const double from_count = mean * mean * count_variance, unseen = total / tau * (total / tau);
     if (count_ < 2) return std::max(independent_, from_count) + unseen;
     const double own = own_variance(count_variance), freedom = own_freedom();
-    return (usual > 0 ? (freedom * own + kUsualFreedom * usual * sum_ * sum_) / (freedom + kUsualFreedom) : own) + unseen;
+    return (usual > 0 ? (freedom * own + kUsualFreedom * usual * sum_ * sum_) / (freedom + kUsualFreedom) : own) +
+           unseen;
   }
   /// Variance over squared sum, for `usual` of later steps; 0 when two draws are not there.
-  double relative(double count_variance) const {
-    return count_ < 2 ? 0 : own_variance(count_variance) / (sum_ * sum_);
-  }
+  double relative(double count_variance) const { return count_ < 2 ? 0 : own_variance(count_variance) / (sum_ * sum_); }
   double freedom(double usual) const { return count_ < 2 ? 1 : own_freedom() + (usual > 0 ? kUsualFreedom : 0); }
 
-  static constexpr double kUsualFreedom = 10;   // of what earlier steps say
+  static constexpr double kUsualFreedom = 10;  // of what earlier steps say
 
  private:
   double own_variance(double count_variance) const {
@@ -86,10 +86,11 @@ class DrawnVariance {
 
 /// Rows that are neither read whole nor surely left out, as the draw sees them.
 struct Undrawn {
-  bool any = false;            // something can be drawn
-  double count_variance = 0;   // a segment's number of draws is one of the two whole numbers around its expectation
+  bool any = false;           // something can be drawn
+  double count_variance = 0;  // a segment's number of draws is one of the two whole numbers around its expectation
 };
 /// `probability`, `whole`, `sizes`: [num_clusters].
-Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability, const std::vector<char>& whole);
+Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability,
+                     const std::vector<char>& whole);
 
 }  // namespace tactic

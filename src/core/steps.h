@@ -1,4 +1,5 @@
-// What goes from step to step. Each backend has the steps as free functions of the same names in files of the same names.
+// What goes from step to step. Each backend has the steps as free functions of the same names in files of the same
+// names.
 #pragma once
 
 #include <cstdint>
@@ -17,19 +18,19 @@ struct ClusterTask {
   int32_t head = 0;
   int64_t row_begin = 0;
   int32_t num_rows = 0;
-  int32_t first_row = 0;        // rows below row_begin + first_row are sinks and left out
+  int32_t first_row = 0;  // rows below row_begin + first_row are sinks and left out
   int32_t num_clusters = 0;
   int32_t iterations = 0;
-  int32_t num_outliers = 0;     // rows of least key norm, and as many of least value norm
+  int32_t num_outliers = 0;  // rows of least key norm, and as many of least value norm
   uint64_t seed = 0;
 };
 
 /// Output of `score`: what is known of every cluster of one KV head before any of its rows is read.
 struct ClusterScores {
-  int32_t num_clusters = 0;       // padded numbering over all segments
-  std::vector<float> dots;        // [group_size, num_clusters] sm_scale * q.centroid
-  std::vector<float> spreads;     // [num_clusters]
-  std::vector<float> sizes;       // [num_clusters] members the query may read; 0 for padding
+  int32_t num_clusters = 0;    // padded numbering over all segments
+  std::vector<float> dots;     // [group_size, num_clusters] sm_scale * q.centroid
+  std::vector<float> spreads;  // [num_clusters]
+  std::vector<float> sizes;    // [num_clusters] members the query may read; 0 for padding
 };
 
 /// Softmax over a part of the row: the sum of exp(score - max), and the max. Empty: max = -infinity, sum = 0.
@@ -38,35 +39,37 @@ struct SoftmaxState {
   float sum = 0;
 };
 
-/// The root mean square weight of a cluster's members exceeds their mean by the spread term times this. Theory has 1 for
-/// normal scores; keys that match a query alone (induction heads) make the tail heavier. Measured on SmolLM2, prose and
-/// records, error=0.01 to 0.015: 1.8 costs as many rows at the same mean error and takes the worst case from 1.1 to 0.4.
+/// The root mean square weight of a cluster's members exceeds their mean by the spread term times this. Theory has 1
+/// for normal scores; keys that match a query alone (induction heads) make the tail heavier. Measured on SmolLM2, prose
+/// and records, error=0.01 to 0.015: 1.8 costs as many rows at the same mean error and takes the worst case from 1.1 to
+/// 0.4.
 inline constexpr float kTailSpread = 1.8f;
 
 /// Input of the selectors besides the scores.
 struct SelectParams {
   int32_t group_size = 0;
-  const float* q_norms2 = nullptr;       // [group_size] |sm_scale * q|^2
-  const SoftmaxState* exact = nullptr;   // [group_size] of the rows read anyway (sinks, recent, outliers)
-  float beta = 0;                        // weight of the spread term in the estimate of a cluster's mean weight
-  float variance_ratio = 1;              // predicted variance is multiplied by this
+  const float* q_norms2 = nullptr;      // [group_size] |sm_scale * q|^2
+  const SoftmaxState* exact = nullptr;  // [group_size] of the rows read anyway (sinks, recent, outliers)
+  float beta = 0;                       // weight of the spread term in the estimate of a cluster's mean weight
+  float variance_ratio = 1;             // predicted variance is multiplied by this
 };
 
 /// Output of select_sample before rows are drawn.
 struct Inclusion {
-  std::vector<float> probability;   // [num_clusters] of each member
-  float tau = 0;                    // the one used
-  double predicted_variance = 0;    // of the mass, relative, mean over the group's heads
-  std::vector<float> log_totals;    // [group_size] ln of the estimated sum of exp(score) over all rows
+  std::vector<float> probability;  // [num_clusters] of each member
+  float tau = 0;                   // the one used
+  double predicted_variance = 0;   // of the mass, relative, mean over the group's heads
+  std::vector<float> log_totals;   // [group_size] ln of the estimated sum of exp(score) over all rows
   std::vector<float> scratch;
 };
 
 /// The share of the mass that select_fit reads.
 inline float fit_mass(const DecodeOptions& options) { return options.target_mass > 0 ? options.target_mass : 0.9f; }
 
-/// The share of the estimated total above which a sampled row has its cluster read whole: of the estimate, so that each row
-/// can be judged as it is read. A sampled row stands for about 1 / tau by design; with a limit near that, refinement would
-/// throw the sample away and the mass it speaks for with it (at 2 / tau the mass is biased, at 8 / tau by less than 1%).
+/// The share of the estimated total above which a sampled row has its cluster read whole: of the estimate, so that each
+/// row can be judged as it is read. A sampled row stands for about 1 / tau by design; with a limit near that,
+/// refinement would throw the sample away and the mass it speaks for with it (at 2 / tau the mass is biased, at 8 / tau
+/// by less than 1%).
 inline float refine_limit(const DecodeOptions& options, const Inclusion& inclusion) {
   if (options.refine >= 1) return __builtin_inff();
   const float ordinary = 8.0f / inclusion.tau;

@@ -70,7 +70,8 @@ void require(bool ok, const char* name, T value, const char* limit) {
 }  // namespace
 
 void validate(const IndexOptions& o) {
-  require(o.segment_tokens >= 64 && o.segment_tokens <= kMaxSegmentRows, "segment_tokens", o.segment_tokens, "in 64..65535");
+  require(o.segment_tokens >= 64 && o.segment_tokens <= kMaxSegmentRows, "segment_tokens", o.segment_tokens,
+          "in 64..65535");
   require(o.provisional_tokens >= 16 && o.provisional_tokens <= o.segment_tokens &&
               o.segment_tokens % o.provisional_tokens == 0,
           "provisional_tokens", o.provisional_tokens, "at least 16 and a divisor of segment_tokens");

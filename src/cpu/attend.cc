@@ -20,12 +20,15 @@ namespace HWY_NAMESPACE {
 
 constexpr int64_t kPrefetchRows = 12;  // ahead: 8 to 16 measure alike, 24 and more are slower
 
-// The cache lines of a few rows, handed out one by one: prefetches spread between the arithmetic take 10% less time than
-// in one go, and V rows fetched to L2 while K rows are scored save the values' phase its misses.
+// The cache lines of a few rows, handed out one by one: prefetches spread between the arithmetic take 10% less time
+// than in one go, and V rows fetched to L2 while K rows are scored save the values' phase its misses.
 class Prefetcher {
  public:
   Prefetcher(const RowsView& k, size_t k_bytes, const RowsView* v, size_t v_bytes)
-      : k_bytes_(k_bytes), k_lines_(lines(k, k_bytes)), v_bytes_(v_bytes), v_lines_(v != nullptr ? lines(*v, v_bytes) : 0) {}
+      : k_bytes_(k_bytes),
+        k_lines_(lines(k, k_bytes)),
+        v_bytes_(v_bytes),
+        v_lines_(v != nullptr ? lines(*v, v_bytes) : 0) {}
 
   size_t lines_per_row() const { return k_lines_ + v_lines_; }
   HWY_INLINE void set(size_t r, const std::byte* k_row, const std::byte* v_row) {
@@ -85,8 +88,8 @@ HWY_INLINE void store_four_sums(RowTag df, RowVec a, RowVec b, RowVec c, RowVec 
 
 // kHeads query heads at once, four rows at a time.
 template <DType kType, int kHeads>
-void score_rows(const RowsView& k, const RowsView* v, size_t v_bytes, int32_t head, const int32_t* tokens, int64_t num_tokens,
-                const float* q, size_t head_dim, float* scores, int64_t stride) {
+void score_rows(const RowsView& k, const RowsView* v, size_t v_bytes, int32_t head, const int32_t* tokens,
+                int64_t num_tokens, const float* q, size_t head_dim, float* scores, int64_t stride) {
   const RowTag df;
   const size_t lanes = hn::Lanes(df);
   Prefetcher prefetcher(k, row_bytes(kType, static_cast<int64_t>(head_dim)), v, v_bytes);
@@ -230,8 +233,8 @@ struct ScoreRows {
   int64_t stride;
   template <DType kType, int kHeads>
   void operator()(int32_t g) const {
-    score_rows<kType, kHeads>(k, g == 0 ? v : nullptr, v_bytes, head, tokens, num_tokens, q + static_cast<size_t>(g) * head_dim, head_dim,
-                              scores + g * stride, stride);
+    score_rows<kType, kHeads>(k, g == 0 ? v : nullptr, v_bytes, head, tokens, num_tokens,
+                              q + static_cast<size_t>(g) * head_dim, head_dim, scores + g * stride, stride);
   }
 };
 
@@ -252,7 +255,8 @@ struct ValueRows {
 };
 
 void attend_scores(const RowsView& k, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* q,
-                   int32_t head_dim, int32_t group_size, float* scores, int64_t stride, const RowsView* v, int32_t v_head_dim) {
+                   int32_t head_dim, int32_t group_size, float* scores, int64_t stride, const RowsView* v,
+                   int32_t v_head_dim) {
   dispatch(k.dtype, group_size,
            ScoreRows{k, v, v != nullptr ? row_bytes(v->dtype, v_head_dim) : 0, head, tokens, num_tokens, q,
                      static_cast<size_t>(head_dim), scores, stride});
@@ -291,7 +295,8 @@ float exp_weights(const float* scores, int64_t num, float max, float* weights) {
   return sum;
 }
 
-void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights, WeightSums& sums) {
+void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
+                     WeightSums& sums) {
   const RowTag df;
   const auto lanes = static_cast<int64_t>(hn::Lanes(df));
   const RowVec shift = hn::Set(df, max), one = hn::Set(df, 1.0f);
@@ -304,7 +309,8 @@ void sampled_weights(const float* scores, const float* log_weights, int64_t num,
     return w;
   };
   int64_t i = 0;
-  for (; i + lanes <= num; i += lanes) hn::StoreU(add(hn::LoadU(df, scores + i), hn::LoadU(df, log_weights + i)), df, weights + i);
+  for (; i + lanes <= num; i += lanes)
+    hn::StoreU(add(hn::LoadU(df, scores + i), hn::LoadU(df, log_weights + i)), df, weights + i);
   if (i < num) {
     float score[16], log_weight[16];
     for (int64_t j = 0; j < lanes; ++j) {
@@ -323,7 +329,7 @@ float max_score(const float* scores, int64_t num) {
   const RowTag df;
   const auto lanes = static_cast<int64_t>(hn::Lanes(df));
   RowVec best = hn::Set(df, -HUGE_VALF);
-  RowVec poison = hn::Zero(df);   // stays 0 but for NaN; Max alone may lose one
+  RowVec poison = hn::Zero(df);  // stays 0 but for NaN; Max alone may lose one
   int64_t i = 0;
   for (; i + lanes <= num; i += lanes) {
     const RowVec s = hn::LoadU(df, scores + i);
@@ -353,8 +359,10 @@ HWY_EXPORT(sampled_weights);
 HWY_EXPORT(max_score);
 
 void attend_scores(const RowsView& k, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* q,
-                   int32_t head_dim, int32_t group_size, float* scores, int64_t stride, const RowsView* v, int32_t v_head_dim) {
-  return HWY_DYNAMIC_DISPATCH(attend_scores)(k, head, tokens, num_tokens, q, head_dim, group_size, scores, stride, v, v_head_dim);
+                   int32_t head_dim, int32_t group_size, float* scores, int64_t stride, const RowsView* v,
+                   int32_t v_head_dim) {
+  return HWY_DYNAMIC_DISPATCH(attend_scores)(k, head, tokens, num_tokens, q, head_dim, group_size, scores, stride, v,
+                                             v_head_dim);
 }
 
 void attend_values(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
@@ -366,7 +374,8 @@ float exp_weights(const float* scores, int64_t num, float max, float* weights) {
   return HWY_DYNAMIC_DISPATCH(exp_weights)(scores, num, max, weights);
 }
 
-void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights, WeightSums& sums) {
+void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
+                     WeightSums& sums) {
   HWY_DYNAMIC_DISPATCH(sampled_weights)(scores, log_weights, num, max, weights, sums);
 }
 

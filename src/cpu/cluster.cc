@@ -22,7 +22,8 @@ namespace HWY_NAMESPACE {
 
 // rows[i, :] as f32.
 template <DType kType>
-void load_rows(const RowsView& view, int32_t head, int64_t row_begin, int64_t begin, int64_t end, size_t dim, float* rows) {
+void load_rows(const RowsView& view, int32_t head, int64_t row_begin, int64_t begin, int64_t end, size_t dim,
+               float* rows) {
   const RowTag df;
   for (int64_t i = begin; i < end; ++i) {
     const std::byte* row = view.row(head, row_begin + i);
@@ -32,7 +33,8 @@ void load_rows(const RowsView& view, int32_t head, int64_t row_begin, int64_t be
   }
 }
 
-void decode_rows(const RowsView& view, int32_t head, int64_t row_begin, int64_t begin, int64_t end, size_t dim, float* rows) {
+void decode_rows(const RowsView& view, int32_t head, int64_t row_begin, int64_t begin, int64_t end, size_t dim,
+                 float* rows) {
   switch (view.dtype) {
     case DType::kF32: return load_rows<DType::kF32>(view, head, row_begin, begin, end, dim, rows);
     case DType::kF16: return load_rows<DType::kF16>(view, head, row_begin, begin, end, dim, rows);
@@ -54,8 +56,8 @@ float sum_squares(const float* x, size_t dim) {
 
 // For rows [begin, end): nearest[i] = argmin_c half_norms[c] - x_i.c, distances[i] = that minimum.
 // centroids: [padded / 16, dim, 16]; padded clusters have half_norms = infinity.
-void assign_rows(const float* x, int64_t begin, int64_t end, size_t dim, const float* centroids, const float* half_norms,
-                 int32_t padded, int32_t* nearest, float* distances) {
+void assign_rows(const float* x, int64_t begin, int64_t end, size_t dim, const float* centroids,
+                 const float* half_norms, int32_t padded, int32_t* nearest, float* distances) {
   const hn::CappedTag<float, kCentroidBlock> df;
   using V = hn::Vec<decltype(df)>;
   const size_t lanes = hn::Lanes(df);
@@ -135,7 +137,7 @@ HWY_EXPORT(add_to);
 namespace {
 
 struct Norms {
-  std::vector<float> k, v;   // squared, per row of the task
+  std::vector<float> k, v;  // squared, per row of the task
 };
 
 // The rows to keep out of the clusters: the smallest keys, the smallest values, and whatever is not finite.
@@ -164,7 +166,10 @@ struct Centroids {
   std::vector<float> values, half_norms;
 
   Centroids(size_t dim_, int32_t num_)
-      : dim(dim_), num(num_), padded(padded_clusters(num_)), values(static_cast<size_t>(padded) * dim_, 0.0f),
+      : dim(dim_),
+        num(num_),
+        padded(padded_clusters(num_)),
+        values(static_cast<size_t>(padded) * dim_, 0.0f),
         half_norms(static_cast<size_t>(padded), HUGE_VALF) {}
 
   void set(int32_t c, const float* x) {
@@ -177,19 +182,22 @@ struct Centroids {
     half_norms[static_cast<size_t>(c)] = norm / 2;
   }
   void get(int32_t c, float* x) const {
-    const float* block = values.data() + static_cast<size_t>(c / kCentroidBlock * kCentroidBlock) * dim + c % kCentroidBlock;
+    const float* block =
+        values.data() + static_cast<size_t>(c / kCentroidBlock * kCentroidBlock) * dim + c % kCentroidBlock;
     for (size_t d = 0; d < dim; ++d) x[d] = block[d * kCentroidBlock];
   }
 };
 
 // Members of each cluster, ascending: offsets [num + 1] into order.
-void group_members(const std::vector<int32_t>& nearest, int32_t num, std::vector<int32_t>& offsets, std::vector<int32_t>& order) {
+void group_members(const std::vector<int32_t>& nearest, int32_t num, std::vector<int32_t>& offsets,
+                   std::vector<int32_t>& order) {
   offsets.assign(static_cast<size_t>(num) + 1, 0);
   for (const int32_t c : nearest) ++offsets[static_cast<size_t>(c) + 1];
   std::partial_sum(offsets.begin(), offsets.end(), offsets.begin());
   std::vector<int32_t> next(offsets.begin(), offsets.end() - 1);
   order.resize(nearest.size());
-  for (size_t i = 0; i < nearest.size(); ++i) order[static_cast<size_t>(next[static_cast<size_t>(nearest[i])]++)] = static_cast<int32_t>(i);
+  for (size_t i = 0; i < nearest.size(); ++i)
+    order[static_cast<size_t>(next[static_cast<size_t>(nearest[i])]++)] = static_cast<int32_t>(i);
 }
 
 // Quantizes the centroids and measures the spread around what is stored.
@@ -204,14 +212,16 @@ void store_clusters(const Centroids& centroids, const float* x, const std::vecto
   out.members.resize(order.size());
   std::vector<float> centroid(dim);
   for (int32_t c = 0; c < centroids.num; ++c) {
-    const auto begin = static_cast<size_t>(offsets[static_cast<size_t>(c)]), end = static_cast<size_t>(offsets[static_cast<size_t>(c) + 1]);
+    const auto begin = static_cast<size_t>(offsets[static_cast<size_t>(c)]),
+               end = static_cast<size_t>(offsets[static_cast<size_t>(c) + 1]);
     out.sizes[static_cast<size_t>(c)] = static_cast<uint16_t>(end - begin);
     if (begin == end) continue;
     centroids.get(c, centroid.data());
     float largest = 0;
     for (const float value : centroid) largest = std::max(largest, std::fabs(value));
     const float scale = largest / 127;
-    int8_t* block = out.residuals.data() + static_cast<size_t>(c / kCentroidBlock * kCentroidBlock) * dim + c % kCentroidBlock;
+    int8_t* block =
+        out.residuals.data() + static_cast<size_t>(c / kCentroidBlock * kCentroidBlock) * dim + c % kCentroidBlock;
     for (size_t d = 0; d < dim; ++d) {
       const auto q = static_cast<int8_t>(scale > 0 ? std::lrint(centroid[d] / scale) : 0);
       block[d * kCentroidBlock] = q;
@@ -255,7 +265,7 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
   });
 
   out.outliers = find_outliers(task, norms);
-  std::vector<int32_t> rows;   // of the task, to be clustered
+  std::vector<int32_t> rows;  // of the task, to be clustered
   for (int32_t i = task.first_row, o = 0; i < task.num_rows; ++i) {
     if (o < static_cast<int32_t>(out.outliers.size()) && out.outliers[static_cast<size_t>(o)] == i) {
       ++o;
@@ -273,7 +283,9 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
   for (size_t d = 0; d < dim && n > 0; ++d) out.mean[d] = static_cast<float>(mean[d] / static_cast<double>(n));
   std::vector<float> x(static_cast<size_t>(n) * dim);
   for (int64_t i = 0; i < n; ++i) {
-    for (size_t d = 0; d < dim; ++d) x[static_cast<size_t>(i) * dim + d] = keys[static_cast<size_t>(rows[static_cast<size_t>(i)]) * dim + d] - out.mean[d];
+    for (size_t d = 0; d < dim; ++d)
+      x[static_cast<size_t>(i) * dim + d] =
+          keys[static_cast<size_t>(rows[static_cast<size_t>(i)]) * dim + d] - out.mean[d];
   }
 
   Centroids centroids(dim, task.num_clusters);
@@ -287,8 +299,8 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
   std::vector<float> distances(static_cast<size_t>(n));
   const auto assign = [&] {
     parallel_ranges(num_threads, n, 64, [&](int64_t begin, int64_t end) {
-      nearest_of(x.data(), begin, end, dim, centroids.values.data(), centroids.half_norms.data(),
-                                        centroids.padded, nearest.data(), distances.data());
+      nearest_of(x.data(), begin, end, dim, centroids.values.data(), centroids.half_norms.data(), centroids.padded,
+                 nearest.data(), distances.data());
     });
     group_members(nearest, task.num_clusters, offsets, order);
   };
@@ -302,7 +314,8 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
         const int32_t first = offsets[static_cast<size_t>(c)], last = offsets[static_cast<size_t>(c) + 1];
         if (first == last) continue;
         std::fill(sum.begin(), sum.end(), 0.0f);
-        for (int32_t m = first; m < last; ++m) add(sum.data(), x.data() + static_cast<size_t>(order[static_cast<size_t>(m)]) * dim, dim);
+        for (int32_t m = first; m < last; ++m)
+          add(sum.data(), x.data() + static_cast<size_t>(order[static_cast<size_t>(m)]) * dim, dim);
         for (float& value : sum) value /= static_cast<float>(last - first);
         centroids.set(static_cast<int32_t>(c), sum.data());
       }
@@ -311,10 +324,12 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
     for (int32_t c = 0; c < task.num_clusters && n > 0; ++c) {
       if (offsets[static_cast<size_t>(c)] != offsets[static_cast<size_t>(c) + 1]) continue;
       int64_t farthest = 0;
-      const auto distance = [&](int64_t i) { return distances[static_cast<size_t>(i)] + squares(x.data() + static_cast<size_t>(i) * dim, dim) / 2; };
+      const auto distance = [&](int64_t i) {
+        return distances[static_cast<size_t>(i)] + squares(x.data() + static_cast<size_t>(i) * dim, dim) / 2;
+      };
       float most = -HUGE_VALF;
       for (int64_t i = 0; i < n; ++i) {
-        if (distances[static_cast<size_t>(i)] == -HUGE_VALF) continue;   // taken by another empty cluster
+        if (distances[static_cast<size_t>(i)] == -HUGE_VALF) continue;  // taken by another empty cluster
         if (const float far = distance(i); far > most) most = far, farthest = i;
       }
       distances[static_cast<size_t>(farthest)] = -HUGE_VALF;

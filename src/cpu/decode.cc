@@ -16,14 +16,14 @@ namespace tactic {
 namespace cpu {
 namespace {
 
-constexpr int64_t kDenseChunk = 256;       // rows whose scores are kept at a time
-constexpr int64_t kMinIndexedRows = 256;   // fewer are not worth a selection
+constexpr int64_t kDenseChunk = 256;      // rows whose scores are kept at a time
+constexpr int64_t kMinIndexedRows = 256;  // fewer are not worth a selection
 
 // What one thread has of one task's output.
 struct Partial {
-  std::vector<SoftmaxState> state;   // [group_size]
-  std::vector<float> values;         // [group_size, v_head_dim]
-  std::vector<WeightSums> sums;      // [group_size] of selected rows
+  std::vector<SoftmaxState> state;  // [group_size]
+  std::vector<float> values;        // [group_size, v_head_dim]
+  std::vector<WeightSums> sums;     // [group_size] of selected rows
   bool used = false;
 };
 
@@ -38,7 +38,8 @@ void list_rows(const RowFilter& filter, bool unindexed_only, std::vector<int32_t
 
 class CpuRun : public BackendRun {
  public:
-  void run(std::span<const DecodeQuery> queries, const DecodeOptions& options, int32_t num_threads, StepStats* stats) override {
+  void run(std::span<const DecodeQuery> queries, const DecodeOptions& options, int32_t num_threads,
+           StepStats* stats) override {
     begin(queries, options);
     step(options, num_threads);
     if (redo_dense()) step(options, num_threads);
@@ -47,7 +48,7 @@ class CpuRun : public BackendRun {
 
  private:
   struct QueryState {
-    std::vector<int32_t> rows;   // recent rows when sparse, all visible ones when dense
+    std::vector<int32_t> rows;  // recent rows when sparse, all visible ones when dense
     RowFilter filter;
     int64_t num_visible = 0;
     DenseReason dense = DenseReason::kNone;
@@ -58,12 +59,13 @@ class CpuRun : public BackendRun {
     size_t num_tasks = 0;
     for (const DecodeQuery& query : queries) num_tasks += static_cast<size_t>(query.kv.num_kv_heads);
     tasks_.resize(num_tasks);
-    kept_.clear();   // of a step that failed
+    kept_.clear();  // of a step that failed
     size_t t = 0;
     for (size_t i = 0; i < queries.size(); ++i) {
       const DecodeQuery& query = queries[i];
       QueryState& state = queries_[i];
-      state.filter = {query.visible, query.kv.kv_len, query.index != nullptr ? &query.index->state().indexed : &no_rows_};
+      state.filter = {query.visible, query.kv.kv_len,
+                      query.index != nullptr ? &query.index->state().indexed : &no_rows_};
       state.num_visible = state.filter.count_visible(0, query.kv.kv_len);
       const int64_t indexed = state.filter.count_indexed(0, query.kv.kv_len);
       state.dense = options.select == Select::kDense ? DenseReason::kAsked
@@ -82,7 +84,8 @@ class CpuRun : public BackendRun {
 
   void step(const DecodeOptions& options, int32_t num_threads) {
     const int32_t threads = thread_count(num_threads);
-    if (partials_.size() < static_cast<size_t>(threads) * tasks_.size()) partials_.resize(static_cast<size_t>(threads) * tasks_.size());
+    if (partials_.size() < static_cast<size_t>(threads) * tasks_.size())
+      partials_.resize(static_cast<size_t>(threads) * tasks_.size());
     for (Partial& partial : partials_) partial.used = false;
     TeamError error;
     if (threads == 1) {
@@ -110,7 +113,7 @@ class CpuRun : public BackendRun {
   }
 
   void phases(const DecodeOptions& options, int32_t thread, int32_t threads, TeamError& error) {
-    const auto for_tasks = [&](auto fn) {   // a task each, in turn
+    const auto for_tasks = [&](auto fn) {  // a task each, in turn
       for (size_t t = static_cast<size_t>(thread); t < tasks_.size(); t += static_cast<size_t>(threads)) fn(t);
     };
     bool any_sparse = false;
@@ -139,12 +142,13 @@ class CpuRun : public BackendRun {
   }
 
   void weigh_phase(const DecodeOptions& options, int32_t thread, int32_t threads) {
-    share(thread, threads, 16, [](const Task& task) { return task.sparse ? task.selected.size() : 0; },
-          [&](Task& task, int64_t begin, int64_t end) {
-            score_rows(task, task.selected, begin, end);
-            weigh_rows(task, begin, end, partial_of(task, thread).sums.data());
-            if (options.check_rows && !rows_unchanged(task, begin, end, false)) mark_changed(task);
-          });
+    share(
+        thread, threads, 16, [](const Task& task) { return task.sparse ? task.selected.size() : 0; },
+        [&](Task& task, int64_t begin, int64_t end) {
+          score_rows(task, task.selected, begin, end);
+          weigh_rows(task, begin, end, partial_of(task, thread).sums.data());
+          if (options.check_rows && !rows_unchanged(task, begin, end, false)) mark_changed(task);
+        });
   }
 
   static void score_rows(Task& task, RowList& list, int64_t begin, int64_t end) {
@@ -153,17 +157,21 @@ class CpuRun : public BackendRun {
   }
 
   void score_phase(int32_t thread, int32_t threads) {
-    share(thread, threads, kCentroidBlock, [](const Task& task) { return task.sparse ? int64_t{task.clusters.num_clusters} : 0; },
-          [&](Task& task, int64_t begin, int64_t end) {
-            score(task.query->index->state(), task.head, task.filter, task.q.data(), task.group_size,
-                  static_cast<int32_t>(begin), static_cast<int32_t>(end), task.clusters);
-          });
-    share(thread, threads, 16, [](const Task& task) { return task.sparse ? task.exact.size() : 0; },
-          [&](Task& task, int64_t begin, int64_t end) { score_rows(task, task.exact, begin, end); });
+    share(
+        thread, threads, kCentroidBlock,
+        [](const Task& task) { return task.sparse ? int64_t{task.clusters.num_clusters} : 0; },
+        [&](Task& task, int64_t begin, int64_t end) {
+          score(task.query->index->state(), task.head, task.filter, task.q.data(), task.group_size,
+                static_cast<int32_t>(begin), static_cast<int32_t>(end), task.clusters);
+        });
+    share(
+        thread, threads, 16, [](const Task& task) { return task.sparse ? task.exact.size() : 0; },
+        [&](Task& task, int64_t begin, int64_t end) { score_rows(task, task.exact, begin, end); });
   }
 
   Partial& partial_of(const Task& task, int32_t thread) {
-    Partial& partial = partials_[static_cast<size_t>(thread) * tasks_.size() + static_cast<size_t>(&task - tasks_.data())];
+    Partial& partial =
+        partials_[static_cast<size_t>(thread) * tasks_.size() + static_cast<size_t>(&task - tasks_.data())];
     if (!partial.used) {
       partial.used = true;
       partial.state.assign(static_cast<size_t>(task.group_size), {});
@@ -174,17 +182,26 @@ class CpuRun : public BackendRun {
   }
 
   void value_phase(const DecodeOptions& options, int32_t thread, int32_t threads) {
-    share(thread, threads, kDenseChunk, [](const Task& task) { return task.sparse ? 0 : task.exact.size(); },
-          [&](Task& task, int64_t begin, int64_t end) { dense_rows(task, begin, end, partial_of(task, thread)); });
-    share(thread, threads, 16, [](const Task& task) { return task.sparse && !task.not_finite ? task.exact.size() : 0; },
-          [&](Task& task, int64_t begin, int64_t end) { value_rows(task, task.exact, begin, end, partial_of(task, thread)); });
-    share(thread, threads, 16, [](const Task& task) { return task.sparse && !task.not_finite ? task.selected.size() : 0; },
-          [&](Task& task, int64_t begin, int64_t end) {
-            value_rows(task, task.selected, begin, end, partial_of(task, thread));
-            if (options.check_rows && !rows_unchanged(task, begin, end, true)) mark_changed(task);
-          });
-    share(thread, threads, 16, [](const Task& task) { return task.sparse && !task.not_finite ? task.refined.size() : 0; },
-          [&](Task& task, int64_t begin, int64_t end) { value_rows(task, task.refined, begin, end, partial_of(task, thread)); });
+    share(
+        thread, threads, kDenseChunk, [](const Task& task) { return task.sparse ? 0 : task.exact.size(); },
+        [&](Task& task, int64_t begin, int64_t end) { dense_rows(task, begin, end, partial_of(task, thread)); });
+    share(
+        thread, threads, 16, [](const Task& task) { return task.sparse && !task.not_finite ? task.exact.size() : 0; },
+        [&](Task& task, int64_t begin, int64_t end) {
+          value_rows(task, task.exact, begin, end, partial_of(task, thread));
+        });
+    share(
+        thread, threads, 16,
+        [](const Task& task) { return task.sparse && !task.not_finite ? task.selected.size() : 0; },
+        [&](Task& task, int64_t begin, int64_t end) {
+          value_rows(task, task.selected, begin, end, partial_of(task, thread));
+          if (options.check_rows && !rows_unchanged(task, begin, end, true)) mark_changed(task);
+        });
+    share(
+        thread, threads, 16, [](const Task& task) { return task.sparse && !task.not_finite ? task.refined.size() : 0; },
+        [&](Task& task, int64_t begin, int64_t end) {
+          value_rows(task, task.refined, begin, end, partial_of(task, thread));
+        });
   }
 
   static void value_rows(Task& task, RowList& list, int64_t begin, int64_t end, Partial& partial) {
@@ -205,7 +222,8 @@ class CpuRun : public BackendRun {
     for (int64_t at = begin; at < end; at += kDenseChunk) {
       const int64_t count = std::min(kDenseChunk, end - at);
       const int32_t* tokens = task.exact.tokens.data() + at;
-      attend_scores(query.kv.k, task.head, tokens, count, task.q.data(), task.head_dim(), task.group_size, scores.data(), kDenseChunk);
+      attend_scores(query.kv.k, task.head, tokens, count, task.q.data(), task.head_dim(), task.group_size,
+                    scores.data(), kDenseChunk);
       for (int32_t g = 0; g < task.group_size; ++g) {
         float* row = scores.data() + g * kDenseChunk;
         if (query.bias != nullptr) {
@@ -213,7 +231,7 @@ class CpuRun : public BackendRun {
         }
         SoftmaxState& state = partial.state[static_cast<size_t>(g)];
         const float max = max_score(row, count);
-        if (std::isnan(max) || max == HUGE_VALF || std::isnan(state.max)) {   // as the formula has it: NaN for this head
+        if (std::isnan(max) || max == HUGE_VALF || std::isnan(state.max)) {  // as the formula has it: NaN for this head
           state = {std::nanf(""), std::nanf("")};
           std::fill_n(row, count, std::nanf(""));
           continue;
@@ -231,7 +249,8 @@ class CpuRun : public BackendRun {
           state.sum += exp_weights(row, count, state.max, row);
         }
       }
-      attend_values(query.kv.v, task.head, tokens, count, scores.data(), kDenseChunk, task.v_head_dim(), task.group_size, partial.values.data());
+      attend_values(query.kv.v, task.head, tokens, count, scores.data(), kDenseChunk, task.v_head_dim(),
+                    task.group_size, partial.values.data());
     }
   }
 
@@ -245,7 +264,9 @@ class CpuRun : public BackendRun {
       std::fill(values.begin(), values.end(), 0.0f);
       for (int32_t thread = 0; thread < threads; ++thread) {
         const Partial& partial = partials_[static_cast<size_t>(thread) * tasks_.size() + t];
-        if (partial.used) merge(state, values.data(), partial.state[static_cast<size_t>(g)], partial.values.data() + static_cast<size_t>(g) * dv, task.v_head_dim());
+        if (partial.used)
+          merge(state, values.data(), partial.state[static_cast<size_t>(g)],
+                partial.values.data() + static_cast<size_t>(g) * dv, task.v_head_dim());
       }
       const int64_t q_head = int64_t{task.head} * task.group_size + g;
       finish(state, values.data(), task.v_head_dim(), query.out + q_head * query.out_head_stride,
@@ -286,10 +307,13 @@ class CpuRun : public BackendRun {
       list_rows(queries_[i].filter, false, queries_[i].rows);
     }
     if (!any) return false;
-    std::erase_if(tasks_, [&](const Task& task) { return reasons[static_cast<size_t>(task.query_number)] == DenseReason::kNone && keep(task); });
+    std::erase_if(tasks_, [&](const Task& task) {
+      return reasons[static_cast<size_t>(task.query_number)] == DenseReason::kNone && keep(task);
+    });
     for (Task& task : tasks_) {
       task.sparse = false;
-      begin_task(task, *task.query, task.query_number, task.head, queries_[static_cast<size_t>(task.query_number)].rows);
+      begin_task(task, *task.query, task.query_number, task.head,
+                 queries_[static_cast<size_t>(task.query_number)].rows);
     }
     return true;
   }
@@ -311,8 +335,9 @@ class CpuRun : public BackendRun {
         stats[i].kv_len = queries_[i].num_visible;
         stats[i].num_kv_heads = kv.num_kv_heads;
         stats[i].dense = queries_[i].dense;
-        stats[i].kv_bytes_present = queries_[i].num_visible * kv.num_kv_heads *
-                                    static_cast<int64_t>(row_bytes(kv.k.dtype, kv.head_dim) + row_bytes(kv.v.dtype, kv.v_head_dim));
+        stats[i].kv_bytes_present =
+            queries_[i].num_visible * kv.num_kv_heads *
+            static_cast<int64_t>(row_bytes(kv.k.dtype, kv.head_dim) + row_bytes(kv.v.dtype, kv.v_head_dim));
       }
       for (const Task& task : kept_) add_stats(task, stats[task.query_number]);
       for (size_t i = 0; i < queries.size(); ++i) stats[i].mass_std_error = std::sqrt(stats[i].mass_std_error);

@@ -10,7 +10,8 @@
 namespace tactic::cpu {
 
 /// Adds the partial (state, values) of `other` into (state, values). values: sum of exp(score - max) * v, [v_head_dim].
-inline void merge(SoftmaxState& state, float* values, const SoftmaxState& other, const float* other_values, int32_t v_head_dim) {
+inline void merge(SoftmaxState& state, float* values, const SoftmaxState& other, const float* other_values,
+                  int32_t v_head_dim) {
   if (other.sum == 0 && other.max == -HUGE_VALF) return;
   const float max = state.max > other.max ? state.max : other.max;
   const float mine = state.max == max ? 1.0f : std::exp(state.max - max);

@@ -22,8 +22,8 @@ inline Range share_of(int64_t total, int64_t grain, int32_t part, int32_t parts)
   return {cut(part), cut(part + 1)};
 }
 
-/// What a thread of a team throws (memory that ran out, most likely) reaches the caller. A thread that failed goes on to
-/// the team's barriers, and behind the next one no thread does anything more.
+/// What a thread of a team throws (memory that ran out, most likely) reaches the caller. A thread that failed goes on
+/// to the team's barriers, and behind the next one no thread does anything more.
 class TeamError {
  public:
   template <class Fn>
@@ -48,7 +48,8 @@ class TeamError {
 /// fn(begin, end) on every thread for its share of [0, total).
 template <class Fn>
 void parallel_ranges(int32_t num_threads, int64_t total, int64_t grain, const Fn& fn) {
-  const int32_t threads = thread_count(num_threads);   // always all of them: libgomp ends threads that a smaller team leaves out
+  const int32_t threads =
+      thread_count(num_threads);  // always all of them: libgomp ends threads that a smaller team leaves out
   if (threads <= 1 || total <= grain || omp_in_parallel()) {
     if (total > 0) fn(int64_t{0}, total);
     return;

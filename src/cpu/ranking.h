@@ -54,7 +54,7 @@ class Ranking {
 
   // As a whole number that rises when the score falls.
   static uint32_t falling(float dot) {
-    const auto bits = std::bit_cast<uint32_t>(dot + 0.0f);   // one zero
+    const auto bits = std::bit_cast<uint32_t>(dot + 0.0f);  // one zero
     return (bits >> 31) != 0 ? bits : ~(bits | 0x80000000u);
   }
 
@@ -63,7 +63,8 @@ class Ranking {
 
   // Puts the cluster that holds a token of the order where sorting would put it; the cut before it.
   Cut place(int64_t token) {
-    const auto next = std::upper_bound(cuts_.begin(), cuts_.end(), token, [](int64_t t, const Cut& cut) { return t < cut.tokens; });
+    const auto next =
+        std::upper_bound(cuts_.begin(), cuts_.end(), token, [](int64_t t, const Cut& cut) { return t < cut.tokens; });
     Cut low = *std::prev(next);
     size_t end = next->at;
     while (end - low.at > 1) {
@@ -81,7 +82,8 @@ class Ranking {
       }
     }
     for (const Cut& cut : {low, Cut{low.at + 1, low.tokens + size_at(low.at)}}) {
-      const auto at = std::lower_bound(cuts_.begin(), cuts_.end(), cut.tokens, [](const Cut& other, int64_t t) { return other.tokens < t; });
+      const auto at = std::lower_bound(cuts_.begin(), cuts_.end(), cut.tokens,
+                                       [](const Cut& other, int64_t t) { return other.tokens < t; });
       if (at == cuts_.end() || at->tokens != cut.tokens) cuts_.insert(at, cut);
     }
     return low;
@@ -90,14 +92,14 @@ class Ranking {
   const float* sizes_;
   int32_t num_clusters_;
   int64_t num_tokens_ = 0;
-  std::vector<uint64_t> keys_;   // the score in the high half, the cluster in the low half
-  std::vector<Cut> cuts_;        // ascending, both ends included
+  std::vector<uint64_t> keys_;  // the score in the high half, the cluster in the low half
+  std::vector<Cut> cuts_;       // ascending, both ends included
 };
 
 /// fn(row) for the readable members [first, first + count) of one cluster. `stored`: all its members, readable or not.
 template <class Fn>
-void for_members(const Segment& segment, const uint16_t* members, int64_t stored, const RowFilter& filter, bool all_readable,
-                 int64_t first, int64_t count, Fn fn) {
+void for_members(const Segment& segment, const uint16_t* members, int64_t stored, const RowFilter& filter,
+                 bool all_readable, int64_t first, int64_t count, Fn fn) {
   for (int64_t m = all_readable ? first : 0; m < stored && count > 0; ++m) {
     const int64_t row = segment.row_begin + members[m];
     if (!all_readable && (!filter.reads_indexed(row) || first-- > 0)) continue;
@@ -117,7 +119,8 @@ inline void take_members(const IndexState& index, int32_t head, const RowFilter&
     for (int32_t c = 0; c < segment.num_clusters; ++c) {
       const int32_t stored = clusters.sizes[static_cast<size_t>(c)], count = taken[static_cast<size_t>(base + c)];
       const bool all_readable = scores.sizes[static_cast<size_t>(base + c)] == static_cast<float>(stored);
-      for_members(segment, members, stored, filter, all_readable, 0, count, [&](int32_t row) { out.tokens.push_back(row); });
+      for_members(segment, members, stored, filter, all_readable, 0, count,
+                  [&](int32_t row) { out.tokens.push_back(row); });
       out.clusters.resize(out.tokens.size(), base + c);
       members += stored;
     }

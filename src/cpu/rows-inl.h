@@ -70,7 +70,8 @@ struct RowLoader<DType::kQ8_0> {
   }
 };
 
-// ggml's q4_0: per 32 elements an f16 scale and 16 bytes; the low nibbles are elements 0-15, the high ones 16-31, minus 8.
+// ggml's q4_0: per 32 elements an f16 scale and 16 bytes; the low nibbles are elements 0-15, the high ones 16-31,
+// minus 8.
 template <>
 struct RowLoader<DType::kQ4_0> {
   static HWY_INLINE RowVec load(RowTag df, const std::byte* row, size_t i) {

@@ -42,7 +42,8 @@ void score_block(const int8_t* residuals, const float* scales, size_t dim, const
       const size_t at = half == 0 ? part : second;
       const V scale = hn::LoadU(df, scales + at);
       for (int g = 0; g < kHeads; ++g) {
-        hn::StoreU(hn::MulAdd(sums[g][half], scale, hn::Set(df, mean_dots[g])), df, dots + static_cast<size_t>(g) * stride + at);
+        hn::StoreU(hn::MulAdd(sums[g][half], scale, hn::Set(df, mean_dots[g])), df,
+                   dots + static_cast<size_t>(g) * stride + at);
       }
     }
   }
@@ -101,7 +102,8 @@ void count_readable(const Segment& segment, const HeadClusters& clusters, const 
       sizes[c - begin] = 0;
     } else {
       int32_t count = 0;
-      for (size_t m = member; m < member + size; ++m) count += filter.reads_indexed(segment.row_begin + clusters.members[m]);
+      for (size_t m = member; m < member + size; ++m)
+        count += filter.reads_indexed(segment.row_begin + clusters.members[m]);
       sizes[c - begin] = static_cast<float>(count);
       member += size;
     }
@@ -121,7 +123,8 @@ void score(const IndexState& index, int32_t head, const RowFilter& filter, const
       const HeadClusters& clusters = segment.heads[static_cast<size_t>(head)];
       count_readable(segment, clusters, filter, first - base, last - base, out.sizes.data() + first);
       std::copy_n(clusters.spreads.data() + (first - base), last - first, out.spreads.data() + first);
-      score_part(clusters, static_cast<size_t>(index.shape.head_dim), first - base, last - base, q, group_size, out.dots.data() + first, static_cast<size_t>(out.num_clusters));
+      score_part(clusters, static_cast<size_t>(index.shape.head_dim), first - base, last - base, q, group_size,
+                 out.dots.data() + first, static_cast<size_t>(out.num_clusters));
     }
     base += padded;
   }

@@ -1,5 +1,6 @@
-// select_fit: rank, fit a / x + b through two windows, read up to the target mass (arXiv 2502.12216, section 4). Constants
-// and edge cases as in the reference; the fitted sum in closed form, and the order sorted only where it is sampled.
+// select_fit: rank, fit a / x + b through two windows, read up to the target mass (arXiv 2502.12216, section 4).
+// Constants and edge cases as in the reference; the fitted sum in closed form, and the order sorted only where it is
+// sampled.
 #include <cmath>
 
 #include "cpu/ranking.h"
@@ -27,12 +28,14 @@ class MemberTable {
 
   template <class Fn>
   void visit(int32_t cluster, int64_t first, int64_t count, Fn fn) const {
-    const auto after = std::upper_bound(parts_.begin(), parts_.end(), cluster, [](int32_t c, const Part& part) { return c < part.base; });
+    const auto after = std::upper_bound(parts_.begin(), parts_.end(), cluster,
+                                        [](int32_t c, const Part& part) { return c < part.base; });
     const Part& part = *std::prev(after);
     const HeadClusters& clusters = part.segment->heads[static_cast<size_t>(head_)];
     const int32_t stored = clusters.sizes[static_cast<size_t>(cluster - part.base)];
     const bool all_readable = scores_.sizes[static_cast<size_t>(cluster)] == static_cast<float>(stored);
-    for_members(*part.segment, clusters.members.data() + first_[static_cast<size_t>(cluster)], stored, filter_, all_readable, first, count, fn);
+    for_members(*part.segment, clusters.members.data() + first_[static_cast<size_t>(cluster)], stored, filter_,
+                all_readable, first, count, fn);
   }
 
  private:
@@ -44,7 +47,7 @@ class MemberTable {
   const RowFilter& filter_;
   const ClusterScores& scores_;
   std::vector<Part> parts_;
-  std::vector<uint32_t> first_;   // [num_clusters] in the segment's members
+  std::vector<uint32_t> first_;  // [num_clusters] in the segment's members
 };
 
 // 1 + 1/2 + ... + 1/x, to 1e-9 from x = 8 on.
@@ -66,7 +69,7 @@ struct Tail {
 
 struct Probe {
   std::vector<int32_t> tokens;
-  std::vector<float> weights;   // scores first
+  std::vector<float> weights;  // scores first
 };
 
 }  // namespace
@@ -89,7 +92,7 @@ int64_t select_fit(const IndexState& index, int32_t head, const RowFilter& filte
   const MemberTable table(index, head, filter, scores);
   RowBits probed;
   probed.resize(index.rows_end);
-  Probe probes[3];   // the peak and the two windows
+  Probe probes[3];  // the peak and the two windows
   for (int32_t g = 0; g < group_size; ++g) {
     ranking.rank(scores.dots.data() + static_cast<size_t>(g) * static_cast<size_t>(scores.num_clusters));
     float max = exact[g].max;
@@ -101,16 +104,17 @@ int64_t select_fit(const IndexState& index, int32_t head, const RowFilter& filte
       });
       for (const int32_t row : probe.tokens) probed.set(row);
       probe.weights.resize(probe.tokens.size());
-      attend_scores(k, head, probe.tokens.data(), counts[p], q + static_cast<size_t>(g) * static_cast<size_t>(head_dim), head_dim, 1,
-                    probe.weights.data(), counts[p]);
+      attend_scores(k, head, probe.tokens.data(), counts[p], q + static_cast<size_t>(g) * static_cast<size_t>(head_dim),
+                    head_dim, 1, probe.weights.data(), counts[p]);
       const float most = max_score(probe.weights.data(), counts[p]);
-      if (!(most <= max)) max = most;   // NaN stays, as nothing is above it
+      if (!(most <= max)) max = most;  // NaN stays, as nothing is above it
       if (std::isnan(most)) break;
     }
     int64_t wanted = n;
     if (std::isfinite(max)) {
       double sums[3] = {};
-      for (int p = 0; p < parts; ++p) sums[p] = exp_weights(probes[p].weights.data(), counts[p], max, probes[p].weights.data());
+      for (int p = 0; p < parts; ++p)
+        sums[p] = exp_weights(probes[p].weights.data(), counts[p], max, probes[p].weights.data());
       Tail tail{peak};
       if (parts == 3) {
         const double middle = (static_cast<double>(width) + 1) / 2;
@@ -123,7 +127,7 @@ int64_t select_fit(const IndexState& index, int32_t head, const RowFilter& filte
       const double target = target_mass * (mass + sums[0] + tail.sum_to(n));
       for (wanted = 0; wanted < peak && mass < target; ++wanted) mass += probes[0].weights[static_cast<size_t>(wanted)];
       if (wanted == peak && mass < target) {
-        int64_t low = peak, high = n;   // the target lies in (low, high]
+        int64_t low = peak, high = n;  // the target lies in (low, high]
         while (high - low > 1) {
           const int64_t middle = low + (high - low) / 2;
           (mass + tail.sum_to(middle) < target ? low : high) = middle;

@@ -9,7 +9,7 @@
 #define TACTIC_CPU_TAIL_SUMS_
 namespace tactic::cpu {
 struct TailSums {
-  double first = 0, second = 0;   // sum of size * u and of size * u^2 over clusters with tau * u < 1
+  double first = 0, second = 0;  // sum of size * u and of size * u^2 over clusters with tau * u < 1
 };
 }  // namespace tactic::cpu
 #endif
@@ -38,8 +38,8 @@ HWY_INLINE V growth(Tag df, V s2, V cap2) {
 }
 
 // u[c]: root mean square over the heads of the normalized weight of a member of cluster c.
-bool rms_weights(const ClusterScores& scores, const SelectParams& params, float* cap2, float* means, float* rms, float* u,
-                 float* log_totals) {
+bool rms_weights(const ClusterScores& scores, const SelectParams& params, float* cap2, float* means, float* rms,
+                 float* u, float* log_totals) {
   const Tag df;
   const size_t lanes = hn::Lanes(df);
   const auto n = static_cast<size_t>(scores.num_clusters);
@@ -56,13 +56,14 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
     for (size_t c = 0; c < n; c += lanes) {
       const V size = hn::LoadU(df, scores.sizes.data() + c);
       const V dot = hn::LoadU(df, dots + c);
-      const V spread = hn::Mul(beta, growth(df, hn::Mul(norm2, hn::LoadU(df, scores.spreads.data() + c)), hn::LoadU(df, cap2 + c)));
+      const V spread =
+          hn::Mul(beta, growth(df, hn::Mul(norm2, hn::LoadU(df, scores.spreads.data() + c)), hn::LoadU(df, cap2 + c)));
       const auto used = hn::Gt(size, hn::Zero(df));
       const V mean = hn::IfThenElse(used, hn::Add(dot, spread), hn::Set(df, -HUGE_VALF));
       hn::StoreU(mean, df, means + c);
       hn::StoreU(spread, df, rms + c);
       best = hn::Max(best, mean);
-      poison = hn::Add(poison, hn::IfThenElseZero(used, hn::Mul(mean, hn::Zero(df))));   // NaN if any is not finite
+      poison = hn::Add(poison, hn::IfThenElseZero(used, hn::Mul(mean, hn::Zero(df))));  // NaN if any is not finite
     }
     if (!(hn::GetLane(hn::SumOfLanes(df, poison)) == 0)) return false;
     const float max = std::max(hn::GetLane(hn::MaxOfLanes(df, best)), params.exact[g].max);
@@ -76,7 +77,8 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
       const V r = hn::Mul(e, hn::Exp(df, hn::Min(tail, hn::Set(df, 40.0f))));
       hn::StoreU(r, df, rms + c);
     }
-    const float total = hn::GetLane(hn::SumOfLanes(df, sums)) + params.exact[g].sum * std::exp(params.exact[g].max - max);
+    const float total =
+        hn::GetLane(hn::SumOfLanes(df, sums)) + params.exact[g].sum * std::exp(params.exact[g].max - max);
     log_totals[g] = max + std::log(total);
     const V scale = hn::Set(df, 1.0f / total);
     for (size_t c = 0; c < n; c += lanes) {
@@ -135,7 +137,8 @@ HWY_EXPORT(tail_sums);
 HWY_EXPORT(scale_capped);
 HWY_EXPORT(negative_logs);
 
-void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options, Inclusion& out) {
+void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options,
+                   Inclusion& out) {
   const auto n = static_cast<size_t>(scores.num_clusters);
   out.scratch.resize(4 * n);
   out.probability.resize(n);
@@ -144,18 +147,21 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
   out.tau = options.tau;
   out.predicted_variance = 0;
   if (n == 0) return;
-  if (!HWY_DYNAMIC_DISPATCH(rms_weights)(scores, params, out.scratch.data(), out.scratch.data() + n, out.scratch.data() + 2 * n, u,
-                                          out.log_totals.data())) {
+  if (!HWY_DYNAMIC_DISPATCH(rms_weights)(scores, params, out.scratch.data(), out.scratch.data() + n,
+                                         out.scratch.data() + 2 * n, u, out.log_totals.data())) {
     std::fill(out.probability.begin(), out.probability.end(), 1.0f);
     out.tau = HUGE_VALF;
     return;
   }
-  const auto sums_at = [&](double tau) { return HWY_DYNAMIC_DISPATCH(tail_sums)(scores.sizes.data(), u, n, static_cast<float>(tau)); };
+  const auto sums_at = [&](double tau) {
+    return HWY_DYNAMIC_DISPATCH(tail_sums)(scores.sizes.data(), u, n, static_cast<float>(tau));
+  };
   double tau = options.tau;
   if (tau <= 0) {
-    // V(tau) = first / tau - second over the clusters not read whole. Solving for tau with too many clusters in the sums
-    // gives too small a tau, so the iteration rises to the solution from below.
-    const double target = static_cast<double>(options.target_error) * options.target_error / std::max(params.variance_ratio, 1e-3f);
+    // V(tau) = first / tau - second over the clusters not read whole. Solving for tau with too many clusters in the
+    // sums gives too small a tau, so the iteration rises to the solution from below.
+    const double target =
+        static_cast<double>(options.target_error) * options.target_error / std::max(params.variance_ratio, 1e-3f);
     tau = 1e-3;
     for (int i = 0; i < 50; ++i) {
       const TailSums sums = sums_at(tau);
@@ -178,7 +184,7 @@ double systematic(double sum, int64_t size, double p, Fn take) {
   const double end = sum + static_cast<double>(size) * p;
   int64_t last = -1;
   for (auto step = static_cast<int64_t>(sum) + 1; step <= static_cast<int64_t>(end); ++step) {
-    const double j = (static_cast<double>(step) - sum) / p;   // the member after which the sum reaches `step`
+    const double j = (static_cast<double>(step) - sum) / p;  // the member after which the sum reaches `step`
     const auto truncated = static_cast<int64_t>(j);
     const int64_t at = std::clamp(static_cast<double>(truncated) < j ? truncated : truncated - 1, last + 1, size - 1);
     if (at <= last) break;
@@ -210,7 +216,7 @@ void draw(const IndexState& index, int32_t head, const RowFilter& filter, const 
         if (sizes[c] == 0 || p == 0 || (p >= 1) != certain) continue;
         const auto push = [&](int32_t row) {
           out.tokens.push_back(row);
-          out.log_weights.push_back(p);   // probabilities until all are drawn
+          out.log_weights.push_back(p);  // probabilities until all are drawn
           out.clusters.push_back(base + c);
         };
         const auto size = static_cast<int64_t>(sizes[c]);
@@ -229,7 +235,8 @@ void draw(const IndexState& index, int32_t head, const RowFilter& filter, const 
         if (certain) {
           for (const int32_t row : readable) push(row);
         } else {
-          sum = systematic(sum, static_cast<int64_t>(readable.size()), p, [&](int64_t m) { push(readable[static_cast<size_t>(m)]); });
+          sum = systematic(sum, static_cast<int64_t>(readable.size()), p,
+                           [&](int64_t m) { push(readable[static_cast<size_t>(m)]); });
         }
       }
       base += padded_clusters(segment.num_clusters);

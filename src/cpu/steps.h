@@ -14,7 +14,8 @@ void score(const IndexState& index, int32_t head, const RowFilter& filter, const
            int32_t begin, int32_t end, ClusterScores& out);
 
 /// Inclusion probability of every cluster's members (docs/method.md 3).
-void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options, Inclusion& out);
+void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options,
+                   Inclusion& out);
 
 /// Draws rows with those probabilities by systematic sampling, segment by segment; offset in [0, 1).
 void draw(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
@@ -45,7 +46,8 @@ float exp_weights(const float* scores, int64_t num, float max, float* weights);
 struct WeightSums;
 
 /// weights[i] = exp(scores[i] + log_weights[i] - max); adds to sums.sampled, variance and largest_sampled.
-void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights, WeightSums& sums);
+void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
+                     WeightSums& sums);
 
 /// Largest score, -infinity for none; NaN if any is NaN.
 float max_score(const float* scores, int64_t num);

@@ -16,7 +16,7 @@ constexpr double kPriorWeight = 20;
 constexpr double kPriorSlope = 0.75;
 constexpr double kForget = 0.98;
 constexpr double kUsualRate = 0.05;
-constexpr float kHeavy = 0.01f;   // share of a head
+constexpr float kHeavy = 0.01f;  // share of a head
 
 const Segment* find_segment(const IndexState& index, int64_t row) {
   auto at = std::upper_bound(index.segments.begin(), index.segments.end(), row,
@@ -26,7 +26,8 @@ const Segment* find_segment(const IndexState& index, int64_t row) {
 
 }  // namespace
 
-void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int32_t head, const std::vector<int32_t>& recent) {
+void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int32_t head,
+                const std::vector<int32_t>& recent) {
   task.query = &query;
   task.query_number = query_number;
   task.head = head;
@@ -93,15 +94,17 @@ void select_rows(Task& task, const DecodeOptions& options) {
       task.beta = params.beta = options.beta > 0 ? options.beta : known.beta(kPriorWeight, kPriorSlope);
       params.variance_ratio = static_cast<float>(known.variance_ratio);
       select_sample(task.clusters, params, options, task.inclusion);
-      draw(index, task.head, task.filter, task.clusters, task.inclusion, random_offset(*task.query, task.head, options.seed), task.selection);
+      draw(index, task.head, task.filter, task.clusters, task.inclusion,
+           random_offset(*task.query, task.head, options.seed), task.selection);
       break;
     }
     case Select::kTopK:
       select_topk(index, task.head, task.filter, task.clusters, task.group_size, options.budget, task.selection);
       break;
     case Select::kFit:
-      task.probed = select_fit(index, task.head, task.filter, task.clusters, task.query->kv.k, task.q.data(), task.head_dim(),
-                               task.group_size, task.exact_state.data(), fit_mass(options), task.selection);
+      task.probed =
+          select_fit(index, task.head, task.filter, task.clusters, task.query->kv.k, task.q.data(), task.head_dim(),
+                     task.group_size, task.exact_state.data(), fit_mass(options), task.selection);
       break;
     case Select::kDense: break;
   }
@@ -109,16 +112,17 @@ void select_rows(Task& task, const DecodeOptions& options) {
   task.selected.reserve_scores(task.group_size);
   task.refined.reserve_scores(task.group_size);
   for (int32_t g = 0; g < task.group_size; ++g) {
-    const float* dots = task.clusters.dots.data() + static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters);
+    const float* dots =
+        task.clusters.dots.data() + static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters);
     SoftmaxState& exact = task.exact_state[static_cast<size_t>(g)];
     float max = exact.max;
     for (int32_t c = 0; c < task.clusters.num_clusters; ++c) {
-      if (task.clusters.sizes[static_cast<size_t>(c)] == 0) continue;   // hidden or empty
+      if (task.clusters.sizes[static_cast<size_t>(c)] == 0) continue;  // hidden or empty
       task.not_finite = task.not_finite || !std::isfinite(dots[c]);
       max = std::max(max, dots[c]);
     }
     task.not_finite = task.not_finite || !std::isfinite(max);
-    if (max == exact.max) continue;   // the usual case: a sink has the largest score
+    if (max == exact.max) continue;  // the usual case: a sink has the largest score
     exact.sum = exp_weights(task.exact.scores_of(g), task.exact.size(), max, task.exact.weights_of(g));
     exact.max = max;
   }
@@ -128,7 +132,8 @@ namespace {
 
 // Weight, relative to the task's state, from which on a sampled row refines its cluster.
 float heavy_weight(const Task& task, int32_t g, float limit) {
-  return limit * std::exp(task.inclusion.log_totals[static_cast<size_t>(g)] - task.exact_state[static_cast<size_t>(g)].max);
+  return limit *
+         std::exp(task.inclusion.log_totals[static_cast<size_t>(g)] - task.exact_state[static_cast<size_t>(g)].max);
 }
 
 // Room for the scores of rows that were added; those of the rows before stay.
@@ -136,7 +141,8 @@ void grow_scores(RowList& list, int32_t group_size, int64_t old_size) {
   const int64_t old_stride = list.stride;
   list.reserve_scores(group_size);
   for (int32_t g = group_size - 1; g > 0; --g) {
-    std::copy_backward(list.weights.begin() + g * old_stride, list.weights.begin() + g * old_stride + old_size, list.weights.begin() + g * list.stride + old_size);
+    std::copy_backward(list.weights.begin() + g * old_stride, list.weights.begin() + g * old_stride + old_size,
+                       list.weights.begin() + g * list.stride + old_size);
   }
 }
 
@@ -174,16 +180,17 @@ void read_whole(Task& task, const std::vector<int32_t>& found) {
   }
   grow_scores(task.refined, task.group_size, old_size);
   const int64_t added = task.refined.size() - old_size;
-  attend_scores(task.query->kv.k, task.head, task.refined.tokens.data() + old_size, added, task.q.data(), task.head_dim(), task.group_size,
-                task.refined.scores.data() + old_size, task.refined.stride);
+  attend_scores(task.query->kv.k, task.head, task.refined.tokens.data() + old_size, added, task.q.data(),
+                task.head_dim(), task.group_size, task.refined.scores.data() + old_size, task.refined.stride);
   for (int32_t g = 0; g < task.group_size; ++g) {
-    exp_weights(task.refined.scores_of(g) + old_size, added, task.state[static_cast<size_t>(g)].max, task.refined.weights_of(g) + old_size);
+    exp_weights(task.refined.scores_of(g) + old_size, added, task.state[static_cast<size_t>(g)].max,
+                task.refined.weights_of(g) + old_size);
   }
 }
 
 // Clusters of which a sampled row speaks for too large a share in any head: they were underestimated.
 std::vector<int32_t> underestimated(const Task& task, float limit) {
-  std::vector<int32_t> found;   // ascending
+  std::vector<int32_t> found;  // ascending
   for (int64_t i = task.selection.num_certain; i < task.selected.size(); ++i) {
     const int32_t cluster = task.selection.clusters[static_cast<size_t>(i)];
     if (!found.empty() && found.back() == cluster) continue;
@@ -213,7 +220,8 @@ void settle_again(Task& task) {
   for (int32_t g = 0; g < task.group_size; ++g) {
     WeightSums sum;
     const float* weights = task.selected.weights_of(g);
-    for (int64_t i = 0; i < task.selected.size(); ++i) (task.selection.log_weights[static_cast<size_t>(i)] == 0 ? sum.certain : sum.sampled) += weights[i];
+    for (int64_t i = 0; i < task.selected.size(); ++i)
+      (task.selection.log_weights[static_cast<size_t>(i)] == 0 ? sum.certain : sum.sampled) += weights[i];
     for (int64_t i = 0; i < task.refined.size(); ++i) sum.certain += task.refined.weights_of(g)[i];
     settle_head(task, g, sum);
   }
@@ -221,16 +229,19 @@ void settle_again(Task& task) {
 
 // The masses as the whole draw measures them, and how sure they are.
 void measure_masses(Task& task, bool first) {
-  const std::vector<double>& known = task.query->index->state().calibration[static_cast<size_t>(task.head)].usual_variance;
-  std::vector<char> left = task.whole;   // clusters whose draws speak
+  const std::vector<double>& known =
+      task.query->index->state().calibration[static_cast<size_t>(task.head)].usual_variance;
+  std::vector<char> left = task.whole;  // clusters whose draws speak
   for (size_t c = 0; c < left.size(); ++c) left[c] = task.whole[c] != 0 && task.refined_whole[c] == 0;
-  const Undrawn undrawn = undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, left);
+  const Undrawn undrawn =
+      undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, left);
   const int64_t draws = task.selected.size() - task.selection.num_certain;
   for (int32_t g = 0; g < task.group_size; ++g) {
     DrawnVariance drawn;
     double sum = 0;
     for (int64_t i = 0; i < draws; ++i) {
-      const auto cluster = static_cast<size_t>(task.selection.clusters[static_cast<size_t>(task.selection.num_certain + i)]);
+      const auto cluster =
+          static_cast<size_t>(task.selection.clusters[static_cast<size_t>(task.selection.num_certain + i)]);
       if (left[cluster] != 0) continue;
       const float z = task.drawn[static_cast<size_t>(g * draws + i)];
       drawn.add(z, task.inclusion.probability[cluster]);
@@ -240,8 +251,10 @@ void measure_masses(Task& task, bool first) {
     const double total = certain + std::max(0.0, sum - task.refined_sum[static_cast<size_t>(g)]);
     const double mass = certain / total, usual = known.empty() ? 0 : known[static_cast<size_t>(g)];
     const double variance = undrawn.any ? drawn.variance(total, task.inclusion.tau, undrawn.count_variance, usual) : 0;
-    if (first) task.relative_variance[static_cast<size_t>(g)] = undrawn.any ? drawn.relative(undrawn.count_variance) : 0;
-    task.masses[static_cast<size_t>(g)] = {mass, mass * std::sqrt(variance) / total, drawn.freedom(usual), task.state[static_cast<size_t>(g)].max + std::log(total)};
+    if (first)
+      task.relative_variance[static_cast<size_t>(g)] = undrawn.any ? drawn.relative(undrawn.count_variance) : 0;
+    task.masses[static_cast<size_t>(g)] = {mass, mass * std::sqrt(variance) / total, drawn.freedom(usual),
+                                           task.state[static_cast<size_t>(g)].max + std::log(total)};
   }
 }
 
@@ -255,7 +268,8 @@ void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums) {
     const float* scores = task.selected.scores_of(g);
     float* weights = task.selected.weights_of(g);
     sums[g].certain += exp_weights(scores + begin, middle - begin, max, weights + begin);
-    sampled_weights(scores + middle, selection.log_weights.data() + middle, end - middle, max, weights + middle, sums[g]);
+    sampled_weights(scores + middle, selection.log_weights.data() + middle, end - middle, max, weights + middle,
+                    sums[g]);
   }
 }
 
@@ -310,7 +324,8 @@ bool rows_unchanged(const Task& task, int64_t begin, int64_t end, bool values) {
     if (segment == nullptr || row < segment->row_begin || row >= segment->row_begin + segment->num_rows) {
       segment = find_segment(index, row);
     }
-    const size_t at = static_cast<size_t>(task.head) * static_cast<size_t>(segment->num_rows) + static_cast<size_t>(row - segment->row_begin);
+    const size_t at = static_cast<size_t>(task.head) * static_cast<size_t>(segment->num_rows) +
+                      static_cast<size_t>(row - segment->row_begin);
     const uint32_t stored = segment->row_checks[at];
     difference |= check_row(rows.row(task.head, row), bytes, row) ^ (values ? stored >> 4 : stored & 15);
   }
@@ -326,8 +341,10 @@ void find_heavy(const Task& task) {
     for (int64_t i = begin; i < list.size(); ++i) {
       bool heavy = false;
       for (int32_t g = 0; g < task.group_size && !heavy; ++g) {
-        const float weight = list.weights[static_cast<size_t>(g * list.stride + i)], limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
-        heavy = weight > limit && (log_weights == nullptr || weight * std::exp(-(*log_weights)[static_cast<size_t>(i)]) > limit);
+        const float weight = list.weights[static_cast<size_t>(g * list.stride + i)],
+                    limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
+        heavy = weight > limit &&
+                (log_weights == nullptr || weight * std::exp(-(*log_weights)[static_cast<size_t>(i)]) > limit);
       }
       if (heavy) rows.push_back(list.tokens[static_cast<size_t>(i)]);
     }
@@ -370,9 +387,12 @@ void learn(Task& task, const DecodeOptions& options) {
       for (int32_t g = 0; g < task.group_size; ++g) {
         double sum = 0;
         for (int64_t m = i; m < end; ++m) sum += task.selected.weights_of(g)[m];
-        const double x = spread_growth(task.q_norms2[static_cast<size_t>(g)] * task.clusters.spreads[static_cast<size_t>(cluster)], static_cast<double>(end - i));
+        const double x =
+            spread_growth(task.q_norms2[static_cast<size_t>(g)] * task.clusters.spreads[static_cast<size_t>(cluster)],
+                          static_cast<double>(end - i));
         const double y = std::log(sum / static_cast<double>(end - i)) + task.state[static_cast<size_t>(g)].max -
-                         task.clusters.dots[static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters) + static_cast<size_t>(cluster)];
+                         task.clusters.dots[static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters) +
+                                            static_cast<size_t>(cluster)];
         if (!std::isfinite(y)) continue;
         known.sum_xx += x * x;
         known.sum_xy += x * y;
@@ -387,7 +407,8 @@ void report(const Task& task) {
   if (query.masses != nullptr) {
     for (size_t g = 0; g < static_cast<size_t>(task.group_size); ++g) {
       const HeadMass& m = task.masses[g];
-      query.masses[static_cast<size_t>(task.head * task.group_size) + g] = {m.mass, m.std_error, mass_bound(m, kNormal95), mass_bound(m, -kNormal95)};
+      query.masses[static_cast<size_t>(task.head * task.group_size) + g] = {
+          m.mass, m.std_error, mass_bound(m, kNormal95), mass_bound(m, -kNormal95)};
     }
   }
   if (query.selection == nullptr) return;
@@ -434,7 +455,7 @@ void add_stats(const Task& task, StepStats& stats) {
     const double share = 1.0 / task.query->num_q_heads;
     const HeadMass& m = task.masses[static_cast<size_t>(g)];
     stats.estimated_mass += m.mass * share;
-    stats.mass_std_error += m.std_error * m.std_error * share;   // a variance until the step is done
+    stats.mass_std_error += m.std_error * m.std_error * share;  // a variance until the step is done
   }
   for (const Segment& segment : task.query->index->state().segments) {
     // Per cluster: 8-bit residuals, scale, spread, size. Per row read: its number and check value.

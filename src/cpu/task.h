@@ -31,24 +31,24 @@ struct Task {
   int32_t group_size = 0;
   RowFilter filter;
   bool sparse = false;
-  std::vector<float> q;                // [group_size, head_dim] scaled by sm_scale
-  std::vector<float> q_norms2;         // [group_size]
-  RowList exact;                       // sinks, recent and rewritten rows, outliers; every visible row when dense
+  std::vector<float> q;         // [group_size, head_dim] scaled by sm_scale
+  std::vector<float> q_norms2;  // [group_size]
+  RowList exact;                // sinks, recent and rewritten rows, outliers; every visible row when dense
   ClusterScores clusters;
   Inclusion inclusion;
   HeadSelection selection;
-  RowList selected;                    // the selection's rows; log weights in `selection`
-  RowList refined;                     // rows added by refinement
-  std::vector<SoftmaxState> exact_state;   // [group_size]
-  std::vector<SoftmaxState> state;     // [group_size] over everything read; max is that of the exact rows and of the
-                                       // estimates, so that rows are weighed as soon as they are scored
-  std::vector<HeadMass> masses;        // [group_size] of the certain rows
-  std::vector<double> independent_variance;     // [group_size] of all weights, relative, had the draws been independent
-  std::vector<char> whole;             // [num_clusters] read whole
-  std::vector<float> drawn;            // [group_size, draws] weights of the draw, also of rows that lost theirs since
-  std::vector<char> refined_whole; // [num_clusters] read whole because of what was drawn
-  std::vector<double> certain, refined_sum;         // [group_size] sums of weights of all certain rows; of refined clusters
-  std::vector<double> relative_variance;            // [group_size] of the draw, 0: unknown
+  RowList selected;                       // the selection's rows; log weights in `selection`
+  RowList refined;                        // rows added by refinement
+  std::vector<SoftmaxState> exact_state;  // [group_size]
+  std::vector<SoftmaxState> state;        // [group_size] over everything read; max is that of the exact rows and of the
+                                          // estimates, so that rows are weighed as soon as they are scored
+  std::vector<HeadMass> masses;           // [group_size] of the certain rows
+  std::vector<double> independent_variance;  // [group_size] of all weights, relative, had the draws been independent
+  std::vector<char> whole;                   // [num_clusters] read whole
+  std::vector<float> drawn;         // [group_size, draws] weights of the draw, also of rows that lost theirs since
+  std::vector<char> refined_whole;  // [num_clusters] read whole because of what was drawn
+  std::vector<double> certain, refined_sum;  // [group_size] sums of weights of all certain rows; of refined clusters
+  std::vector<double> relative_variance;     // [group_size] of the draw, 0: unknown
   float beta = 0;
   int64_t refined_clusters = 0, probed = 0;
   bool changed = false, not_finite = false;
@@ -58,23 +58,24 @@ struct Task {
 };
 
 /// The queries, states and rows of the task for the step's first phase. `recent`: visible rows that are not indexed.
-void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int32_t head, const std::vector<int32_t>& recent);
+void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int32_t head,
+                const std::vector<int32_t>& recent);
 
 /// Exact rows are scored: choose the other rows to read.
 void select_rows(Task& task, const DecodeOptions& options);
 
 /// What one thread knows of the weights of the selected rows it scored.
 struct WeightSums {
-  double certain = 0, sampled = 0;   // sums of weights
-  double variance = 0;               // sum of weight^2 (1 - inclusion probability) over sampled rows
+  double certain = 0, sampled = 0;  // sums of weights
+  double variance = 0;              // sum of weight^2 (1 - inclusion probability) over sampled rows
   float largest_sampled = 0;
 };
 
 /// Turns the scores of selected rows [begin, end) into weights and adds them up: sums [group_size].
 void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums);
 
-/// All rows are weighed, `sums` [group_size] over all of them: refines clusters that were underestimated, sets the state
-/// and the mass. A row that outweighs every estimate beyond the range of f32 counts as not finite.
+/// All rows are weighed, `sums` [group_size] over all of them: refines clusters that were underestimated, sets the
+/// state and the mass. A row that outweighs every estimate beyond the range of f32 counts as not finite.
 void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums);
 
 /// Compares the check values of selected rows [begin, end): K's four bits, or V's.

@@ -1,8 +1,9 @@
 // attend: softmax over listed rows, sixteen at a time and one warp each, for all query heads of a KV head at once.
 //
-// Scores are a product of the queries [8 heads, head_dim] with the rows' keys, outputs one of the values with the weights
-// [rows, 8 heads]: the fragment that the first leaves in registers is the one that the second needs. Dimensions may come in
-// any order in a dot product, so a lane loads eight neighbouring elements (16 bytes) and they stand where they lie.
+// Scores are a product of the queries [8 heads, head_dim] with the rows' keys, outputs one of the values with the
+// weights [rows, 8 heads]: the fragment that the first leaves in registers is the one that the second needs. Dimensions
+// may come in any order in a dot product, so a lane loads eight neighbouring elements (16 bytes) and they stand where
+// they lie.
 #pragma once
 
 #include "cuda/rows.cuh"
@@ -51,7 +52,8 @@ struct RowTile {
 
 /// scores[j], lane (g, t): log2 score of head g and row 2 t + (j & 1) + 8 (j >> 1). `scale` includes log2(e).
 template <DType kDType, int kDim>
-__device__ __forceinline__ void load_keys(const std::byte* k, const RowTile& tile, uint4 (&low)[QueryFragments<kDim>::kLoads],
+__device__ __forceinline__ void load_keys(const std::byte* k, const RowTile& tile,
+                                          uint4 (&low)[QueryFragments<kDim>::kLoads],
                                           uint4 (&high)[QueryFragments<kDim>::kLoads]) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const std::byte* k_low = k + shuffle(tile.k_offset, g);
@@ -65,7 +67,8 @@ __device__ __forceinline__ void load_keys(const std::byte* k, const RowTile& til
 }
 
 template <DType kDType, int kDim>
-__device__ __forceinline__ void load_values(const std::byte* v, const RowTile& tile, uint4 (&values)[AttendState<kDim>::kParts][4]) {
+__device__ __forceinline__ void load_values(const std::byte* v, const RowTile& tile,
+                                            uint4 (&values)[AttendState<kDim>::kParts][4]) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -79,8 +82,10 @@ __device__ __forceinline__ void load_values(const std::byte* v, const RowTile& t
 }
 
 template <DType kDType, int kDim>
-__device__ __forceinline__ void score_rows(const QueryFragments<kDim>& q, const uint4 (&low)[QueryFragments<kDim>::kLoads],
-                                           const uint4 (&high)[QueryFragments<kDim>::kLoads], float scale, float (&scores)[4]) {
+__device__ __forceinline__ void score_rows(const QueryFragments<kDim>& q,
+                                           const uint4 (&low)[QueryFragments<kDim>::kLoads],
+                                           const uint4 (&high)[QueryFragments<kDim>::kLoads], float scale,
+                                           float (&scores)[4]) {
   constexpr bool kBf16 = Chunk<kDType>::kBf16;
   float c_low[4] = {}, c_high[4] = {};
 #pragma unroll
@@ -98,14 +103,16 @@ __device__ __forceinline__ void score_rows(const QueryFragments<kDim>& q, const 
 
 /// acc += weights x values.
 template <bool kBf16, int kDim>
-__device__ __forceinline__ void add_values(AttendState<kDim>& state, const uint4 (&values)[AttendState<kDim>::kParts][4],
+__device__ __forceinline__ void add_values(AttendState<kDim>& state,
+                                           const uint4 (&values)[AttendState<kDim>::kParts][4],
                                            const float (&weights)[4]) {
   const uint32_t b0 = pack<kBf16>(weights[0], weights[1]), b1 = pack<kBf16>(weights[2], weights[3]);
 #pragma unroll
   for (int p = 0; p < AttendState<kDim>::kParts; ++p) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t w0 = (&values[p][0].x)[i], w1 = (&values[p][1].x)[i], w2 = (&values[p][2].x)[i], w3 = (&values[p][3].x)[i];
+      const uint32_t w0 = (&values[p][0].x)[i], w1 = (&values[p][1].x)[i], w2 = (&values[p][2].x)[i],
+                     w3 = (&values[p][3].x)[i];
       const uint32_t a[4] = {__byte_perm(w0, w1, 0x5410), __byte_perm(w0, w1, 0x7632), __byte_perm(w2, w3, 0x5410),
                              __byte_perm(w2, w3, 0x7632)};
       mma<kBf16>(state.acc[p][i], a, b0, b1);
@@ -139,12 +146,13 @@ __device__ __forceinline__ void raise_max(AttendState<kDim>& state, const float 
   }
 }
 
-/// Reads a tile of rows. Rows of log weight 0 are certain, of a greater one sampled. Returns whether a sampled row that this
-/// lane weighed stands for more than `limit` (log2, of the lane's head), as a bit per row. meanwhile() runs while the rows are
-/// on their way.
+/// Reads a tile of rows. Rows of log weight 0 are certain, of a greater one sampled. Returns whether a sampled row that
+/// this lane weighed stands for more than `limit` (log2, of the lane's head), as a bit per row. meanwhile() runs while
+/// the rows are on their way.
 template <DType kDType, int kDim, bool kSampled, class Meanwhile>
-__device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const std::byte* k, const std::byte* v, const RowTile& tile,
-                                                const QueryFragments<kDim>& q, float scale, float limit, Meanwhile meanwhile) {
+__device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const std::byte* k, const std::byte* v,
+                                                const RowTile& tile, const QueryFragments<kDim>& q, float scale,
+                                                float limit, Meanwhile meanwhile) {
   uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
   load_keys<kDType, kDim>(k, tile, low, high);
   load_values<kDType, kDim>(v, tile, values);
@@ -175,6 +183,40 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
   }
   add_values<Chunk<kDType>::kBf16, kDim>(state, values, weights);
   return heavy;
+}
+
+/// Reads a tile of rows of a cluster that was sampled and is to be read whole. Lane l says of row l & 15 whether it is
+/// `inside`, and whether it was `taken` with `log_weight` (log2): such a row is lowered to the weight of a certain one.
+template <DType kDType, int kDim>
+__device__ __forceinline__ void attend_rest(AttendState<kDim>& state, const std::byte* k, const std::byte* v,
+                                            const RowTile& tile, bool inside, bool taken, float log_weight,
+                                            const QueryFragments<kDim>& q, float scale) {
+  uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
+  load_keys<kDType, kDim>(k, tile, low, high);
+  load_values<kDType, kDim>(v, tile, values);
+  float x[4], weights[4];
+  score_rows<kDType, kDim>(q, low, high, scale, x);
+  const int t = threadIdx.x & 3;
+  bool was_taken[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int row = 2 * t + (j & 1) + 8 * (j >> 1);
+    was_taken[j] = shuffle(static_cast<int>(taken), row) != 0;
+    if (shuffle(static_cast<int>(inside), row) == 0) x[j] = kLowest;
+  }
+  raise_max(state, x);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    weights[j] = exp2_fast(x[j] - state.max);
+    if (was_taken[j]) {
+      const float sampled = exp2_fast(x[j] + log_weight - state.max);
+      state.sampled_sum -= sampled;
+      state.sampled_variance -= sampled * sampled * (1 - exp2_fast(-log_weight));
+      weights[j] -= sampled;
+    }
+    state.sum += weights[j];
+  }
+  add_values<Chunk<kDType>::kBf16, kDim>(state, values, weights);
 }
 
 }  // namespace tactic::cuda

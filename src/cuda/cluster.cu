@@ -1,5 +1,5 @@
-// cluster: k-means over the keys of a segment and KV head, one block each: the same initial keys, outliers and tie rules as
-// on the CPU. Sums are taken in a fixed order, so that the same rows give the same bits.
+// cluster: k-means over the keys of a segment and KV head, one block each: the same initial keys, outliers and tie
+// rules as on the CPU. Sums are taken in a fixed order, so that the same rows give the same bits.
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
 
@@ -12,13 +12,13 @@ constexpr int kRowTile = 64, kClusterTile = 128;
 
 /// Per segment and head, in device memory.
 struct Scratch {
-  float* centroids;      // [clusters, kDim] relative to the mean key
-  float* k_norms2;       // [rows] of the keys, later of the kept ones relative to the mean
-  float* v_norms2;       // [rows], later the squared distance to the nearest centroid less the row's norm
-  int32_t* rows;         // [rows] kept, relative to the segment
-  int32_t* nearest;      // [rows] by kept row
-  int32_t* order;        // [rows] kept rows cluster by cluster
-  int32_t* starts;       // [clusters + 1]
+  float* centroids;  // [clusters, kDim] relative to the mean key
+  float* k_norms2;   // [rows] of the keys, later of the kept ones relative to the mean
+  float* v_norms2;   // [rows], later the squared distance to the nearest centroid less the row's norm
+  int32_t* rows;     // [rows] kept, relative to the segment
+  int32_t* nearest;  // [rows] by kept row
+  int32_t* order;    // [rows] kept rows cluster by cluster
+  int32_t* starts;   // [clusters + 1]
 
   __host__ __device__ Scratch(float* memory, int32_t num_rows, int32_t num_clusters, int32_t dim) {
     centroids = memory;
@@ -46,17 +46,22 @@ template <DType kDType, int kDim>
 class SegmentClustering {
  public:
   __device__ SegmentClustering(const ClusterParams& params, std::byte* memory)
-      : p(params), s(*reinterpret_cast<ClusterShared<kDim>*>(memory)), head(blockIdx.y),
+      : p(params),
+        s(*reinterpret_cast<ClusterShared<kDim>*>(memory)),
+        head(blockIdx.y),
         number(params.first_segment + static_cast<int>(blockIdx.x)),
         num_rows(params.provisional ? params.index.geometry.provisional_tokens : params.index.geometry.segment_tokens),
-        first_row(params.provisional ? params.full_segments * params.index.geometry.segment_tokens + number * num_rows : number * num_rows),
+        first_row(params.provisional ? params.full_segments * params.index.geometry.segment_tokens + number * num_rows
+                                     : number * num_rows),
         slot(params.provisional ? params.index.geometry.max_segments + number : number),
-        scratch(params.scratch + static_cast<int64_t>(blockIdx.y * gridDim.x + blockIdx.x) * (scratch_floats()), num_rows,
-                params.num_clusters, kDim) {
+        scratch(params.scratch + static_cast<int64_t>(blockIdx.y * gridDim.x + blockIdx.x) * (scratch_floats()),
+                num_rows, params.num_clusters, kDim) {
     const DecodeBatch& b = p.batch;
     pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(p.sequence) * b.max_pages;
-    k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? p.sequence * b.k.sequence_stride_bytes : 0) + head * b.k.head_stride_bytes;
-    v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? p.sequence * b.v.sequence_stride_bytes : 0) + head * b.v.head_stride_bytes;
+    k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? p.sequence * b.k.sequence_stride_bytes : 0) +
+        head * b.k.head_stride_bytes;
+    v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? p.sequence * b.v.sequence_stride_bytes : 0) +
+        head * b.v.head_stride_bytes;
     row_of_head = static_cast<int64_t>(p.sequence) * b.num_kv_heads + head;
   }
 
@@ -77,7 +82,8 @@ class SegmentClustering {
 
  private:
   __device__ size_t scratch_floats() const {
-    return (static_cast<size_t>(p.num_clusters) * kDim + 5 * static_cast<size_t>(num_rows) + p.num_clusters + 1 + 31) / 32 * 32;
+    return (static_cast<size_t>(p.num_clusters) * kDim + 5 * static_cast<size_t>(num_rows) + p.num_clusters + 1 + 31) /
+           32 * 32;
   }
 
   // Eight elements of a stored row.
@@ -134,7 +140,9 @@ class SegmentClustering {
       if (threadIdx.x < step) {
         const float other = s.reduce[threadIdx.x + step];
         const int32_t other_at = s.reduce_index[threadIdx.x + step];
-        if (other < s.reduce[threadIdx.x] || (other == s.reduce[threadIdx.x] && static_cast<uint32_t>(other_at) < static_cast<uint32_t>(s.reduce_index[threadIdx.x]))) {
+        if (other < s.reduce[threadIdx.x] ||
+            (other == s.reduce[threadIdx.x] &&
+             static_cast<uint32_t>(other_at) < static_cast<uint32_t>(s.reduce_index[threadIdx.x]))) {
           s.reduce[threadIdx.x] = other;
           s.reduce_index[threadIdx.x] = other_at;
         }
@@ -151,7 +159,8 @@ class SegmentClustering {
       for (int i = 0; i < p.num_outliers; ++i) {
         // Marked ones of this pass count again for neither; those of the other list may be found anew, as on the CPU.
         const int32_t bit = norms2 == scratch.k_norms2 ? 4 : 8;
-        const int32_t at = least(num_rows, [&](int row) { return (scratch.nearest[row] & (bit | 2)) == 0 ? norms2[row] : INFINITY; });
+        const int32_t at =
+            least(num_rows, [&](int row) { return (scratch.nearest[row] & (bit | 2)) == 0 ? norms2[row] : INFINITY; });
         if (at < 0) break;
         if (threadIdx.x == 0) scratch.nearest[at] |= bit;
         __syncthreads();
@@ -166,14 +175,16 @@ class SegmentClustering {
         for (int base = 0; base < num_rows; base += 32) {
           const int row = base + threadIdx.x;
           const int mark = row < num_rows ? scratch.nearest[row] : 2;
-          const uint32_t keeps = __ballot_sync(kAllLanes, mark == 0), outs = __ballot_sync(kAllLanes, mark != 0 && mark != 2 && (mark & 2) == 0);
+          const uint32_t keeps = __ballot_sync(kAllLanes, mark == 0),
+                         outs = __ballot_sync(kAllLanes, mark != 0 && mark != 2 && (mark & 2) == 0);
           const uint32_t below = (1u << threadIdx.x) - 1;
           if (pass == 0) {
             if (mark == 0) scratch.rows[kept + __popc(keeps & below)] = row;
             kept += __popc(keeps);
             outliers += __popc(outs);
           } else {
-            if ((outs >> threadIdx.x & 1) != 0) members[num_rows - outliers + before + __popc(outs & below)] = static_cast<uint16_t>(row);
+            if ((outs >> threadIdx.x & 1) != 0)
+              members[num_rows - outliers + before + __popc(outs & below)] = static_cast<uint16_t>(row);
             before += __popc(outs);
           }
         }
@@ -190,7 +201,7 @@ class SegmentClustering {
   __device__ void mean() {
     // Each thread sums every 256 / chunks-th row of its chunk of eight dimensions; then the parts, in order.
     constexpr int kChunks = kDim / 8, kLanes = kClusterThreads / 32;
-    float* parts = &s.x[0][0];   // [kLanes, kDim]
+    float* parts = &s.x[0][0];  // [kLanes, kDim]
     const int lane = threadIdx.x / 32;
     for (int chunk = threadIdx.x % 32; chunk < kChunks; chunk += 32) {
       float sum[8] = {}, x[8];
@@ -235,7 +246,8 @@ class SegmentClustering {
       const auto row = static_cast<int64_t>((c + u) * static_cast<double>(n) / p.num_clusters);
       float x[8] = {};
       if (n > 0) decode(key(scratch.rows[min(static_cast<int64_t>(n - 1), row)]), chunk, x);
-      for (int j = 0; j < 8; ++j) scratch.centroids[c * kDim + chunk * 8 + j] = n > 0 ? x[j] - s.mean[chunk * 8 + j] : 0;
+      for (int j = 0; j < 8; ++j)
+        scratch.centroids[c * kDim + chunk * 8 + j] = n > 0 ? x[j] - s.mean[chunk * 8 + j] : 0;
     }
     __syncthreads();
   }
@@ -267,7 +279,8 @@ class SegmentClustering {
 #pragma unroll 8
         for (int d = 0; d < kDim; ++d) {
           const float4 x = *reinterpret_cast<const float4*>(&s.x[d][ty * 4]);
-          const float4 a = *reinterpret_cast<const float4*>(&s.c[d][tx * 4]), b = *reinterpret_cast<const float4*>(&s.c[d][64 + tx * 4]);
+          const float4 a = *reinterpret_cast<const float4*>(&s.c[d][tx * 4]),
+                       b = *reinterpret_cast<const float4*>(&s.c[d][64 + tx * 4]);
           const float xs[4] = {x.x, x.y, x.z, x.w}, cs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
@@ -338,16 +351,17 @@ class SegmentClustering {
           decode(key(scratch.rows[scratch.order[i]]), chunk, x);
           for (int j = 0; j < 8; ++j) sum[j] += x[j] - s.mean[chunk * 8 + j];
         }
-        for (int j = 0; j < 8; ++j) scratch.centroids[static_cast<int64_t>(c) * kDim + chunk * 8 + j] = sum[j] / static_cast<float>(end - begin);
+        for (int j = 0; j < 8; ++j)
+          scratch.centroids[static_cast<int64_t>(c) * kDim + chunk * 8 + j] = sum[j] / static_cast<float>(end - begin);
       }
     }
     __syncthreads();
-    for (int c = 0; c < p.num_clusters; ++c) {   // empty ones start anew at the rows farthest from their centroids
+    for (int c = 0; c < p.num_clusters; ++c) {  // empty ones start anew at the rows farthest from their centroids
       if (scratch.starts[c] != scratch.starts[c + 1]) continue;
       const int32_t far = least(n, [&](int i) { return -(scratch.k_norms2[i] + scratch.v_norms2[i]); });
       if (far < 0) break;
       copy_row(c, far);
-      if (threadIdx.x == 0) scratch.v_norms2[far] = -INFINITY;   // used once
+      if (threadIdx.x == 0) scratch.v_norms2[far] = -INFINITY;  // used once
       __syncthreads();
     }
   }
@@ -357,10 +371,12 @@ class SegmentClustering {
     const IndexGeometry& g = index.geometry;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int padded = p.provisional ? g.provisional_clusters : g.full_clusters;
-    const int64_t first = row_of_head * g.max_clusters + (p.provisional ? g.provisional_begin : 0) + static_cast<int64_t>(number) * padded;
+    const int64_t first = row_of_head * g.max_clusters + (p.provisional ? g.provisional_begin : 0) +
+                          static_cast<int64_t>(number) * padded;
     uint16_t* members = index.members + row_of_head * g.max_rows + first_row;
     for (int c = warp; c < padded; c += kClusterThreads / 32) {
-      const int32_t begin = c < p.num_clusters ? scratch.starts[c] : 0, size = c < p.num_clusters ? scratch.starts[c + 1] - begin : 0;
+      const int32_t begin = c < p.num_clusters ? scratch.starts[c] : 0,
+                    size = c < p.num_clusters ? scratch.starts[c + 1] - begin : 0;
       const float* centroid = scratch.centroids + static_cast<int64_t>(c) * kDim;
       float largest = 0;
       for (int d = lane; d < kDim && size > 0; d += 32) largest = fmaxf(largest, fabsf(centroid[d]));
@@ -368,7 +384,8 @@ class SegmentClustering {
       for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, shuffle_xor(largest, step));
       const float scale = largest / 127;
       int8_t* codes = index.codes + (first + c) * g.code_bytes;
-      for (int d = lane; d < g.code_bytes; d += 32) codes[d] = d < kDim && scale > 0 ? static_cast<int8_t>(rintf(centroid[d] / scale)) : 0;
+      for (int d = lane; d < g.code_bytes; d += 32)
+        codes[d] = d < kDim && scale > 0 ? static_cast<int8_t>(rintf(centroid[d] / scale)) : 0;
       __syncwarp();
       float spread = 0;
       for (int chunk = lane; chunk < kDim / 8; chunk += 32) {
@@ -387,9 +404,11 @@ class SegmentClustering {
         index.facts[first + c] = {size > 0 ? scale : 0.0f, size > 0 ? spread / static_cast<float>(size) / kDim : 0.0f};
         index.places[first + c] = static_cast<uint32_t>(begin) << 16 | static_cast<uint32_t>(size);
       }
-      for (int i = begin + lane; i < begin + size; i += 32) members[i] = static_cast<uint16_t>(scratch.rows[scratch.order[i]]);
+      for (int i = begin + lane; i < begin + size; i += 32)
+        members[i] = static_cast<uint16_t>(scratch.rows[scratch.order[i]]);
     }
-    if (threadIdx.x == 0) index.num_outliers[row_of_head * g.all_segments + slot] = static_cast<uint16_t>(s.num_outliers);
+    if (threadIdx.x == 0)
+      index.num_outliers[row_of_head * g.all_segments + slot] = static_cast<uint16_t>(s.num_outliers);
   }
 
   const ClusterParams& p;
@@ -420,7 +439,8 @@ void launch_cluster(const ClusterParams& params, cudaStream_t stream) {
   dispatch(params.batch, [&]<DType kDType, int kDim, int kHeads>() {
     const auto kernel = cluster_kernel<kDType, kDim>;
     constexpr size_t kBytes = sizeof(ClusterShared<kDim>);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)), "shared memory of cluster");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)),
+          "shared memory of cluster");
     const dim3 grid(static_cast<unsigned>(params.num_segments), static_cast<unsigned>(params.batch.num_kv_heads));
     kernel<<<grid, kClusterThreads, kBytes, stream>>>(params);
     check(cudaGetLastError(), "cluster");

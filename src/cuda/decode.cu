@@ -1,5 +1,6 @@
-// One sparse decode step in one kernel: score, select_sample, attend, refine, merge. A thread-block cluster has one sequence
-// and KV head; its blocks own its segments in turn and exchange softmax states and partial outputs through shared memory.
+// One sparse decode step in one kernel: score, select_sample, attend, refine, merge. A thread-block cluster has one
+// sequence and KV head; its blocks own its segments in turn and exchange softmax states and partial outputs through
+// shared memory.
 #include "cuda/launch.h"
 #include "cuda/merge.cuh"
 #include "cuda/select_sample.cuh"
@@ -12,22 +13,30 @@ template <DType kDType, int kDim, int kHeads>
 class DecodeBlock {
  public:
   __device__ DecodeBlock(const DecodeParams& params, std::byte* shared)
-      : p(params), rank(static_cast<int>(blockIdx.x) % params.splits), warp(threadIdx.x >> 5), lane(threadIdx.x & 31),
+      : p(params),
+        rank(static_cast<int>(blockIdx.x) % params.splits),
+        warp(threadIdx.x >> 5),
+        lane(threadIdx.x & 31),
         sequence(static_cast<int>(blockIdx.x) / params.splits / params.batch.num_kv_heads),
         head(static_cast<int>(blockIdx.x) / params.splits % params.batch.num_kv_heads),
         group(params.batch.num_q_heads / params.batch.num_kv_heads),
-        state_of_sequence(params.index.states[sequence]), own(params.index.geometry, state_of_sequence, rank, params.splits),
+        state_of_sequence(params.index.states[sequence]),
+        own(params.index.geometry, state_of_sequence, rank, params.splits),
         buffers(*reinterpret_cast<MergeBuffers<kHeads>*>(shared)),
         quantized(*reinterpret_cast<QuantizedQueries<kDim, kHeads>*>(shared + sizeof(MergeBuffers<kHeads>))),
-        q(reinterpret_cast<float*>(&quantized + 1)), values(q + kHeads * kDim),
+        q(reinterpret_cast<float*>(&quantized + 1)),
+        values(q + kHeads * kDim),
         from_blocks(values + kWarps * kHeads * kDim),
-        tables(params.workspace != nullptr ? params.workspace + blockIdx.x * params.block_workspace_bytes
-                                           : reinterpret_cast<std::byte*>(from_blocks + kHeads * kDim + kMaxSplits * kHeads * 4),
+        tables(params.workspace != nullptr
+                   ? params.workspace + blockIdx.x * params.block_workspace_bytes
+                   : reinterpret_cast<std::byte*>(from_blocks + kHeads * kDim + kMaxSplits * kHeads * 4),
                params.max_own_clusters, params.max_own_segments, kHeads) {
     const DecodeBatch& b = p.batch;
     pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(sequence) * b.max_pages;
-    k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? sequence * b.k.sequence_stride_bytes : 0) + head * b.k.head_stride_bytes;
-    v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? sequence * b.v.sequence_stride_bytes : 0) + head * b.v.head_stride_bytes;
+    k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? sequence * b.k.sequence_stride_bytes : 0) +
+        head * b.k.head_stride_bytes;
+    v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? sequence * b.v.sequence_stride_bytes : 0) +
+        head * b.v.head_stride_bytes;
     row_of_head = static_cast<int64_t>(sequence) * b.num_kv_heads + head;
     const IndexGeometry& g = p.index.geometry;
     members = p.index.members + row_of_head * g.max_rows;
@@ -42,12 +51,13 @@ class DecodeBlock {
     const int score_warps = num_score_warps();
     if (warp < score_warps && warp < tiles) load_tile(warp, now);
     if (warp < score_warps && warp + score_warps < tiles) load_tile(warp + score_warps, next);
-    if (p.half_empty) let_next_kernel_start();   // there is room for its blocks beside these
+    if (p.half_empty) let_next_kernel_start();  // there is room for its blocks beside these
     float mean[kMeanLoads];
     const int k_own = warp - first_mean_warp(score_warps);
     if (warp < score_warps && k_own >= 0 && k_own < own.count()) load_mean(k_own, mean);
     for (int i = threadIdx.x; i < own.count() * kMeanLoads; i += kThreads) {
-      prefetch(p.index.means + (row_of_head * p.index.geometry.all_segments + own.at(i / kMeanLoads).slot) * kDim + i % kMeanLoads * 32);
+      prefetch(p.index.means + (row_of_head * p.index.geometry.all_segments + own.at(i / kMeanLoads).slot) * kDim +
+               i % kMeanLoads * 32);
     }
     wait_for_previous_kernel();
     load_queries();
@@ -74,10 +84,9 @@ class DecodeBlock {
     const IndexGeometry& g = p.index.geometry;
     const int64_t first_cluster = row_of_head * g.max_clusters;
     const OwnSegment segment = own.at(own.segment_of(tile * 16));
-    load_centroids<kDim>(p.index.codes + first_cluster * g.code_bytes, p.index.facts + first_cluster, p.index.places + first_cluster,
-                         segment.cluster + tile * 16 - segment.local_cluster, out);
+    load_centroids<kDim>(p.index.codes + first_cluster * g.code_bytes, p.index.facts + first_cluster,
+                         p.index.places + first_cluster, segment.cluster + tile * 16 - segment.local_cluster, out);
   }
-
   __device__ void load_queries() {
     kv_len = p.batch.kv_lens[sequence];
     const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group) * kDim;
@@ -87,7 +96,6 @@ class DecodeBlock {
   }
 
   static constexpr int kMeanLoads = (kDim + 31) / 32;
-
   // The first warps quantize the queries, a head each, while others score the mean keys of segments.
   __device__ static int first_mean_warp(int score_warps) { return score_warps >= 2 * kHeads ? kHeads : 0; }
 
@@ -117,17 +125,20 @@ class DecodeBlock {
     }
   }
 
-  // Some warps score clusters, the last ones read sinks, recent rows and outliers meanwhile: about as many as have that share
-  // of the bytes, a tile of rows being four times a tile of centroids, when half a provisional segment is recent.
+  // Some warps score clusters, the last ones read sinks, recent rows and outliers meanwhile: about as many as have that
+  // share of the bytes, a tile of rows being four times a tile of centroids, when half a provisional segment is recent.
   __device__ int num_score_warps() const {
     const IndexGeometry& g = p.index.geometry;
     const int tiles = own.clusters() / 16;
-    const int exact_tiles = (g.provisional_tokens / 2 + g.sink_tokens) / 16 / p.splits + 1 + (g.has_outliers ? own.count() : 0);
-    const int exact_warps = static_cast<int>(__fdividef(kWarps * 4.0f * exact_tiles, 4.0f * exact_tiles + tiles) + 0.5f);
+    const int exact_tiles =
+        (g.provisional_tokens / 2 + g.sink_tokens) / 16 / p.splits + 1 + (g.has_outliers ? own.count() : 0);
+    const int exact_warps =
+        static_cast<int>(__fdividef(kWarps * 4.0f * exact_tiles, 4.0f * exact_tiles + tiles) + 0.5f);
     return tiles > 0 ? kWarps - min(max(exact_warps, 1), kWarps - 1) : 0;
   }
 
-  __device__ void score_and_attend_exact(int score_warps, CentroidTile<kDim>& now, CentroidTile<kDim>& next, float (&mean)[kMeanLoads]) {
+  __device__ void score_and_attend_exact(int score_warps, CentroidTile<kDim>& now, CentroidTile<kDim>& next,
+                                         float (&mean)[kMeanLoads]) {
     const int tiles = own.clusters() / 16;
     // Fragments are made late: registers are short while tiles of centroids are on their way.
     if (warp >= score_warps) {
@@ -135,15 +146,16 @@ class DecodeBlock {
       attend_exact(warp - score_warps, kWarps - score_warps);
       return;
     }
-    for (int h = warp; h < kHeads; h += score_warps) quantize_query<kDim, kHeads>(h < group ? q + h * kDim : nullptr, h, quantized);
+    for (int h = warp; h < kHeads; h += score_warps)
+      quantize_query<kDim, kHeads>(h < group ? q + h * kDim : nullptr, h, quantized);
     score_means(score_warps, mean);
     asm volatile("bar.sync 1, %0;" ::"r"(score_warps * 32) : "memory");
     const float beta = p.beta > 0 ? p.beta : __ldg(p.index.betas + row_of_head);
     CentroidQuery<kDim, kHeads> query;
     load_centroid_query<kDim, kHeads>(quantized, p.batch.sm_scale, query);
     const auto score = [&](int tile, const CentroidTile<kDim>& loaded) {
-      score_tile<kDim, kHeads>(loaded, query, tables.mean_dots + own.segment_of(tile * 16) * kHeads, beta, tables.exponents + tile * 16, tables.stride,
-                               tables.places + tile * 16, estimates);
+      score_tile<kDim, kHeads>(loaded, query, tables.mean_dots + own.segment_of(tile * 16) * kHeads, beta,
+                               tables.exponents + tile * 16, tables.stride, tables.places + tile * 16, estimates);
     };
     for (int tile = warp; tile < tiles; tile += 2 * score_warps) {
       score(tile, now);
@@ -154,24 +166,25 @@ class DecodeBlock {
     }
     make_query_fragments<Chunk<kDType>::kBf16, kDim>(q, group, fragments);
   }
-
   __device__ RowTile row_tile(int32_t row, float log_weight) const {
     return {row_offset(p.batch.k, pages, row), row_offset(p.batch.v, pages, row), log_weight};
   }
 
   __device__ int32_t num_indexed() const {
-    return state_of_sequence.full_segments * p.index.geometry.segment_tokens + state_of_sequence.provisional_segments * p.index.geometry.provisional_tokens;
+    return state_of_sequence.full_segments * p.index.geometry.segment_tokens +
+           state_of_sequence.provisional_segments * p.index.geometry.provisional_tokens;
   }
   __device__ int32_t num_sinks() const { return min(p.index.geometry.sink_tokens, num_indexed()); }
   // Sinks, and rows that no segment holds yet.
   __device__ int32_t exact_rows() const { return num_sinks() + max(kv_len - num_indexed(), 0); }
-
   // Those, shared among the blocks, and the outliers of the own segments.
   __device__ void attend_exact(int number, int warps) {
     const int32_t rows = exact_rows(), sinks = num_sinks(), indexed = num_indexed();
     for (int tile = rank + p.splits * number; tile * 16 < rows; tile += p.splits * warps) {
       const int32_t i = tile * 16 + (lane & 15), inside = min(i, rows - 1);
-      attend_tile<kDType, kDim, false>(state, k, v, row_tile(inside < sinks ? inside : indexed + inside - sinks, i < rows ? 0.0f : kLowest), fragments, scale, 0, [] {});
+      attend_tile<kDType, kDim, false>(
+          state, k, v, row_tile(inside < sinks ? inside : indexed + inside - sinks, i < rows ? 0.0f : kLowest),
+          fragments, scale, 0, [] {});
     }
     const uint16_t* num_outliers = p.index.num_outliers + row_of_head * p.index.geometry.all_segments;
     for (int k_own = number; k_own < own.count(); k_own += warps) {
@@ -180,8 +193,10 @@ class DecodeBlock {
       if (lane == 0 && n > 0) atomicAdd(&buffers.counts[0], n);
       for (int first = 0; first < n; first += 16) {
         const int32_t i = first + (lane & 15);
-        const int32_t row = segment.first_row + __ldg(members + segment.first_row + segment.num_rows - n + min(i, n - 1));
-        attend_tile<kDType, kDim, false>(state, k, v, row_tile(row, i < n ? 0.0f : kLowest), fragments, scale, 0, [] {});
+        const int32_t row =
+            segment.first_row + __ldg(members + segment.first_row + segment.num_rows - n + min(i, n - 1));
+        attend_tile<kDType, kDim, false>(state, k, v, row_tile(row, i < n ? 0.0f : kLowest), fragments, scale, 0,
+                                         [] {});
       }
     }
   }
@@ -195,8 +210,8 @@ class DecodeBlock {
     if (t == 0 && g < kHeads) heads[g] = {state.max, sum};
   }
 
-  // shifts[h]: log2 of the estimated sum of all weights of head h, over tau and sqrt(group). Returns, for head g of lane
-  // (g, t), log2 of the weight from which on a sampled row refines its cluster.
+  // shifts[h]: log2 of the estimated sum of all weights of head h, over tau and sqrt(group). Returns, for head g of
+  // lane (g, t), log2 of the weight from which on a sampled row refines its cluster.
   __device__ float exchange_estimates(float (&shifts)[kHeads]) {
 #pragma unroll
     for (int set = 0; set < kHeads / 4; ++set) {
@@ -209,7 +224,7 @@ class DecodeBlock {
     }
     put_state(buffers.warp_states[2 * warp + 1]);
     __syncthreads();
-    BlockCluster::wait();   // all blocks of the cluster run, so that their memory may be written
+    BlockCluster::wait();  // all blocks of the cluster run, so that their memory may be written
     share_states(buffers, 2 * kWarps, rank, p.splits);
     BlockCluster::sync();
     const RunningSum total = fold_states<kHeads>(buffers.block_states, p.splits);
@@ -223,14 +238,17 @@ class DecodeBlock {
   }
 
   __device__ void select(const float (&shifts)[kHeads]) {
-    const uint64_t stream_id = p.batch.stream_ids != nullptr ? p.batch.stream_ids[sequence] : static_cast<uint64_t>(sequence);
+    const uint64_t stream_id =
+        p.batch.stream_ids != nullptr ? p.batch.stream_ids[sequence] : static_cast<uint64_t>(sequence);
     uint64_t key = p.seed;
-    for (const uint64_t part : {stream_id, static_cast<uint64_t>(p.batch.layer), static_cast<uint64_t>(head), static_cast<uint64_t>(kv_len - 1)}) {
+    for (const uint64_t part : {stream_id, static_cast<uint64_t>(p.batch.layer), static_cast<uint64_t>(head),
+                                static_cast<uint64_t>(kv_len - 1)}) {
       key = key * 0xD6E8FEB86659FD93u + part + 1;
     }
     for (int k_own = warp; k_own < own.count(); k_own += kWarps) {
       const OwnSegment segment = own.at(k_own);
-      const int32_t taken = select_segment<kHeads>(tables, segment, members, segment_offset(hash64(key), segment.first_row), group, shifts);
+      const int32_t taken = select_segment<kHeads>(tables, segment, members,
+                                                   segment_offset(hash64(key), segment.first_row), group, shifts);
       if (lane == 0) tables.segment_counts[k_own] = taken;
     }
     for (int i = threadIdx.x; i < own.clusters() / 32 + 1; i += kThreads) tables.refined[i] = 0;
@@ -253,7 +271,9 @@ class DecodeBlock {
     const int32_t rows = buffers.counts[1];
     bool found = false;
     const auto take = [&](int tile) { return taken_row(tables, own, members, min(tile * 16 + (lane & 15), rows - 1)); };
-    const auto tile_of = [&](int tile, const TakenRow& taken) { return row_tile(taken.row, tile * 16 + (lane & 15) < rows ? taken.log_weight : kLowest); };
+    const auto tile_of = [&](int tile, const TakenRow& taken) {
+      return row_tile(taken.row, tile * 16 + (lane & 15) < rows ? taken.log_weight : kLowest);
+    };
     int tile = kWarps - 1 - warp;
     if (tile * 16 >= rows) return false;
     TakenRow taken = take(tile), next{};
@@ -274,7 +294,8 @@ class DecodeBlock {
       const uint32_t all = __reduce_or_sync(kAllLanes, heavy);
       if (all != 0) {
         found = true;
-        if (lane < 16 && (all >> lane & 1) != 0) atomicOr(&tables.refined[taken.local_cluster / 32], 1u << (taken.local_cluster & 31));
+        if (lane < 16 && (all >> lane & 1) != 0)
+          atomicOr(&tables.refined[taken.local_cluster / 32], 1u << (taken.local_cluster & 31));
       }
       taken = next;
       now = then;
@@ -301,44 +322,19 @@ class DecodeBlock {
     }
   }
 
-  // Of the 16 members from `at` on, adds those that were not taken and lowers those that were to the weight of certain rows.
+  // Of the 16 members from `at` on, adds those that were not taken and lowers those that were to the weight of certain
+  // rows.
   __device__ void read_rest(int32_t c, int32_t at) {
     const OwnSegment segment = own.at(own.segment_of(c));
     const int32_t size = tables.places[c] & 0xFFFFu, first = segment.first_row + (tables.places[c] >> 16);
     const float log_weight = log2_inverse(tables.probabilities[c]);
-    const int t = lane & 3;
     const int32_t member = at + (lane & 15);
     const bool inside = member < size, taken = inside && is_taken(tables.begins[c], tables.probabilities[c], member);
     const uint32_t added = __ballot_sync(kAllLanes, inside && !taken) & 0xFFFFu;
     if (lane == 0) atomicAdd(&buffers.counts[3], __popc(added));
     const RowTile tile = row_tile(segment.first_row + __ldg(members + first + min(member, size - 1)), 0);
-    uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], rows[AttendState<kDim>::kParts][4];
-    load_keys<kDType, kDim>(k, tile, low, high);
-    load_values<kDType, kDim>(v, tile, rows);
-    float x[4], weights[4];
-    score_rows<kDType, kDim>(fragments, low, high, scale, x);
-    bool was_taken[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int row = 2 * t + (j & 1) + 8 * (j >> 1);
-      was_taken[j] = shuffle(static_cast<int>(taken), row) != 0;
-      if (shuffle(static_cast<int>(inside), row) == 0) x[j] = kLowest;
-    }
-    raise_max(state, x);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      weights[j] = exp2_fast(x[j] - state.max);
-      if (was_taken[j]) {
-        const float sampled = exp2_fast(x[j] + log_weight - state.max);
-        state.sampled_sum -= sampled;
-        state.sampled_variance -= sampled * sampled * (1 - exp2_fast(-log_weight));
-        weights[j] -= sampled;
-      }
-      state.sum += weights[j];
-    }
-    add_values<Chunk<kDType>::kBf16, kDim>(state, rows, weights);
+    attend_rest<kDType, kDim>(state, k, v, tile, inside, taken, log_weight, fragments, scale);
   }
-
   __device__ void raise_block_maximum() {
     const int g = lane >> 2;
     if ((lane & 3) == 0 && g < kHeads) atomicMax(&buffers.maxima[g], ordered(__float_as_int(state.max)));
@@ -378,11 +374,11 @@ class DecodeBlock {
       *BlockCluster::in_block(&buffers.block_counts[rank][threadIdx.x], 0) = buffers.counts[threadIdx.x];
     }
   }
-
   // Outputs that a block of the cluster writes; an even number, as they are summed in pairs.
   __device__ int slice_size() const { return (group * kDim / p.splits + 1) & ~1; }
 
-  // The cluster's sums of head h, relative to its maximum; factors[s]: what block s's sums and outputs are multiplied by.
+  // The cluster's sums of head h, relative to its maximum; factors[s]: what block s's sums and outputs are multiplied
+  // by.
   __device__ BlockSums cluster_sums(int h, float (&factors)[kMaxSplits]) const {
     BlockSums blocks[kMaxSplits], total{kLowest, 0, 0, 0};
 #pragma unroll
@@ -424,9 +420,11 @@ class DecodeBlock {
   __device__ void report(int64_t first_head) {
     float factors[kMaxSplits];
     const BlockSums sums = cluster_sums(lane % kHeads, factors);
-    if (p.batch.lse != nullptr && lane < group) p.batch.lse[first_head + lane] = kv_len > 0 ? (sums.max + log2f(sums.sum)) * kLn2 : -INFINITY;
+    if (p.batch.lse != nullptr && lane < group)
+      p.batch.lse[first_head + lane] = kv_len > 0 ? (sums.max + log2f(sums.sum)) * kLn2 : -INFINITY;
     if (p.records == nullptr) return;
-    float mass = lane < group ? 1 - sums.sampled / sums.sum : 0, variance = lane < group ? sums.variance / (sums.sum * sums.sum) : 0;
+    float mass = lane < group ? 1 - sums.sampled / sums.sum : 0,
+          variance = lane < group ? sums.variance / (sums.sum * sums.sum) : 0;
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) {
       mass += shuffle_xor(mass, step);
@@ -437,7 +435,8 @@ class DecodeBlock {
     for (int s = 0; s < p.splits; ++s) {
       for (int i = 0; i < 4; ++i) counts[i] += buffers.block_counts[s][i];
     }
-    p.records[row_of_head] = {counts[0] + exact_rows(), counts[1], counts[2], counts[3], mass / group, variance / group};
+    p.records[row_of_head] = {counts[0] + exact_rows(), counts[1], counts[2], counts[3], mass / group,
+                              variance / group};
   }
 
   const DecodeParams& p;
@@ -470,16 +469,19 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
 template <DType kDType, int kDim, int kHeads>
 void launch(const DecodeParams& params, cudaStream_t stream) {
   const auto kernel = decode_kernel<kDType, kDim, kHeads>;
-  static_assert(sizeof(MergeBuffers<kHeads>) + sizeof(QuantizedQueries<kDim, kHeads>) == merge_bytes(kHeads) + quantized_bytes(kDim, kHeads));
+  static_assert(sizeof(MergeBuffers<kHeads>) + sizeof(QuantizedQueries<kDim, kHeads>) ==
+                merge_bytes(kHeads) + quantized_bytes(kDim, kHeads));
   const size_t shared_bytes = params.shared_bytes;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), "shared memory of decode");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "shared memory of decode");
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(params.splits), 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = {static_cast<unsigned>(params.batch.num_sequences * params.batch.num_kv_heads * params.splits), 1, 1};
+  config.gridDim = {static_cast<unsigned>(params.batch.num_sequences * params.batch.num_kv_heads * params.splits), 1,
+                    1};
   config.blockDim = {kThreads, 1, 1};
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;

@@ -1,5 +1,5 @@
-// Dense decode attention: every row, exact up to rounding. The rows of a (sequence, KV head) are shared by several blocks;
-// the last one to finish folds their partial outputs, always in the same order.
+// Dense decode attention: every row, exact up to rounding. The rows of a (sequence, KV head) are shared by several
+// blocks; the last one to finish folds their partial outputs, always in the same order.
 #include "cuda/launch.h"
 #include "cuda/merge.cuh"
 
@@ -27,13 +27,17 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   const int sequence = static_cast<int>(pair) / b.num_kv_heads, head = static_cast<int>(pair) % b.num_kv_heads;
   const int group = b.num_q_heads / b.num_kv_heads, kv_len = __ldg(b.kv_lens + sequence);
   const int64_t first_head = static_cast<int64_t>(sequence) * b.num_q_heads + head * group;
-  for (int i = threadIdx.x; i < group * kDim; i += kThreads) shared.q[i] = load_query(b.q, b.q_dtype, first_head * kDim + i);
+  for (int i = threadIdx.x; i < group * kDim; i += kThreads)
+    shared.q[i] = load_query(b.q, b.q_dtype, first_head * kDim + i);
   __syncthreads();
   QueryFragments<kDim> fragments;
   make_query_fragments<Chunk<kDType>::kBf16, kDim>(shared.q, group, fragments);
-  const int32_t* pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(sequence) * b.max_pages;
-  const std::byte* k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? sequence * b.k.sequence_stride_bytes : 0) + head * b.k.head_stride_bytes;
-  const std::byte* v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? sequence * b.v.sequence_stride_bytes : 0) + head * b.v.head_stride_bytes;
+  const int32_t* pages =
+      b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(sequence) * b.max_pages;
+  const std::byte* k = static_cast<const std::byte*>(b.k.data) +
+                       (pages == nullptr ? sequence * b.k.sequence_stride_bytes : 0) + head * b.k.head_stride_bytes;
+  const std::byte* v = static_cast<const std::byte*>(b.v.data) +
+                       (pages == nullptr ? sequence * b.v.sequence_stride_bytes : 0) + head * b.v.head_stride_bytes;
 
   // A block has every splits-th run of 16 rows a warp: neighbouring blocks read neighbouring memory.
   AttendState<kDim> state;
@@ -119,12 +123,14 @@ template <DType kDType, int kDim, int kHeads>
 void launch(const DenseParams& params, cudaStream_t stream) {
   const auto kernel = dense_kernel<kDType, kDim, kHeads>;
   constexpr size_t kBytes = sizeof(DenseShared<kDim, kHeads>);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)), "shared memory of dense");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)),
+        "shared memory of dense");
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = {static_cast<unsigned>(params.batch.num_sequences * params.batch.num_kv_heads * params.splits), 1, 1};
+  config.gridDim = {static_cast<unsigned>(params.batch.num_sequences * params.batch.num_kv_heads * params.splits), 1,
+                    1};
   config.blockDim = {kThreads, 1, 1};
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;

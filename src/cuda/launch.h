@@ -20,13 +20,13 @@ struct ClusterParams {
   IndexView index;
   DecodeBatch batch;
   int32_t sequence = 0;
-  int32_t first_segment = 0, num_segments = 0;   // of the kind
+  int32_t first_segment = 0, num_segments = 0;  // of the kind
   bool provisional = false;
-  int32_t full_segments = 0;                     // of the sequence, for where provisional ones begin
-  int32_t num_clusters = 0;                      // per segment, before padding
+  int32_t full_segments = 0;  // of the sequence, for where provisional ones begin
+  int32_t num_clusters = 0;   // per segment, before padding
   int32_t iterations = 0, num_outliers = 0;
   uint64_t seed = 0;
-  float* scratch = nullptr;                      // cluster_scratch_bytes() per segment and head
+  float* scratch = nullptr;  // cluster_scratch_bytes() per segment and head
 };
 size_t cluster_scratch_bytes(int32_t rows, int32_t clusters, int32_t head_dim);
 void launch_cluster(const ClusterParams& params, cudaStream_t stream);

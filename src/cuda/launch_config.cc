@@ -26,14 +26,17 @@ void check_dim(int32_t head_dim) {
   fail("head_dim", head_dim, "64, 80, 96, 128 or 256");
 }
 
-int32_t padded_count(int32_t rows, int32_t cluster_tokens) { return padded_clusters(std::max(1, (rows + cluster_tokens - 1) / cluster_tokens)); }
+int32_t padded_count(int32_t rows, int32_t cluster_tokens) {
+  return padded_clusters(std::max(1, (rows + cluster_tokens - 1) / cluster_tokens));
+}
 
 }  // namespace
 
 IndexGeometry index_geometry(const IndexOptions& options, const KvShape& shape, int32_t max_rows) {
   validate(options);
   check_dim(shape.head_dim);
-  if (shape.v_head_dim != shape.head_dim) fail("v_head_dim", shape.v_head_dim, "head_dim (" + std::to_string(shape.head_dim) + ")");
+  if (shape.v_head_dim != shape.head_dim)
+    fail("v_head_dim", shape.v_head_dim, "head_dim (" + std::to_string(shape.head_dim) + ")");
   in_range("num_kv_heads", shape.num_kv_heads, 1, 65535);
   in_range("max_rows", max_rows, 1, 1 << 30);
   if (options.clustering != Clustering::kIncremental) throw Error("clustering=whole is not available on CUDA");
@@ -63,25 +66,31 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows) {
 }
 
 size_t fixed_bytes(int32_t head_dim, int32_t heads) {
-  const size_t floats = static_cast<size_t>(heads) * static_cast<size_t>(head_dim) * (1 + kWarps + 1) + static_cast<size_t>(kMaxSplits * heads * 4);
+  const size_t floats = static_cast<size_t>(heads) * static_cast<size_t>(head_dim) * (1 + kWarps + 1) +
+                        static_cast<size_t>(kMaxSplits * heads * 4);
   return merge_bytes(heads) + quantized_bytes(head_dim, heads) + floats * 4;
 }
 
 size_t table_bytes(int32_t own_clusters, int32_t own_segments, int32_t heads) {
-  const auto clusters = static_cast<size_t>(own_clusters), segments = static_cast<size_t>(own_segments), h = static_cast<size_t>(heads);
-  const size_t bytes = (clusters + kTablePadding) * h * 4 + clusters * (8 + 3 * 4) + (clusters / 32 + 1) * 4 + (segments * h + segments + 1) * 4;
+  const auto clusters = static_cast<size_t>(own_clusters), segments = static_cast<size_t>(own_segments),
+             h = static_cast<size_t>(heads);
+  const size_t bytes = (clusters + kTablePadding) * h * 4 + clusters * (8 + 3 * 4) + (clusters / 32 + 1) * 4 +
+                       (segments * h + segments + 1) * 4;
   return (bytes + 127) / 128 * 128;
 }
 
-DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geometry, int32_t num_sequences, int32_t num_kv_heads,
-                           int32_t head_dim, int32_t group_size) {
+DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geometry, int32_t num_sequences,
+                           int32_t num_kv_heads, int32_t head_dim, int32_t group_size) {
   DecodeConfig config;
   const int64_t pairs = int64_t{num_sequences} * num_kv_heads;
-  while (device.has_clusters && config.splits < kMaxSplits && pairs * config.splits * 2 <= device.num_sms) config.splits *= 2;
-  // Block 0 owns most: of the full segments, and, when their number is a multiple of the splits, of the provisional ones too.
+  while (device.has_clusters && config.splits < kMaxSplits && pairs * config.splits * 2 <= device.num_sms)
+    config.splits *= 2;
+  // Block 0 owns most: of the full segments, and, when their number is a multiple of the splits, of the provisional
+  // ones too.
   const int32_t provisional = geometry.all_segments - geometry.max_segments;
   const auto share = [&](int32_t n) { return (n + config.splits - 1) / config.splits; };
-  config.own_clusters = share(geometry.max_segments) * geometry.full_clusters + share(provisional) * geometry.provisional_clusters;
+  config.own_clusters =
+      share(geometry.max_segments) * geometry.full_clusters + share(provisional) * geometry.provisional_clusters;
   config.own_segments = share(geometry.max_segments) + share(provisional);
   const int32_t heads = head_bucket(group_size);
   config.shared_bytes = fixed_bytes(head_dim, heads);
@@ -96,7 +105,8 @@ DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geome
 
 int32_t dense_splits(const DeviceFacts& device, int32_t num_sequences, int32_t num_kv_heads, int64_t max_rows) {
   const int64_t pairs = int64_t{num_sequences} * num_kv_heads;
-  const int64_t by_device = std::max<int64_t>(1, device.num_sms / pairs), by_rows = std::max<int64_t>(1, max_rows / (16 * kWarps * 4));
+  const int64_t by_device = std::max<int64_t>(1, device.num_sms / pairs),
+                by_rows = std::max<int64_t>(1, max_rows / (16 * kWarps * 4));
   return static_cast<int32_t>(std::min({by_device, by_rows, int64_t{256}}));
 }
 
@@ -120,24 +130,31 @@ void validate(const DecodeBatch& batch, const DecodeLimits& limits) {
   equal("num_q_heads", batch.num_q_heads, limits.num_q_heads);
   equal("num_kv_heads", batch.num_kv_heads, limits.num_kv_heads);
   equal("head_dim", batch.head_dim, limits.head_dim);
-  if (batch.k.dtype != batch.v.dtype) throw Error(std::string("v's type (") + dtype_name(batch.v.dtype) + ") must be k's " + dtype_name(batch.k.dtype));
+  if (batch.k.dtype != batch.v.dtype)
+    throw Error(std::string("v's type (") + dtype_name(batch.v.dtype) + ") must be k's " + dtype_name(batch.k.dtype));
   if (batch.k.dtype == DType::kF32) throw Error("k's type (f32) must be f16, bf16, q8_0 or q4_0");
   if (batch.q_dtype != DType::kF32 && batch.q_dtype != DType::kF16 && batch.q_dtype != DType::kBF16) {
     throw Error(std::string("q's type (") + dtype_name(batch.q_dtype) + ") must be f32, f16 or bf16");
   }
   const bool quantized = batch.k.dtype == DType::kQ8_0 || batch.k.dtype == DType::kQ4_0;
-  if (quantized && batch.head_dim % 32 != 0) fail("head_dim", batch.head_dim, std::string("a multiple of 32 for ") + dtype_name(batch.k.dtype));
+  if (quantized && batch.head_dim % 32 != 0)
+    fail("head_dim", batch.head_dim, std::string("a multiple of 32 for ") + dtype_name(batch.k.dtype));
   const int64_t unit = quantized ? 2 : 16;
   for (const auto& [name, rows] : {std::pair{"k", batch.k}, std::pair{"v", batch.v}}) {
     if (rows.data == nullptr) throw Error(std::string(name) + " must not be null");
-    for (const auto& [what, stride] : {std::pair{" address", static_cast<int64_t>(reinterpret_cast<intptr_t>(rows.data))},
-                                       std::pair{" sequence_stride_bytes", rows.sequence_stride_bytes}, std::pair{" head_stride_bytes", rows.head_stride_bytes},
-                                       std::pair{" token_stride_bytes", rows.token_stride_bytes}, std::pair{" page_stride_bytes", rows.page_stride_bytes}}) {
+    for (const auto& [what, stride] :
+         {std::pair{" address", static_cast<int64_t>(reinterpret_cast<intptr_t>(rows.data))},
+          std::pair{" sequence_stride_bytes", rows.sequence_stride_bytes},
+          std::pair{" head_stride_bytes", rows.head_stride_bytes},
+          std::pair{" token_stride_bytes", rows.token_stride_bytes},
+          std::pair{" page_stride_bytes", rows.page_stride_bytes}}) {
       if (stride % unit != 0) fail((std::string(name) + what).c_str(), stride, "a multiple of " + std::to_string(unit));
     }
-    if (batch.page_tables != nullptr && rows.page_tokens < 1) fail((std::string(name) + " page_tokens").c_str(), rows.page_tokens, "at least 1");
+    if (batch.page_tables != nullptr && rows.page_tokens < 1)
+      fail((std::string(name) + " page_tokens").c_str(), rows.page_tokens, "at least 1");
   }
-  if (batch.kv_lens == nullptr || batch.q == nullptr || batch.out == nullptr) throw Error("kv_lens, q and out must not be null");
+  if (batch.kv_lens == nullptr || batch.q == nullptr || batch.out == nullptr)
+    throw Error("kv_lens, q and out must not be null");
   if (batch.page_tables != nullptr) in_range("max_pages", batch.max_pages, 1, 1 << 30);
 }
 

@@ -6,14 +6,14 @@
 
 namespace tactic::cuda {
 
-inline constexpr int kWarps = 12;            // of a block of decode and dense
+inline constexpr int kWarps = 12;  // of a block of decode and dense
 inline constexpr int kThreads = kWarps * 32;
-inline constexpr int kMaxSplits = 8;         // the largest thread-block cluster that every device can place
-inline constexpr int kMaxGroup = 8;          // query heads of a KV head
+inline constexpr int kMaxSplits = 8;  // the largest thread-block cluster that every device can place
+inline constexpr int kMaxGroup = 8;   // query heads of a KV head
 
 struct DeviceFacts {
   int32_t num_sms = 0;
-  size_t shared_bytes_per_block = 0;   // opt-in limit
+  size_t shared_bytes_per_block = 0;  // opt-in limit
   bool has_clusters = false;
 };
 
@@ -42,16 +42,16 @@ inline constexpr int32_t kTablePadding = 8;
 size_t table_bytes(int32_t own_clusters, int32_t own_segments, int32_t heads);
 
 struct DecodeConfig {
-  int32_t splits = 1;              // blocks per (sequence, KV head)
-  int32_t own_clusters = 0;        // room per block
+  int32_t splits = 1;        // blocks per (sequence, KV head)
+  int32_t own_clusters = 0;  // room per block
   int32_t own_segments = 0;
   size_t shared_bytes = 0;
-  size_t block_workspace_bytes = 0;   // 0: tables are in shared memory
+  size_t block_workspace_bytes = 0;  // 0: tables are in shared memory
 };
 
 /// As many blocks per pair as fill the device once, no more than its largest cluster.
-DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geometry, int32_t num_sequences, int32_t num_kv_heads,
-                           int32_t head_dim, int32_t group_size);
+DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geometry, int32_t num_sequences,
+                           int32_t num_kv_heads, int32_t head_dim, int32_t group_size);
 
 /// Blocks per (sequence, KV head) of the dense step: one wave of blocks, but at least four tiles for each warp.
 int32_t dense_splits(const DeviceFacts& device, int32_t num_sequences, int32_t num_kv_heads, int64_t max_rows);

@@ -14,7 +14,7 @@ namespace tactic::cuda {
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();   // so that the next call does not report it again
+  cudaGetLastError();  // so that the next call does not report it again
   throw Error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
@@ -50,7 +50,8 @@ T* take(std::byte* memory, size_t& at, size_t count) {
 size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   const IndexGeometry& g = view.geometry;
   const size_t pairs = static_cast<size_t>(max_sequences) * static_cast<size_t>(view.num_kv_heads);
-  const size_t clusters = pairs * static_cast<size_t>(g.max_clusters), slots = pairs * static_cast<size_t>(g.all_segments);
+  const size_t clusters = pairs * static_cast<size_t>(g.max_clusters),
+               slots = pairs * static_cast<size_t>(g.all_segments);
   size_t at = 0;
   view.codes = take<int8_t>(memory, at, clusters * static_cast<size_t>(g.code_bytes));
   view.facts = take<ClusterFacts>(memory, at, clusters);
@@ -64,7 +65,8 @@ size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
 }
 
 int32_t clusters_of(const IndexOptions& o, bool provisional) {
-  const int32_t rows = provisional ? o.provisional_tokens : o.segment_tokens, size = provisional ? o.provisional_cluster_tokens : o.cluster_tokens;
+  const int32_t rows = provisional ? o.provisional_tokens : o.segment_tokens,
+                size = provisional ? o.provisional_cluster_tokens : o.cluster_tokens;
   return (rows + size - 1) / size;
 }
 
@@ -74,17 +76,22 @@ void check_sequence(const LayerIndex::Impl& impl, int32_t sequence) {
   }
 }
 
-// Ends every change of an index: a step reads the index before it waits for the kernel in front of it, never for a copy.
+// Ends every change of an index: a step reads the index before it waits for the kernel in front of it, never for a
+// copy.
 void set_state(LayerIndex::Impl& impl, int32_t sequence, const SequenceState& state, cudaStream_t stream) {
   impl.states[static_cast<size_t>(sequence)] = state;
-  check(cudaMemcpyAsync(impl.view.states + sequence, &impl.states[static_cast<size_t>(sequence)], sizeof state, cudaMemcpyHostToDevice, stream), "index state");
+  check(cudaMemcpyAsync(impl.view.states + sequence, &impl.states[static_cast<size_t>(sequence)], sizeof state,
+                        cudaMemcpyHostToDevice, stream),
+        "index state");
 }
 
 }  // namespace
 
-LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_t max_sequences, int32_t max_rows) : impl_(std::make_unique<Impl>()) {
+LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_t max_sequences, int32_t max_rows)
+    : impl_(std::make_unique<Impl>()) {
   Impl& impl = *impl_;
-  if (max_sequences < 1 || max_sequences > 1 << 16) throw Error("max_sequences (" + std::to_string(max_sequences) + ") must be in 1..65536");
+  if (max_sequences < 1 || max_sequences > 1 << 16)
+    throw Error("max_sequences (" + std::to_string(max_sequences) + ") must be in 1..65536");
   impl.options = options;
   impl.shape = shape;
   impl.max_sequences = max_sequences;
@@ -93,10 +100,12 @@ LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_
   impl.view.head_dim = shape.head_dim;
   impl.states.resize(static_cast<size_t>(max_sequences));
   impl.bytes = lay_out(impl.view, max_sequences, nullptr);
-  check(cudaMalloc(reinterpret_cast<void**>(&impl.memory), impl.bytes), ("index of " + std::to_string(impl.bytes) + " bytes").c_str());
+  check(cudaMalloc(reinterpret_cast<void**>(&impl.memory), impl.bytes),
+        ("index of " + std::to_string(impl.bytes) + " bytes").c_str());
   lay_out(impl.view, max_sequences, impl.memory);
   check(cudaMemset(impl.memory, 0, impl.bytes), "index");
-  const std::vector<float> betas(static_cast<size_t>(max_sequences) * static_cast<size_t>(shape.num_kv_heads), Calibration{}.beta(1, 0.75));
+  const std::vector<float> betas(static_cast<size_t>(max_sequences) * static_cast<size_t>(shape.num_kv_heads),
+                                 Calibration{}.beta(1, 0.75));
   check(cudaMemcpy(impl.view.betas, betas.data(), betas.size() * sizeof(float), cudaMemcpyHostToDevice), "index");
 }
 
@@ -115,7 +124,7 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
   const auto copy = [&](void* to, const void* data, size_t bytes) {
     if (bytes > 0) check(cudaMemcpyAsync(to, data, bytes, cudaMemcpyHostToDevice, stream), "upload");
   };
-  std::vector<std::vector<std::byte>> keep;   // until the copies are done
+  std::vector<std::vector<std::byte>> keep;  // until the copies are done
   const auto kept = [&](const auto& values) {
     const auto* bytes = reinterpret_cast<const std::byte*>(values.data());
     keep.emplace_back(bytes, bytes + values.size() * sizeof(values[0]));
@@ -123,13 +132,16 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
   };
   int64_t next_row = 0;
   for (const Segment& segment : from.segments) {
-    if (segment.row_begin != next_row || (state.provisional_segments > 0 && !segment.provisional) || next_row + segment.num_rows > g.max_rows) {
-      throw Error("segment at row " + std::to_string(segment.row_begin) + " must follow the last and lie below " + std::to_string(g.max_rows));
+    if (segment.row_begin != next_row || (state.provisional_segments > 0 && !segment.provisional) ||
+        next_row + segment.num_rows > g.max_rows) {
+      throw Error("segment at row " + std::to_string(segment.row_begin) + " must follow the last and lie below " +
+                  std::to_string(g.max_rows));
     }
     next_row += segment.num_rows;
     int32_t& number = segment.provisional ? state.provisional_segments : state.full_segments;
     const int32_t slot = segment.provisional ? g.max_segments + number : number;
-    const int32_t first = segment.provisional ? g.provisional_begin + number * g.provisional_clusters : number * g.full_clusters;
+    const int32_t first =
+        segment.provisional ? g.provisional_begin + number * g.provisional_clusters : number * g.full_clusters;
     ++number;
     const int32_t padded = padded_clusters(segment.num_clusters);
     for (int32_t head = 0; head < impl.shape.num_kv_heads; ++head) {
@@ -141,8 +153,8 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
       uint32_t member = 0;
       for (int32_t i = 0; i < padded; ++i) {
         for (int32_t d = 0; d < impl.shape.head_dim; ++d) {
-          codes[static_cast<size_t>(i * g.code_bytes + d)] =
-              c.residuals[static_cast<size_t>((i / kCentroidBlock * impl.shape.head_dim + d) * kCentroidBlock + i % kCentroidBlock)];
+          codes[static_cast<size_t>(i * g.code_bytes + d)] = c.residuals[static_cast<size_t>(
+              (i / kCentroidBlock * impl.shape.head_dim + d) * kCentroidBlock + i % kCentroidBlock)];
         }
         const auto at = static_cast<size_t>(i);
         facts[at] = {c.scales[at], c.spreads[at]};
@@ -172,7 +184,8 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
   Impl& impl = *impl_;
   check_sequence(impl, sequence);
   const IndexGeometry& g = impl.view.geometry;
-  if (kv_len < 0 || kv_len > g.max_rows) throw Error("kv_len (" + std::to_string(kv_len) + ") must be in 0.." + std::to_string(g.max_rows));
+  if (kv_len < 0 || kv_len > g.max_rows)
+    throw Error("kv_len (" + std::to_string(kv_len) + ") must be in 0.." + std::to_string(g.max_rows));
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const SequenceState old = impl.states[static_cast<size_t>(sequence)], now = state_at(g, kv_len);
   ClusterParams params;
@@ -187,14 +200,16 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
     params.full_segments = now.full_segments;
     params.num_clusters = clusters_of(impl.options, provisional);
     params.num_outliers = static_cast<int32_t>(std::lround(impl.options.outlier_fraction * static_cast<float>(rows)));
-    const size_t bytes = cluster_scratch_bytes(rows, params.num_clusters, impl.shape.head_dim) * static_cast<size_t>(impl.shape.num_kv_heads) *
+    const size_t bytes = cluster_scratch_bytes(rows, params.num_clusters, impl.shape.head_dim) *
+                         static_cast<size_t>(impl.shape.num_kv_heads) *
                          static_cast<size_t>(std::min(end - begin, kSegmentsAtOnce));
     if (begin < end && impl.scratch_bytes < bytes) {
       check(cudaStreamSynchronize(stream), "build");
       cudaFree(impl.scratch);
       impl.scratch = nullptr;
       impl.scratch_bytes = 0;
-      check(cudaMalloc(reinterpret_cast<void**>(&impl.scratch), bytes), ("scratch of " + std::to_string(bytes) + " bytes").c_str());
+      check(cudaMalloc(reinterpret_cast<void**>(&impl.scratch), bytes),
+            ("scratch of " + std::to_string(bytes) + " bytes").c_str());
       impl.scratch_bytes = bytes;
     }
     params.scratch = impl.scratch;
@@ -205,7 +220,8 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
     }
   };
   build(false, std::min(old.full_segments, now.full_segments), now.full_segments);
-  build(true, old.full_segments == now.full_segments ? std::min(old.provisional_segments, now.provisional_segments) : 0, now.provisional_segments);
+  build(true, old.full_segments == now.full_segments ? std::min(old.provisional_segments, now.provisional_segments) : 0,
+        now.provisional_segments);
   set_state(impl, sequence, now, stream);
 }
 

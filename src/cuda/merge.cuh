@@ -9,8 +9,8 @@
 
 namespace tactic::cuda {
 
-/// Blocks of a cluster: barrier, and the address of a variable in another block's shared memory. One block alone on devices
-/// without clusters.
+/// Blocks of a cluster: barrier, and the address of a variable in another block's shared memory. One block alone on
+/// devices without clusters.
 struct BlockCluster {
   static __device__ __forceinline__ void sync() {
 #ifdef TACTIC_HOPPER
@@ -47,12 +47,12 @@ struct BlockSums {
 
 template <int kHeads>
 struct alignas(16) MergeBuffers {
-  float2 warp_states[2 * kWarps][kHeads];        // max and sum
-  float2 block_states[kMaxSplits][kHeads];       // written by the cluster's blocks
-  int32_t maxima[kHeads];                        // of the block, as ordered()
+  float2 warp_states[2 * kWarps][kHeads];   // max and sum
+  float2 block_states[kMaxSplits][kHeads];  // written by the cluster's blocks
+  int32_t maxima[kHeads];                   // of the block, as ordered()
   BlockSums warp_sums[kWarps][kHeads];
   BlockSums block_sums[kMaxSplits][kHeads];
-  int32_t counts[4];                             // of the block: exact, selected, refined clusters, refined rows
+  int32_t counts[4];  // of the block: exact, selected, refined clusters, refined rows
   int32_t block_counts[kMaxSplits][4];
 };
 
@@ -76,7 +76,8 @@ __device__ __forceinline__ RunningSum fold_states(const float2 (*states)[kHeads]
   return total;
 }
 
-/// After a block barrier behind the writes of warp_states: warp 0 folds the first n of them and sends them to every block.
+/// After a block barrier behind the writes of warp_states: warp 0 folds the first n of them and sends them to every
+/// block.
 template <int kHeads>
 __device__ __forceinline__ void share_states(MergeBuffers<kHeads>& buffers, int n, int rank, int splits) {
   if (threadIdx.x >= 32) return;
@@ -90,10 +91,12 @@ __device__ __forceinline__ void share_states(MergeBuffers<kHeads>& buffers, int 
 /// A warp's output, rescaled to the block's maximum of each head: values [kHeads, kDim] in shared memory, and its sums.
 /// maxima: lane (g, t) has that of head g.
 template <int kDim, int kHeads>
-__device__ __forceinline__ void store_warp(const AttendState<kDim>& state, float maximum, float* values, BlockSums* sums) {
+__device__ __forceinline__ void store_warp(const AttendState<kDim>& state, float maximum, float* values,
+                                           BlockSums* sums) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const float factor = exp2_fast(state.max - maximum);
-  float sum = state.sum * factor, sampled = state.sampled_sum * factor, variance = state.sampled_variance * factor * factor;
+  float sum = state.sum * factor, sampled = state.sampled_sum * factor,
+        variance = state.sampled_variance * factor * factor;
 #pragma unroll
   for (int step = 1; step < 4; step *= 2) {
     sum += shuffle_xor(sum, step);

@@ -9,21 +9,21 @@
 namespace tactic::cuda {
 
 /// Rows of a segment and its clusters are numbered by arithmetic, so that no table stands between a step and its data:
-/// full segment s covers rows [s * segment_tokens, + segment_tokens) and has its clusters at s * full_clusters; provisional
-/// segment p of a sequence with f full ones covers rows [f * segment_tokens + p * provisional_tokens, + provisional_tokens)
-/// and has its clusters at provisional_begin + p * provisional_clusters. Members of a segment stand in `members` at the
-/// segment's own rows, cluster by cluster, and behind them its outliers.
+/// full segment s covers rows [s * segment_tokens, + segment_tokens) and has its clusters at s * full_clusters;
+/// provisional segment p of a sequence with f full ones covers rows [f * segment_tokens + p * provisional_tokens, +
+/// provisional_tokens) and has its clusters at provisional_begin + p * provisional_clusters. Members of a segment stand
+/// in `members` at the segment's own rows, cluster by cluster, and behind them its outliers.
 struct IndexGeometry {
   int32_t segment_tokens = 0, provisional_tokens = 0;
-  int32_t full_clusters = 0, provisional_clusters = 0;   // per segment and KV head, multiples of 16
-  int32_t provisional_begin = 0;                         // clusters of full segments before them
-  int32_t max_clusters = 0;                              // per sequence and KV head
-  int32_t max_segments = 0;                              // full ones, per sequence
-  int32_t all_segments = 0;                              // and behind them the provisional ones: slots of means and outliers
+  int32_t full_clusters = 0, provisional_clusters = 0;  // per segment and KV head, multiples of 16
+  int32_t provisional_begin = 0;                        // clusters of full segments before them
+  int32_t max_clusters = 0;                             // per sequence and KV head
+  int32_t max_segments = 0;                             // full ones, per sequence
+  int32_t all_segments = 0;  // and behind them the provisional ones: slots of means and outliers
   int32_t max_rows = 0;
   int32_t sink_tokens = 0;
   bool has_outliers = false;
-  int32_t code_bytes = 0;                                // of one centroid: head_dim up to a multiple of 64
+  int32_t code_bytes = 0;  // of one centroid: head_dim up to a multiple of 64
 };
 
 /// How far the index of a sequence goes. Lives in device memory, so that a captured graph sees it grow.
@@ -33,45 +33,46 @@ struct SequenceState {
 };
 
 struct ClusterFacts {
-  float scale;    // centroid = mean of its segment + scale * code
-  float spread;   // mean squared distance of the members to it, per dimension
+  float scale;   // centroid = mean of its segment + scale * code
+  float spread;  // mean squared distance of the members to it, per dimension
 };
 
 struct IndexView {
   IndexGeometry geometry;
   int32_t num_kv_heads = 0, head_dim = 0;
-  int8_t* codes = nullptr;             // [sequences, heads, max_clusters, code_bytes]
-  ClusterFacts* facts = nullptr;       // [sequences, heads, max_clusters]
-  uint32_t* places = nullptr;          // [sequences, heads, max_clusters] first member (from the segment's first row) << 16 | members
-  uint16_t* members = nullptr;         // [sequences, heads, max_rows] rows relative to the segment's first
-  float* means = nullptr;              // [sequences, heads, all segments, head_dim]
-  uint16_t* num_outliers = nullptr;    // [sequences, heads, all segments]
-  float* betas = nullptr;              // [sequences, heads]
-  SequenceState* states = nullptr;     // [sequences]
+  int8_t* codes = nullptr;        // [sequences, heads, max_clusters, code_bytes]
+  ClusterFacts* facts = nullptr;  // [sequences, heads, max_clusters]
+  uint32_t* places =
+      nullptr;  // [sequences, heads, max_clusters] first member (from the segment's first row) << 16 | members
+  uint16_t* members = nullptr;       // [sequences, heads, max_rows] rows relative to the segment's first
+  float* means = nullptr;            // [sequences, heads, all segments, head_dim]
+  uint16_t* num_outliers = nullptr;  // [sequences, heads, all segments]
+  float* betas = nullptr;            // [sequences, heads]
+  SequenceState* states = nullptr;   // [sequences]
 };
 
 struct DecodeParams {
   DecodeBatch batch;
   IndexView index;
   float tau = 0, refine = 0;
-  float beta = 0;                      // 0: the index's
+  float beta = 0;  // 0: the index's
   uint64_t seed = 0;
-  int32_t splits = 0;                  // blocks that share a (sequence, KV head); a thread-block cluster
-  int32_t max_own_clusters = 0;        // room in each block's tables
+  int32_t splits = 0;            // blocks that share a (sequence, KV head); a thread-block cluster
+  int32_t max_own_clusters = 0;  // room in each block's tables
   int32_t max_own_segments = 0;
-  size_t shared_bytes = 0;             // of a block
-  bool half_empty = false;             // the step leaves at least half of the device free
-  std::byte* workspace = nullptr;      // the tables, where they do not fit into shared memory
+  size_t shared_bytes = 0;         // of a block
+  bool half_empty = false;         // the step leaves at least half of the device free
+  std::byte* workspace = nullptr;  // the tables, where they do not fit into shared memory
   size_t block_workspace_bytes = 0;
-  StepRecord* records = nullptr;       // [sequences, num_kv_heads] or nullptr
+  StepRecord* records = nullptr;  // [sequences, num_kv_heads] or nullptr
 };
 
 struct DenseParams {
   DecodeBatch batch;
   int32_t splits = 0;
-  float* partial_out = nullptr;        // [sequences, heads, splits, group, head_dim]
-  float* partial_state = nullptr;      // [sequences, heads, splits, group, 2] max (log2) and sum
-  uint32_t* arrived = nullptr;         // [sequences, heads] zero before and after each run
+  float* partial_out = nullptr;    // [sequences, heads, splits, group, head_dim]
+  float* partial_state = nullptr;  // [sequences, heads, splits, group, 2] max (log2) and sum
+  uint32_t* arrived = nullptr;     // [sequences, heads] zero before and after each run
 };
 
 }  // namespace tactic::cuda

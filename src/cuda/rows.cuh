@@ -20,13 +20,17 @@ struct Chunk;
 template <>
 struct Chunk<DType::kF16> {
   static constexpr bool kBf16 = false;
-  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) { return load_stream(row + chunk * 16); }
+  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) {
+    return load_stream(row + chunk * 16);
+  }
 };
 
 template <>
 struct Chunk<DType::kBF16> {
   static constexpr bool kBf16 = true;
-  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) { return load_stream(row + chunk * 16); }
+  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) {
+    return load_stream(row + chunk * 16);
+  }
 };
 
 /// Blocks of 32 elements: an f16 scale and 32 signed bytes. Rows lie at even addresses.
@@ -40,8 +44,8 @@ struct Chunk<DType::kQ8_0> {
     uint32_t out[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = __ldg(codes + i) ^ 0x8080u;   // unsigned, 128 too many
-      const uint32_t biased = __byte_perm(pair, 0x64646464u, 0x4140);   // f16 1024 + code
+      const uint32_t pair = __ldg(codes + i) ^ 0x8080u;                // unsigned, 128 too many
+      const uint32_t biased = __byte_perm(pair, 0x64646464u, 0x4140);  // f16 1024 + code
       const __half2 value = __hsub2(*reinterpret_cast<const __half2*>(&biased), __float2half2_rn(1024 + 128));
       const __half2 scaled = __hmul2(value, scale);
       out[i] = *reinterpret_cast<const uint32_t*>(&scaled);

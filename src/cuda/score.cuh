@@ -14,8 +14,8 @@ template <int kDim, int kHeads>
 struct QuantizedQueries {
   static constexpr int kWords = (kDim + 63) / 64 * 16;
   uint32_t codes[kHeads][2][kWords];
-  float step[kHeads];      // of the high part; that of the low part is 1 / 254 of it
-  float norm2[kHeads];     // |q|^2
+  float step[kHeads];   // of the high part; that of the low part is 1 / 254 of it
+  float norm2[kHeads];  // |q|^2
 };
 
 /// One warp, one head; q: [kDim] f32 in shared memory, or nullptr for a head that is none.
@@ -60,25 +60,27 @@ __device__ __forceinline__ void quantize_query(const float* q, int head, Quantiz
   }
 }
 
-/// What a warp needs of them for its integer products, four heads to a set. Lane (g, t) holds the high (g even) or low part
-/// of head 4 set + g / 2, and the factors of head 4 set + t.
+/// What a warp needs of them for its integer products, four heads to a set. Lane (g, t) holds the high (g even) or low
+/// part of head 4 set + g / 2, and the factors of head 4 set + t.
 template <int kDim, int kHeads>
 struct CentroidQuery {
   static constexpr int kSets = kHeads / 4, kLoads = (kDim + 63) / 64;
   uint32_t codes[kSets][kLoads][4];
-  float high[kSets], low[kSets];   // times the code's scale and sum: the log2 score
-  float norm2[kSets];              // |sm_scale * q|^2
+  float high[kSets], low[kSets];  // times the code's scale and sum: the log2 score
+  float norm2[kSets];             // |sm_scale * q|^2
 };
 
 template <int kDim, int kHeads>
-__device__ __forceinline__ void load_centroid_query(const QuantizedQueries<kDim, kHeads>& from, float sm_scale, CentroidQuery<kDim, kHeads>& out) {
+__device__ __forceinline__ void load_centroid_query(const QuantizedQueries<kDim, kHeads>& from, float sm_scale,
+                                                    CentroidQuery<kDim, kHeads>& out) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int set = 0; set < kHeads / 4; ++set) {
 #pragma unroll
     for (int i = 0; i < CentroidQuery<kDim, kHeads>::kLoads; ++i) {
 #pragma unroll
-      for (int word = 0; word < 4; ++word) out.codes[set][i][word] = from.codes[4 * set + (g >> 1)][g & 1][16 * i + 4 * t + word];
+      for (int word = 0; word < 4; ++word)
+        out.codes[set][i][word] = from.codes[4 * set + (g >> 1)][g & 1][16 * i + 4 * t + word];
     }
     out.high[set] = from.step[4 * set + t] * sm_scale * kLog2E;
     out.low[set] = out.high[set] / 254.0f;
@@ -114,8 +116,8 @@ struct CentroidTile {
 };
 
 template <int kDim>
-__device__ __forceinline__ void load_centroids(const int8_t* codes, const ClusterFacts* facts, const uint32_t* places, int32_t cluster,
-                                               CentroidTile<kDim>& tile) {
+__device__ __forceinline__ void load_centroids(const int8_t* codes, const ClusterFacts* facts, const uint32_t* places,
+                                               int32_t cluster, CentroidTile<kDim>& tile) {
   constexpr int kCodeBytes = CentroidTile<kDim>::kLoads * 64;
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int8_t* row = codes + static_cast<int64_t>(cluster + g) * kCodeBytes + 16 * t;
@@ -143,18 +145,20 @@ struct RunningSum {
   }
 };
 
-/// Half the variance of a cluster's scores as in core: s^2 = spread * |q|^2 up to s = sqrt(2 ln size), then linear in s.
+/// Half the variance of a cluster's scores as in core: s^2 = spread * |q|^2 up to s = sqrt(2 ln size), then linear in
+/// s.
 __device__ __forceinline__ float growth(float s2, float size) {
   const float cap2 = 2 * kLn2 * log2_fast(fmaxf(size, 2.0f));
   return s2 <= cap2 ? 0.5f * s2 : sqrt_fast(cap2 * s2) - 0.5f * cap2;
 }
 
-/// Scores the tile: adds the estimates of all that its clusters hold to `sums` (lane (g, t): head 4 set + t), and writes
-/// exponents[head * stride + cluster], log2 of the root mean square weight of a member, and places[cluster].
+/// Scores the tile: adds the estimates of all that its clusters hold to `sums` (lane (g, t): head 4 set + t), and
+/// writes exponents[head * stride + cluster], log2 of the root mean square weight of a member, and places[cluster].
 /// mean_dots: [kHeads] log2 scores of the segment's mean key.
 template <int kDim, int kHeads>
-__device__ __forceinline__ void score_tile(const CentroidTile<kDim>& tile, const CentroidQuery<kDim, kHeads>& q, const float* mean_dots,
-                                           float beta, float* exponents, int32_t stride, uint32_t* places, RunningSum (&sums)[kHeads / 4]) {
+__device__ __forceinline__ void score_tile(const CentroidTile<kDim>& tile, const CentroidQuery<kDim, kHeads>& q,
+                                           const float* mean_dots, float beta, float* exponents, int32_t stride,
+                                           uint32_t* places, RunningSum (&sums)[kHeads / 4]) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int set = 0; set < kHeads / 4; ++set) {
@@ -169,13 +173,16 @@ __device__ __forceinline__ void score_tile(const CentroidTile<kDim>& tile, const
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sizes[i] = static_cast<float>(tile.places[i] & 0xFFFFu);
-      const float dot = (q.high[set] * static_cast<float>(c[2 * i]) + q.low[set] * static_cast<float>(c[2 * i + 1])) * tile.facts[i].scale + mean_dot;
+      const float dot = (q.high[set] * static_cast<float>(c[2 * i]) + q.low[set] * static_cast<float>(c[2 * i + 1])) *
+                            tile.facts[i].scale +
+                        mean_dot;
       const float spread = beta * kLog2E * growth(tile.facts[i].spread * q.norm2[set], sizes[i]);
       means[i] = sizes[i] > 0 ? dot + spread : kLowest;
       exponents[(4 * set + t) * stride + g + 8 * i] = sizes[i] > 0 ? means[i] + kTailSpread * spread : kLowest;
     }
     const float top = fmaxf(fmaxf(means[0], means[1]), sums[set].max);
-    sums[set].sum = sums[set].sum * exp2_fast(sums[set].max - top) + sizes[0] * exp2_fast(means[0] - top) + sizes[1] * exp2_fast(means[1] - top);
+    sums[set].sum = sums[set].sum * exp2_fast(sums[set].max - top) + sizes[0] * exp2_fast(means[0] - top) +
+                    sizes[1] * exp2_fast(means[1] - top);
     sums[set].max = top;
   }
   if (t < 2) places[g + 8 * t] = tile.places[t];

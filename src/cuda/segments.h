@@ -1,5 +1,6 @@
-// Which segments of a sequence a block of the cluster owns, and where their data lie. Segment s (full ones first, then the
-// provisional ones) belongs to block s % splits, so that neighbouring segments, which tend to matter together, are spread.
+// Which segments of a sequence a block of the cluster owns, and where their data lie. Segment s (full ones first, then
+// the provisional ones) belongs to block s % splits, so that neighbouring segments, which tend to matter together, are
+// spread.
 #pragma once
 
 #include "cuda/params.h"
@@ -16,22 +17,23 @@ struct OwnSegment {
   int32_t cluster;        // first of its clusters among the sequence's
   int32_t local_cluster;  // and among the block's own
   int32_t num_clusters;
-  int32_t slot;           // of its mean and outliers
+  int32_t slot;  // of its mean and outliers
   int32_t first_row, num_rows;
 };
 
 struct OwnSegments {
   IndexGeometry geometry;
-  int32_t full, full_before;           // the sequence's full segments; the first own one
+  int32_t full, full_before;  // the sequence's full segments; the first own one
   int32_t own_full, own_provisional, first_provisional, splits;
-  float per_full, per_provisional;     // segments per cluster: a division that costs one multiplication
+  float per_full, per_provisional;  // segments per cluster: a division that costs one multiplication
 
   TACTIC_HOST_DEVICE OwnSegments(const IndexGeometry& g, const SequenceState& state, int32_t rank, int32_t num_splits)
       : geometry(g), full(state.full_segments), full_before(rank), splits(num_splits) {
     own_full = full > rank ? (full - rank + splits - 1) / splits : 0;
     first_provisional = (rank - full % splits + splits) % splits;
     own_provisional = state.provisional_segments > first_provisional
-                          ? (state.provisional_segments - first_provisional + splits - 1) / splits : 0;
+                          ? (state.provisional_segments - first_provisional + splits - 1) / splits
+                          : 0;
     per_full = 1.0f / static_cast<float>(g.full_clusters);
     per_provisional = 1.0f / static_cast<float>(g.provisional_clusters);
   }
@@ -63,8 +65,9 @@ struct OwnSegments {
   /// The own segment that holds own cluster `local`, below 2^20. The half keeps the product away from whole numbers.
   TACTIC_HOST_DEVICE int32_t segment_of(int32_t local) const {
     const int32_t in_full = own_full * geometry.full_clusters;
-    return local < in_full ? static_cast<int32_t>((static_cast<float>(local) + 0.5f) * per_full)
-                           : own_full + static_cast<int32_t>((static_cast<float>(local - in_full) + 0.5f) * per_provisional);
+    return local < in_full
+               ? static_cast<int32_t>((static_cast<float>(local) + 0.5f) * per_full)
+               : own_full + static_cast<int32_t>((static_cast<float>(local - in_full) + 0.5f) * per_provisional);
   }
 };
 

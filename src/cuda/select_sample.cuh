@@ -1,7 +1,7 @@
 // select_sample: inclusion probabilities of a block's clusters, and which rows systematic sampling takes.
 //
-// Probabilities are fixed-point numbers of 32 bits, so that running sums are exact and the k-th row of a cluster is found by
-// a division, alone, without walking there.
+// Probabilities are fixed-point numbers of 32 bits, so that running sums are exact and the k-th row of a cluster is
+// found by a division, alone, without walking there.
 #pragma once
 
 #include "cuda/launch_config.h"
@@ -11,18 +11,18 @@ namespace tactic::cuda {
 
 inline constexpr uint32_t kCertain = 0xFFFFFFFFu;
 
-/// A block's tables, by own cluster and own segment (table_bytes() of them). In shared memory, or in the workspace where they
-/// do not fit.
+/// A block's tables, by own cluster and own segment (table_bytes() of them). In shared memory, or in the workspace
+/// where they do not fit.
 struct SelectTables {
-  float* exponents;            // [heads, stride]
-  int32_t stride;              // a few more than clusters, so that heads lie in different banks
-  uint64_t* begins;            // [clusters] running sum before the cluster's first member
-  uint32_t* places;            // [clusters]
-  uint32_t* probabilities;     // [clusters] of a member, 2^32 = 1; kCertain: all are read
-  uint32_t* counts;            // [clusters] rows taken in the segment's clusters before this one
-  uint32_t* refined;           // [clusters / 32] bits
-  float* mean_dots;            // [segments, heads] log2 scores of the segments' mean keys
-  int32_t* segment_counts;     // [segments + 1] rows taken in the own segments before this one
+  float* exponents;         // [heads, stride]
+  int32_t stride;           // a few more than clusters, so that heads lie in different banks
+  uint64_t* begins;         // [clusters] running sum before the cluster's first member
+  uint32_t* places;         // [clusters]
+  uint32_t* probabilities;  // [clusters] of a member, 2^32 = 1; kCertain: all are read
+  uint32_t* counts;         // [clusters] rows taken in the segment's clusters before this one
+  uint32_t* refined;        // [clusters / 32] bits
+  float* mean_dots;         // [segments, heads] log2 scores of the segments' mean keys
+  int32_t* segment_counts;  // [segments + 1] rows taken in the own segments before this one
 
   __device__ SelectTables(std::byte* memory, int32_t clusters, int32_t segments, int32_t heads) {
     exponents = reinterpret_cast<float*>(memory);
@@ -37,7 +37,8 @@ struct SelectTables {
   }
 };
 
-/// Running sums of a segment begin here, in units of 2^-32: as core's segment_offset. `random`: 64 random bits of the step.
+/// Running sums of a segment begin here, in units of 2^-32: as core's segment_offset. `random`: 64 random bits of the
+/// step.
 __device__ __forceinline__ uint64_t segment_offset(uint64_t random, int32_t first_row) {
   return (random + hash64(static_cast<uint64_t>(first_row))) >> 32;
 }
@@ -56,14 +57,16 @@ __device__ __forceinline__ T warp_inclusive_sum(T x) {
 /// One warp, one segment: fills begins, probabilities and counts of its clusters; returns the rows taken.
 /// shifts[h]: log2 of the normalizer of head h over tau, and of sqrt(group size).
 template <int kHeads>
-__device__ __forceinline__ int32_t select_segment(const SelectTables& tables, const OwnSegment& segment, const uint16_t* members, uint64_t offset,
-                                                  int group_size, const float (&shifts)[kHeads]) {
-  constexpr int kPerLane = 4;   // neighbouring clusters, so that a segment needs one scan
+__device__ __forceinline__ int32_t select_segment(const SelectTables& tables, const OwnSegment& segment,
+                                                  const uint16_t* members, uint64_t offset, int group_size,
+                                                  const float (&shifts)[kHeads]) {
+  constexpr int kPerLane = 4;  // neighbouring clusters, so that a segment needs one scan
   const int lane = threadIdx.x & 31;
   uint64_t sum = offset;
   uint32_t taken = 0;
   for (int32_t first = 0; first < segment.num_clusters; first += 32 * kPerLane) {
-    const bool inside = first + lane * kPerLane < segment.num_clusters;   // all four or none: segments have multiples of 16
+    const bool inside =
+        first + lane * kPerLane < segment.num_clusters;  // all four or none: segments have multiples of 16
     const int32_t c = segment.local_cluster + (inside ? first + lane * kPerLane : 0);
     float p2[kPerLane] = {};
 #pragma unroll
@@ -76,7 +79,8 @@ __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, co
       p2[3] += exp2_fast(2 * (x.w - shifts[h]));
     }
     const uint4 places = *reinterpret_cast<const uint4*>(tables.places + c);
-    uint32_t fixed[kPerLane], sizes[kPerLane] = {places.x & 0xFFFFu, places.y & 0xFFFFu, places.z & 0xFFFFu, places.w & 0xFFFFu};
+    uint32_t fixed[kPerLane],
+        sizes[kPerLane] = {places.x & 0xFFFFu, places.y & 0xFFFFu, places.z & 0xFFFFu, places.w & 0xFFFFu};
     uint64_t width = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -103,7 +107,8 @@ __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, co
       *reinterpret_cast<uint4*>(tables.probabilities + c) = {fixed[0], fixed[1], fixed[2], fixed[3]};
       *reinterpret_cast<ulonglong2*>(tables.begins + c) = {begins[0], begins[1]};
       *reinterpret_cast<ulonglong2*>(tables.begins + c + 2) = {begins[2], begins[3]};
-      *reinterpret_cast<uint4*>(tables.counts + c) = {before, before + counts[0], before + counts[0] + counts[1], before + count - counts[3]};
+      *reinterpret_cast<uint4*>(tables.counts + c) = {before, before + counts[0], before + counts[0] + counts[1],
+                                                      before + count - counts[3]};
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         if (counts[i] > 0) prefetch(members + segment.first_row + ((&places.x)[i] >> 16));
@@ -115,11 +120,13 @@ __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, co
   return static_cast<int32_t>(taken);
 }
 
-/// Number `take` of the rows taken of a cluster: which member. The smallest j with begin + (j + 1) p >= the whole number.
+/// Number `take` of the rows taken of a cluster: which member. The smallest j with begin + (j + 1) p >= the whole
+/// number.
 __device__ __forceinline__ uint32_t taken_member(uint64_t begin, uint32_t probability, uint32_t take) {
   if (probability == kCertain) return take;
   const uint64_t distance = (static_cast<uint64_t>(take + 1) << 32) - (begin & 0xFFFFFFFFu) - 1;
-  auto member = static_cast<uint32_t>(__fdividef(static_cast<float>(distance), static_cast<float>(probability)));   // within one
+  auto member =
+      static_cast<uint32_t>(__fdividef(static_cast<float>(distance), static_cast<float>(probability)));  // within one
   const auto rest = static_cast<int64_t>(distance - static_cast<uint64_t>(member) * probability);
   if (rest < 0) --member;
   if (rest >= static_cast<int64_t>(probability)) ++member;
@@ -153,11 +160,13 @@ struct TakenRow {
 };
 
 /// Row number i of those the block takes.
-__device__ __forceinline__ TakenRow taken_row(const SelectTables& tables, const OwnSegments& own, const uint16_t* members, int32_t i) {
+__device__ __forceinline__ TakenRow taken_row(const SelectTables& tables, const OwnSegments& own,
+                                              const uint16_t* members, int32_t i) {
   const int32_t k = last_not_above(tables.segment_counts, own.count(), i);
   const OwnSegment segment = own.at(k);
   const auto rest = static_cast<uint32_t>(i - tables.segment_counts[k]);
-  const int32_t c = segment.local_cluster + last_not_above(tables.counts + segment.local_cluster, segment.num_clusters, rest);
+  const int32_t c =
+      segment.local_cluster + last_not_above(tables.counts + segment.local_cluster, segment.num_clusters, rest);
   const uint32_t member = taken_member(tables.begins[c], tables.probabilities[c], rest - tables.counts[c]);
   TakenRow row;
   row.local_cluster = c;

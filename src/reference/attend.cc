@@ -19,8 +19,9 @@ T load(const std::byte* p) {
 double half(const std::byte* p) {
   const auto bits = load<uint16_t>(p);
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const double size = exponent == 31 ? (fraction == 0 ? HUGE_VAL : std::nan("")) : exponent == 0 ? std::ldexp(fraction, -24)
-                                                                                                 : std::ldexp(1024 + fraction, exponent - 25);
+  const double size = exponent == 31  ? (fraction == 0 ? HUGE_VAL : std::nan(""))
+                      : exponent == 0 ? std::ldexp(fraction, -24)
+                                      : std::ldexp(1024 + fraction, exponent - 25);
   return (bits >> 15) != 0 ? -size : size;
 }
 
@@ -51,7 +52,8 @@ double dot_row(const RowsView& rows, int32_t head, int64_t row, const float* q, 
 }
 
 int64_t refine(const IndexState& index, int32_t head, const RowFilter& filter, const RowsView& k, const float* q,
-               int32_t head_dim, int32_t group_size, const Inclusion& inclusion, float limit, HeadSelection& selection) {
+               int32_t head_dim, int32_t group_size, const Inclusion& inclusion, float limit,
+               HeadSelection& selection) {
   std::vector<int32_t> found;
   for (int32_t g = 0; g < group_size; ++g) {
     for (size_t i = selection.num_certain; i < selection.tokens.size(); ++i) {
@@ -65,7 +67,8 @@ int64_t refine(const IndexState& index, int32_t head, const RowFilter& filter, c
   return static_cast<int64_t>(found.size());
 }
 
-void read_whole(const IndexState& index, int32_t head, const RowFilter& filter, const std::vector<int32_t>& clusters, HeadSelection& selection) {
+void read_whole(const IndexState& index, int32_t head, const RowFilter& filter, const std::vector<int32_t>& clusters,
+                HeadSelection& selection) {
   std::vector<bool> certain(index.total_clusters()), added(index.total_clusters());
   for (const int32_t c : clusters) added[c] = true;
   for (int64_t i = 0; i < selection.num_certain; ++i) certain[selection.clusters[i]] = true;
@@ -95,7 +98,8 @@ void attend(const KvView& kv, int32_t head, const HeadSelection& selection, cons
     for (size_t i = 0; i < n; ++i) {
       const double weight = std::exp(scores[i] - max);
       sum += weight;
-      for (int32_t d = 0; d < kv.v_head_dim; ++d) out[d] += weight * element(kv.v.dtype, kv.v.row(head, selection.tokens[i]), d);
+      for (int32_t d = 0; d < kv.v_head_dim; ++d)
+        out[d] += weight * element(kv.v.dtype, kv.v.row(head, selection.tokens[i]), d);
     }
     for (int32_t d = 0; d < kv.v_head_dim && n > 0; ++d) out[d] /= sum;
     lse[g] = n > 0 ? max + std::log(sum) : -HUGE_VAL;
@@ -114,7 +118,8 @@ void dense(const DecodeQuery& query, int32_t head, double* out, double* lse) {
     all.log_weights.push_back(query.bias != nullptr ? query.bias[row] : 0);
   }
   for (int32_t g = 0; g < group_size; ++g) {
-    for (int32_t d = 0; d < kv.head_dim; ++d) q[d] = query.sm_scale * query.q[(head * group_size + g) * query.q_head_stride + d];
+    for (int32_t d = 0; d < kv.head_dim; ++d)
+      q[d] = query.sm_scale * query.q[(head * group_size + g) * query.q_head_stride + d];
     attend(kv, head, all, q.data(), 1, out + g * kv.v_head_dim, lse + g);
   }
 }

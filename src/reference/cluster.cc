@@ -44,7 +44,8 @@ void cluster(const ClusterTask& task, HeadClusters& out) {
   std::vector<bool> outlier;
   for (int64_t row = task.row_begin + task.first_row; row < task.row_begin + task.num_rows; ++row) {
     keys.push_back(decode(task.kv.k, task.head, row, dim));
-    const double k2 = distance2(keys.back(), zero_k), v2 = distance2(decode(task.kv.v, task.head, row, task.kv.v_head_dim), zero_v);
+    const double k2 = distance2(keys.back(), zero_k),
+                 v2 = distance2(decode(task.kv.v, task.head, row, task.kv.v_head_dim), zero_v);
     outlier.push_back(!std::isfinite(static_cast<float>(k2)) || !std::isfinite(static_cast<float>(v2)));
     k_norms2.push_back(outlier.back() ? HUGE_VAL : k2);
     v_norms2.push_back(outlier.back() ? HUGE_VAL : v2);
@@ -76,7 +77,7 @@ void cluster(const ClusterTask& task, HeadClusters& out) {
   }
   std::vector<int32_t> nearest(n, -1);
   Row distances(n);
-  const auto assign = [&] {   // whether anything changed
+  const auto assign = [&] {  // whether anything changed
     bool changed = false;
     for (size_t i = 0; i < n; ++i) {
       int32_t best = 0;
@@ -100,7 +101,7 @@ void cluster(const ClusterTask& task, HeadClusters& out) {
       }
       if (members > 0) {
         for (int32_t d = 0; d < dim; ++d) centroids[c][d] = sum[d] / members;
-      } else if (n > 0) {   // starts anew at the row that is farthest from its centroid, each row used once
+      } else if (n > 0) {  // starts anew at the row that is farthest from its centroid, each row used once
         const auto farthest = std::max_element(distances.begin(), distances.end());
         centroids[c] = x[farthest - distances.begin()];
         *farthest = -std::numeric_limits<double>::infinity();

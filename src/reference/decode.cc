@@ -19,7 +19,8 @@ HeadSelection rows_read_anyway(const IndexState& index, int32_t head, const RowF
   }
   for (const Segment& segment : index.segments) {
     for (const int64_t outlier : segment.heads[head].outliers) {
-      if (filter.reads_indexed(segment.row_begin + outlier)) rows.tokens.push_back(static_cast<int32_t>(segment.row_begin + outlier));
+      if (filter.reads_indexed(segment.row_begin + outlier))
+        rows.tokens.push_back(static_cast<int32_t>(segment.row_begin + outlier));
     }
   }
   rows.log_weights.assign(rows.tokens.size(), 0.0f);
@@ -36,11 +37,13 @@ bool unchanged(const IndexState& index, const KvView& kv, int32_t head, const He
   });
 }
 
-// What the draw says of the mass read with certainty. `anyway`: rows read anyway. `drawn`: the selection before any cluster was
-// read whole because of it; clusters that `planned` names do not speak (they were read whole whatever was drawn).
-void measure(const IndexState& index, const RowsView& k, int32_t head, const HeadSelection& anyway, const HeadSelection& drawn,
-             const HeadSelection& selection, const Inclusion& inclusion, const std::vector<char>& planned, const std::vector<float>& sizes,
-             const float* q, int32_t dim, std::vector<HeadMass>& masses) {
+// What the draw says of the mass read with certainty. `anyway`: rows read anyway. `drawn`: the selection before any
+// cluster was read whole because of it; clusters that `planned` names do not speak (they were read whole whatever was
+// drawn).
+void measure(const IndexState& index, const RowsView& k, int32_t head, const HeadSelection& anyway,
+             const HeadSelection& drawn, const HeadSelection& selection, const Inclusion& inclusion,
+             const std::vector<char>& planned, const std::vector<float>& sizes, const float* q, int32_t dim,
+             std::vector<HeadMass>& masses) {
   const Undrawn undrawn = undrawn_rows(index, sizes, inclusion.probability, planned);
   const std::vector<double>& known = index.calibration[head].usual_variance;
   for (size_t g = 0; g < masses.size(); ++g) {
@@ -50,9 +53,11 @@ void measure(const IndexState& index, const RowsView& k, int32_t head, const Hea
     for (int64_t i = 0; i < selection.num_certain; ++i) certain.push_back(score(selection.tokens[i]));
     double max = -HUGE_VAL, sum = 0, rest = 0;
     for (const double s : certain) max = std::max(max, s);
-    for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i) max = std::max(max, score(drawn.tokens[i]) + drawn.log_weights[i]);
+    for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i)
+      max = std::max(max, score(drawn.tokens[i]) + drawn.log_weights[i]);
     for (const double s : certain) sum += std::exp(s - max);
-    // Rows of clusters read whole because of the draw are certain now; what they were drawn to speak for is still missing.
+    // Rows of clusters read whole because of the draw are certain now; what they were drawn to speak for is still
+    // missing.
     DrawnVariance variance;
     std::vector<bool> refined(planned.size());
     for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i) {
@@ -68,14 +73,17 @@ void measure(const IndexState& index, const RowsView& k, int32_t head, const Hea
     }
     const double total = sum + std::max(0.0, rest), usual = known.empty() ? 0 : known[g], mass = sum / total;
     if (!(total > 0)) continue;
-    masses[g] = {mass, undrawn.any ? mass * std::sqrt(variance.variance(total, inclusion.tau, undrawn.count_variance, usual)) / total : 0,
+    masses[g] = {mass,
+                 undrawn.any
+                     ? mass * std::sqrt(variance.variance(total, inclusion.tau, undrawn.count_variance, usual)) / total
+                     : 0,
                  variance.freedom(usual), max + std::log(total)};
   }
 }
 
 // Adds to `stats` (mass_std_error as a variance). Returns why the head cannot be answered so, if it cannot.
-DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filter, const DecodeOptions& options, double* out,
-                   double* lse, StepStats& stats) {
+DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filter, const DecodeOptions& options,
+                   double* out, double* lse, StepStats& stats) {
   const KvView& kv = query.kv;
   const IndexState& index = query.index->state();
   const int32_t group_size = query.num_q_heads / kv.num_kv_heads, dim = kv.head_dim;
@@ -107,7 +115,8 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   } else if (options.select == Select::kTopK) {
     select_topk(index, head, filter, scores, group_size, options.budget, selection);
   } else {
-    probed = select_fit(index, head, filter, scores, kv.k, q.data(), dim, group_size, exact.data(), fit_mass(options), selection);
+    probed = select_fit(index, head, filter, scores, kv.k, q.data(), dim, group_size, exact.data(), fit_mass(options),
+                        selection);
   }
   if (options.check_rows && !unchanged(index, kv, head, selection)) return DenseReason::kRowChanged;
   std::vector<HeadMass> masses(group_size);
@@ -121,7 +130,9 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
     for (int64_t i = 0; i < selection.num_certain; ++i) whole[selection.clusters[i]] = 1;
     for (;;) {
       measure(index, kv.k, head, all, drawn, selection, inclusion, planned, scores.sizes, q.data(), dim, masses);
-      const std::vector<int32_t> next = options.target_mass > 0 ? read_on(scores, params, whole, masses, options.target_mass) : std::vector<int32_t>();
+      const std::vector<int32_t> next = options.target_mass > 0
+                                            ? read_on(scores, params, whole, masses, options.target_mass)
+                                            : std::vector<int32_t>();
       if (next.empty()) break;
       for (const int32_t c : next) whole[c] = planned[c] = 1;
       read_whole(index, head, filter, next, selection);
@@ -143,13 +154,17 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   for (int32_t g = 0; g < group_size; ++g) {
     if (!std::isfinite(lse[g])) return DenseReason::kNotFinite;
     stats.estimated_mass += masses[g].mass / query.num_q_heads;
-    stats.mass_std_error += masses[g].std_error * masses[g].std_error / query.num_q_heads;   // a variance until the sum is done
-    if (query.masses != nullptr) query.masses[head * group_size + g] = {masses[g].mass, masses[g].std_error, mass_bound(masses[g], kNormal95), mass_bound(masses[g], -kNormal95)};
+    stats.mass_std_error +=
+        masses[g].std_error * masses[g].std_error / query.num_q_heads;  // a variance until the sum is done
+    if (query.masses != nullptr)
+      query.masses[head * group_size + g] = {masses[g].mass, masses[g].std_error, mass_bound(masses[g], kNormal95),
+                                             mass_bound(masses[g], -kNormal95)};
   }
   stats.tokens_certain += static_cast<int64_t>(all.tokens.size() - num_sampled);
   stats.tokens_sampled += static_cast<int64_t>(num_sampled);
   stats.kv_bytes += probed * static_cast<int64_t>(row_bytes(kv.k.dtype, dim));
-  for (const Segment& segment : index.segments) stats.index_bytes += int64_t{segment.num_clusters} * (dim + 10) + dim * 4;
+  for (const Segment& segment : index.segments)
+    stats.index_bytes += int64_t{segment.num_clusters} * (dim + 10) + dim * 4;
   stats.index_bytes += static_cast<int64_t>(num_selected) * 3;
   return DenseReason::kNone;
 }
@@ -164,10 +179,10 @@ StepStats run(const DecodeQuery& query, const DecodeOptions& options) {
   stats.kv_len = filter.count_visible(0, kv.kv_len);
   stats.num_kv_heads = kv.num_kv_heads;
   stats.kv_bytes_present = stats.kv_len * kv.num_kv_heads * bytes;
-  DenseReason reason = options.select == Select::kDense               ? DenseReason::kAsked
-                       : query.bias != nullptr                        ? DenseReason::kMask
-                       : filter.count_indexed(0, kv.kv_len) < 256     ? DenseReason::kNoIndex
-                                                                      : DenseReason::kNone;
+  DenseReason reason = options.select == Select::kDense           ? DenseReason::kAsked
+                       : query.bias != nullptr                    ? DenseReason::kMask
+                       : filter.count_indexed(0, kv.kv_len) < 256 ? DenseReason::kNoIndex
+                                                                  : DenseReason::kNone;
   std::vector<double> out(static_cast<size_t>(query.num_q_heads) * kv.v_head_dim), lse(query.num_q_heads);
   const auto out_of = [&](int32_t head) { return &out[static_cast<size_t>(head * group_size) * kv.v_head_dim]; };
   const StepStats before = stats;
@@ -186,7 +201,8 @@ StepStats run(const DecodeQuery& query, const DecodeOptions& options) {
     for (int32_t head = 0; head < kv.num_kv_heads; ++head) {
       dense(query, head, out_of(head), &lse[head * group_size]);
       if (query.selection == nullptr) continue;
-      HeadSelection& seen = query.selection->heads[head] = rows_read_anyway({}, head, {filter.visible, filter.kv_len, &none});
+      HeadSelection& seen = query.selection->heads[head] =
+          rows_read_anyway({}, head, {filter.visible, filter.kv_len, &none});
       std::erase_if(seen.tokens, [&](int32_t row) { return query.bias != nullptr && query.bias[row] == -HUGE_VALF; });
       seen.num_certain = static_cast<int64_t>(seen.tokens.size());
       seen.log_weights.assign(seen.tokens.size(), 0.0f);
@@ -199,7 +215,8 @@ StepStats run(const DecodeQuery& query, const DecodeOptions& options) {
   stats.kv_bytes += stats.tokens_value * bytes;
   for (int32_t h = 0; h < query.num_q_heads; ++h) {
     const double* from = &out[static_cast<size_t>(h) * kv.v_head_dim];
-    std::transform(from, from + kv.v_head_dim, query.out + h * query.out_head_stride, [](double x) { return static_cast<float>(x); });
+    std::transform(from, from + kv.v_head_dim, query.out + h * query.out_head_stride,
+                   [](double x) { return static_cast<float>(x); });
     if (query.lse != nullptr) query.lse[h] = static_cast<float>(lse[h]);
   }
   return stats;
@@ -209,7 +226,7 @@ StepStats run(const DecodeQuery& query, const DecodeOptions& options) {
 }  // namespace reference
 
 std::unique_ptr<BackendRun> make_reference_run() {
-  struct ReferenceRun : BackendRun {   // reads what the index has learned, learns nothing
+  struct ReferenceRun : BackendRun {  // reads what the index has learned, learns nothing
     void run(std::span<const DecodeQuery> queries, const DecodeOptions& options, int32_t, StepStats* stats) override {
       for (size_t i = 0; i < queries.size(); ++i) {
         const StepStats result = reference::run(queries[i], options);

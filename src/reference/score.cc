@@ -23,9 +23,11 @@ HeadSelection readable(const IndexState& index, int32_t head, const RowFilter& f
   return all;
 }
 
-void score(const IndexState& index, int32_t head, const RowFilter& filter, const float* q, int32_t group_size, ClusterScores& out) {
+void score(const IndexState& index, int32_t head, const RowFilter& filter, const float* q, int32_t group_size,
+           ClusterScores& out) {
   const int32_t total = index.total_clusters(), dim = index.shape.head_dim;
-  out = {total, std::vector<float>(static_cast<size_t>(group_size) * total), std::vector<float>(total), std::vector<float>(total)};
+  out = {total, std::vector<float>(static_cast<size_t>(group_size) * total), std::vector<float>(total),
+         std::vector<float>(total)};
   for (const int32_t c : readable(index, head, filter).clusters) out.sizes[c] += 1;
   int32_t base = 0;
   for (const Segment& segment : index.segments) {
@@ -35,7 +37,9 @@ void score(const IndexState& index, int32_t head, const RowFilter& filter, const
       for (int32_t g = 0; g < group_size; ++g) {
         double dot = 0;
         for (int32_t d = 0; d < dim; ++d) {
-          const int8_t residual = clusters.residuals[static_cast<size_t>(c / kCentroidBlock * dim + d) * kCentroidBlock + c % kCentroidBlock];
+          const int8_t residual =
+              clusters
+                  .residuals[static_cast<size_t>(c / kCentroidBlock * dim + d) * kCentroidBlock + c % kCentroidBlock];
           dot += q[g * dim + d] * (clusters.mean[d] + static_cast<double>(clusters.scales[c]) * residual);
         }
         out.dots[static_cast<size_t>(g) * total + base + c] = static_cast<float>(dot);

@@ -15,8 +15,8 @@ int64_t select_fit(const IndexState& index, int32_t head, const RowFilter& filte
   for (int32_t g = 0; g < group_size && target_mass < 1; ++g) {
     const std::vector<size_t> order = rank(all, scores.dots.data() + static_cast<size_t>(g) * scores.num_clusters);
     const size_t peak = n < 256 ? n : std::max<size_t>(16, n / 50), width = std::max<size_t>(8, n / 100);
-    const size_t near = n / 10 - width / 2, far = n * 6 / 10 - width / 2;   // where the windows begin
-    std::vector<double> weights(n);                                         // scores first; then what is believed
+    const size_t near = n / 10 - width / 2, far = n * 6 / 10 - width / 2;  // where the windows begin
+    std::vector<double> weights(n);                                        // scores first; then what is believed
     double max = exact[g].max;
     for (size_t i = 0; i < n; ++i) {
       if (i >= peak && (i < near || i >= near + width) && (i < far || i >= far + width)) continue;
@@ -30,7 +30,8 @@ int64_t select_fit(const IndexState& index, int32_t head, const RowFilter& filte
       return sum / static_cast<double>(width);
     };
     if (peak < n) {
-      const double middle = (static_cast<double>(width) + 1) / 2, x1 = static_cast<double>(near) + middle, x2 = static_cast<double>(far) + middle;
+      const double middle = (static_cast<double>(width) + 1) / 2, x1 = static_cast<double>(near) + middle,
+                   x2 = static_cast<double>(far) + middle;
       const double y1 = mean(near), y2 = mean(far);
       const double a = y2 > y1 ? 0 : (y1 - y2) / (1 / x1 - 1 / x2), b = y2 > y1 ? (y1 + y2) / 2 : y1 - a / x1;
       for (size_t i = peak; i < n; ++i) weights[i] = std::max(a / static_cast<double>(i + 1) + b, 0.0);

@@ -16,7 +16,8 @@ double growth(double s2, double size) {
 }
 
 // Root mean square over the heads of a member's estimated weight; a NaN or infinity if any estimate is.
-std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams& params, std::vector<float>& log_totals) {
+std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams& params,
+                                std::vector<float>& log_totals) {
   const int32_t n = scores.num_clusters;
   std::vector<double> u(n);
   for (int32_t g = 0; g < params.group_size; ++g) {
@@ -32,7 +33,8 @@ std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams&
     for (int32_t c = 0; c < n; ++c) total += scores.sizes[c] == 0 ? 0 : scores.sizes[c] * std::exp(mean[c] - max);
     log_totals.push_back(static_cast<float>(max + std::log(total)));
     for (int32_t c = 0; c < n; ++c) {
-      if (scores.sizes[c] > 0) u[c] += std::pow(std::exp(mean[c] + kTailSpread * spread[c] - max) / total, 2) / params.group_size;
+      if (scores.sizes[c] > 0)
+        u[c] += std::pow(std::exp(mean[c] + kTailSpread * spread[c] - max) / total, 2) / params.group_size;
     }
   }
   for (double& value : u) value = std::sqrt(value);
@@ -41,7 +43,8 @@ std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams&
 
 }  // namespace
 
-void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options, Inclusion& out) {
+void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options,
+                   Inclusion& out) {
   out.log_totals.clear();
   const std::vector<double> u = rms_weights(scores, params, out.log_totals);
   out.probability.assign(u.size(), 1.0f);
@@ -50,12 +53,13 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
   if (!std::all_of(u.begin(), u.end(), [](double value) { return std::isfinite(value); })) return;
   const auto variance = [&](double tau) {
     double sum = 0;
-    for (size_t c = 0; c < u.size(); ++c) sum += u[c] > 0 ? scores.sizes[c] * u[c] * u[c] * (1 / std::min(1.0, tau * u[c]) - 1) : 0;
+    for (size_t c = 0; c < u.size(); ++c)
+      sum += u[c] > 0 ? scores.sizes[c] * u[c] * u[c] * (1 / std::min(1.0, tau * u[c]) - 1) : 0;
     return sum * params.variance_ratio;
   };
   double tau = options.tau;
   if (tau <= 0) {
-    double low = 1e-3, high = 1;   // the smallest that meets the target, above 1e-3
+    double low = 1e-3, high = 1;  // the smallest that meets the target, above 1e-3
     while (variance(high) > std::pow(options.target_error, 2)) high *= 2;
     while (high > low * 1.0001) {
       tau = std::sqrt(low * high);
@@ -77,7 +81,7 @@ void draw(const IndexState& index, int32_t head, const RowFilter& filter, const 
     int64_t end = 0;
     double sum = 0;
     for (size_t i = 0; i < all.tokens.size(); ++i) {
-      for (; all.tokens[i] >= end; ++next) {   // segments come one after the other, each with an offset of its own
+      for (; all.tokens[i] >= end; ++next) {  // segments come one after the other, each with an offset of its own
         end = next->row_begin + next->num_rows;
         sum = segment_offset(offset, next->row_begin);
       }

@@ -8,7 +8,8 @@ namespace tactic::reference {
 std::vector<size_t> rank(const HeadSelection& all, const float* dots) {
   std::vector<size_t> order(all.tokens.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return dots[all.clusters[a]] > dots[all.clusters[b]]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return dots[all.clusters[a]] > dots[all.clusters[b]]; });
   return order;
 }
 

@@ -8,25 +8,26 @@ namespace tactic::reference {
 /// Element i of a stored row. Every stored value is a double exactly.
 double element(DType dtype, const std::byte* row, int64_t i);
 
-
 /// q.k of a stored row.
 double dot_row(const RowsView& rows, int32_t head, int64_t row, const float* q, int32_t head_dim);
 
-/// k-means on doubles, with the same initial keys and tie rules as every backend. Rows whose squared key or value norm is
-/// not finite in f32 are outliers too.
+/// k-means on doubles, with the same initial keys and tie rules as every backend. Rows whose squared key or value norm
+/// is not finite in f32 are outliers too.
 void cluster(const ClusterTask& task, HeadClusters& out);
 
 /// Every row the query may read through the index, by cluster number, all certain.
 HeadSelection readable(const IndexState& index, int32_t head, const RowFilter& filter);
 
 /// As cpu::score, for all clusters. Padding has size 0 and dot 0.
-void score(const IndexState& index, int32_t head, const RowFilter& filter, const float* q, int32_t group_size, ClusterScores& out);
+void score(const IndexState& index, int32_t head, const RowFilter& filter, const float* q, int32_t group_size,
+           ClusterScores& out);
 
-/// Inclusion probabilities. With s = sqrt(spread) * |q| a cluster's scores spread by s around the centroid's, so a member's
-/// mean weight is exp(dot + beta * g(s)) and its root mean square exp(dot + (1 + kTailSpread) * beta * g(s)), normalized by
-/// the estimate of everything. g(s) = s^2 / 2 up to s = sqrt(2 ln size), linear beyond: members cannot average more than
-/// their maximum. An estimate that is not finite makes every probability 1.
-void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options, Inclusion& out);
+/// Inclusion probabilities. With s = sqrt(spread) * |q| a cluster's scores spread by s around the centroid's, so a
+/// member's mean weight is exp(dot + beta * g(s)) and its root mean square exp(dot + (1 + kTailSpread) * beta * g(s)),
+/// normalized by the estimate of everything. g(s) = s^2 / 2 up to s = sqrt(2 ln size), linear beyond: members cannot
+/// average more than their maximum. An estimate that is not finite makes every probability 1.
+void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options,
+                   Inclusion& out);
 
 /// Clusters of probability 1 first, then the others; in both parts by cluster number.
 void draw(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
@@ -38,27 +39,28 @@ std::vector<size_t> rank(const HeadSelection& all, const float* dots);
 /// `all` without those that are not kept.
 void keep(const HeadSelection& all, const std::vector<bool>& kept, HeadSelection& out);
 
-/// Each query head takes clusters by falling dot (ties: lower number) until it has `budget` tokens, of the last cluster the
-/// first members. The union is in order of cluster number.
+/// Each query head takes clusters by falling dot (ties: lower number) until it has `budget` tokens, of the last cluster
+/// the first members. The union is in order of cluster number.
 void select_topk(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
                  int32_t group_size, int32_t budget, HeadSelection& out);
 
 /// With n readable tokens in the order of their clusters' dots: the first max(16, n / 50) are scored, and windows of
-/// max(8, n / 100) around n / 10 and 6 n / 10; y = a / x + b goes through the windows' mean weights, x counting from 1 at
-/// the windows' middles. Should the far window be heavier, a = 0 and b = the mean of both. Below 256 tokens all are scored.
-/// A sum that is not finite, or target_mass 1, takes everything. The union is in order of cluster number.
+/// max(8, n / 100) around n / 10 and 6 n / 10; y = a / x + b goes through the windows' mean weights, x counting from 1
+/// at the windows' middles. Should the far window be heavier, a = 0 and b = the mean of both. Below 256 tokens all are
+/// scored. A sum that is not finite, or target_mass 1, takes everything. The union is in order of cluster number.
 /// Returns the rows probed, each once however many heads did.
 int64_t select_fit(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
                    const RowsView& k, const float* q, int32_t head_dim, int32_t group_size, const SoftmaxState* exact,
                    float target_mass, HeadSelection& out);
 
-/// Clusters with a sampled token that stands for more than `limit` of the estimated total, in any head, are read whole: the
-/// readable members join the certain tokens and those drawn lose their weight. Returns how many clusters.
+/// Clusters with a sampled token that stands for more than `limit` of the estimated total, in any head, are read whole:
+/// the readable members join the certain tokens and those drawn lose their weight. Returns how many clusters.
 int64_t refine(const IndexState& index, int32_t head, const RowFilter& filter, const RowsView& k, const float* q,
                int32_t head_dim, int32_t group_size, const Inclusion& inclusion, float limit, HeadSelection& selection);
 
 /// Those clusters are read whole: as in refine.
-void read_whole(const IndexState& index, int32_t head, const RowFilter& filter, const std::vector<int32_t>& clusters, HeadSelection& selection);
+void read_whole(const IndexState& index, int32_t head, const RowFilter& filter, const std::vector<int32_t>& clusters,
+                HeadSelection& selection);
 
 /// Attention of one KV head's group over `selection`: out [group_size, v_head_dim], lse [group_size] (natural log).
 /// q: [group_size, head_dim] scaled by sm_scale.

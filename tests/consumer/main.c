@@ -28,10 +28,12 @@ int main(void) {
   query.kv.k.token_stride_bytes = query.kv.v.token_stride_bytes = 64;
   query.out = out;
   tactic_step_stats stats;
-  if (attention == NULL || tactic_attention_run(attention, &query, 1, &stats) != 0 || fabsf(out[7] - 2.0f) > 1e-6f) return 1;
+  if (attention == NULL || tactic_attention_run(attention, &query, 1, &stats) != 0 || fabsf(out[7] - 2.0f) > 1e-6f)
+    return 1;
   query.num_q_heads = 3;
   query.kv.num_kv_heads = 2;
-  if (tactic_attention_run(attention, &query, 1, NULL) == 0 || strstr(tactic_last_error(), "num_q_heads (3)") == NULL) return 2;
+  if (tactic_attention_run(attention, &query, 1, NULL) == 0 || strstr(tactic_last_error(), "num_q_heads (3)") == NULL)
+    return 2;
   tactic_attention_free(attention);
   printf("tactic %s from C\n", tactic_version());
   return 0;

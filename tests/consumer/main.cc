@@ -35,7 +35,7 @@ int main() {
   tactic::Attention({.target_error = 0.02f}).run({&query, 1}, &stats);
   query.out = exact.data();
   tactic::Attention({.select = tactic::Select::kDense}).run({&query, 1});
-  double error = 0;   // values have variance 1, so this is in units of a value
+  double error = 0;  // values have variance 1, so this is in units of a value
   for (size_t i = 0; i < out.size(); ++i) error += (out[i] - exact[i]) * (out[i] - exact[i]);
   error = std::sqrt(error / static_cast<double>(out.size()));
   std::printf("read fraction %.3f, error %.4f\n", stats.read_fraction(), error);

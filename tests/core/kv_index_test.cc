@@ -12,7 +12,8 @@ namespace {
 using testing::HasSubstr;
 using testing::ThrowsMessage;
 
-constexpr IndexOptions kSmall{.cluster_tokens = 16, .segment_tokens = 512, .provisional_tokens = 64, .provisional_cluster_tokens = 4};
+constexpr IndexOptions kSmall{
+    .cluster_tokens = 16, .segment_tokens = 512, .provisional_tokens = 64, .provisional_cluster_tokens = 4};
 
 CacheSpec spec_of(int64_t kv_len) {
   CacheSpec spec;
@@ -52,7 +53,8 @@ void expect_same(const KvIndex& a, const KvIndex& b) {
     }
   }
   const int64_t rows = std::max(a.state().rows_end, b.state().rows_end);
-  for (int64_t row = 0; row < rows; ++row) ASSERT_EQ(a.state().indexed.test(row), b.state().indexed.test(row)) << "row " << row;
+  for (int64_t row = 0; row < rows; ++row)
+    ASSERT_EQ(a.state().indexed.test(row), b.state().indexed.test(row)) << "row " << row;
 }
 
 // Every written row is read exactly once by a query that selects everything: exact, member of one cluster, or outlier.
@@ -60,7 +62,8 @@ void expect_partition(const KvIndex& index) {
   const IndexState& state = index.state();
   for (int32_t head = 0; head < state.shape.num_kv_heads; ++head) {
     std::vector<int> times(static_cast<size_t>(state.rows_end));
-    for (int64_t row = 0; row < state.rows_end; ++row) times[row] += state.written.test(row) && !state.indexed.test(row);
+    for (int64_t row = 0; row < state.rows_end; ++row)
+      times[row] += state.written.test(row) && !state.indexed.test(row);
     int64_t end = 0;
     for (const Segment& segment : state.segments) {
       EXPECT_GE(segment.row_begin, end) << "segments overlap or are out of order";
@@ -72,7 +75,8 @@ void expect_partition(const KvIndex& index) {
       size_t members = 0;
       for (size_t c = 0; c < padded; ++c) {
         EXPECT_TRUE(c < static_cast<size_t>(segment.num_clusters) || clusters.sizes[c] == 0) << "padding holds members";
-        for (size_t m = members + 1; m < members + clusters.sizes[c]; ++m) EXPECT_LT(clusters.members[m - 1], clusters.members[m]);
+        for (size_t m = members + 1; m < members + clusters.sizes[c]; ++m)
+          EXPECT_LT(clusters.members[m - 1], clusters.members[m]);
         members += clusters.sizes[c];
       }
       ASSERT_EQ(members, clusters.members.size());
@@ -80,11 +84,13 @@ void expect_partition(const KvIndex& index) {
       for (const std::vector<uint16_t>* rows : {&clusters.members, &clusters.outliers}) {
         for (const uint16_t r : *rows) {
           ASSERT_LT(r, segment.num_rows);
-          if (segment.row_begin + r < state.rows_end) times[segment.row_begin + r] += state.indexed.test(segment.row_begin + r);
+          if (segment.row_begin + r < state.rows_end)
+            times[segment.row_begin + r] += state.indexed.test(segment.row_begin + r);
         }
       }
     }
-    for (int64_t row = 0; row < state.rows_end; ++row) ASSERT_EQ(times[row], state.written.test(row)) << "row " << row << " head " << head;
+    for (int64_t row = 0; row < state.rows_end; ++row)
+      ASSERT_EQ(times[row], state.written.test(row)) << "row " << row << " head " << head;
   }
 }
 
@@ -99,7 +105,8 @@ TEST(KvIndex, AppendOneByOneEqualsAppendAtOnce) {
   at_once.write(0, spec.kv_len);
   EXPECT_FALSE(at_once.maintain(cache.view()));
   expect_same(by_one, at_once);
-  EXPECT_EQ(by_one.state().segments.size(), 3u + 2u);   // 1536 rows in full segments, then 128 in provisional ones, 36 recent
+  EXPECT_EQ(by_one.state().segments.size(),
+            3u + 2u);  // 1536 rows in full segments, then 128 in provisional ones, 36 recent
   EXPECT_EQ(by_one.rows_written(), 1700);
   EXPECT_EQ(by_one.rows_indexed(), 1664 - 4);
 }
@@ -215,7 +222,7 @@ TEST(KvIndex, BudgetedMaintenanceComesToTheSame) {
       ++calls;
       ASSERT_LT(calls, 1000);
       expect_partition(index);
-      if (index.rows_indexed() == before && budget < 1) break;   // a whole segment may never fit so small a budget
+      if (index.rows_indexed() == before && budget < 1) break;  // a whole segment may never fit so small a budget
     }
     if (budget >= 1) {
       EXPECT_GE(calls, 2);
@@ -280,7 +287,8 @@ TEST(KvIndex, VerifyFindsChangedRows) {
   std::vector<float> x(spec.head_dim);
   for (int64_t row = 100; row < 200; ++row) {
     for (float& value : x) value = random.normal();
-    for (int32_t head = 0; head < spec.num_kv_heads; ++head) row % 2 == 0 ? cache.set_key(head, row, x) : cache.set_value(head, row, x);
+    for (int32_t head = 0; head < spec.num_kv_heads; ++head)
+      row % 2 == 0 ? cache.set_key(head, row, x) : cache.set_value(head, row, x);
   }
   const int64_t changed = index->verify(cache.view());
   EXPECT_GE(changed, 95) << "a row slips through in one of 256 cases";
@@ -294,7 +302,8 @@ TEST(KvIndex, MeanSpreadIsTheDistanceToTheCentroids) {
   const Cache cache(spec_of(1024));
   EXPECT_EQ(empty_index(spec_of(0)).mean_spread(0), 0);
   const auto index = build_index(cache, kSmall);
-  for (const int32_t head : {0, 1}) {   // keys have noise of variance 1 around their topics, and clusters take some of it away
+  for (const int32_t head :
+       {0, 1}) {  // keys have noise of variance 1 around their topics, and clusters take some of it away
     EXPECT_GT(index->mean_spread(head), 0.5);
     EXPECT_LT(index->mean_spread(head), 1.2);
   }
@@ -393,7 +402,7 @@ TEST(FoundHeavy, TwiceMakesAnOutlier) {
     EXPECT_TRUE(std::binary_search(clusters.outliers.begin(), clusters.outliers.end(), rows[40]));
     EXPECT_TRUE(std::is_sorted(clusters.outliers.begin(), clusters.outliers.end()));
     EXPECT_EQ(state.segments[1].heads[0].outliers.size(), outliers) << "the other head is left alone";
-    size_t at = 0, before = 0;   // every cluster has its rows, but for the one
+    size_t at = 0, before = 0;  // every cluster has its rows, but for the one
     for (size_t c = 0; c < sizes.size(); ++c) {
       for (size_t m = 0; m < sizes[c]; ++m) {
         if (before + m == 40) continue;

@@ -18,15 +18,20 @@ struct Scene {
   std::vector<char> whole = std::vector<char>(8);
   SelectParams params{2, norms2.data(), exact.data(), 1, 1};
   Scene() {
-    for (int c = 0; c < 8; ++c) scores.dots[static_cast<size_t>(c)] = scores.dots[static_cast<size_t>(15 - c)] = static_cast<float>(-c * std::log(2.0));
+    for (int c = 0; c < 8; ++c)
+      scores.dots[static_cast<size_t>(c)] = scores.dots[static_cast<size_t>(15 - c)] =
+          static_cast<float>(-c * std::log(2.0));
   }
-  std::vector<int32_t> next(std::vector<HeadMass> masses, double target) const { return read_on(scores, params, whole, masses, target); }
+  std::vector<int32_t> next(std::vector<HeadMass> masses, double target) const {
+    return read_on(scores, params, whole, masses, target);
+  }
 };
 
 TEST(ReadOn, StopsWhenEveryHeadIsSure) {
   const Scene scene;
   EXPECT_TRUE(scene.next({{0.95, 0.01, 5}, {0.93, 0.01, 5}}, 0.9).empty());
-  EXPECT_FALSE(scene.next({{0.95, 0.01, 5}, {0.91, 0.01, 5}}, 0.9).empty()) << "within " << kSureness << " standard errors";
+  EXPECT_FALSE(scene.next({{0.95, 0.01, 5}, {0.91, 0.01, 5}}, 0.9).empty())
+      << "within " << kSureness << " standard errors";
 }
 
 TEST(ReadOn, TakesTheHeaviestOfTheHeadsThatLack) {
@@ -68,7 +73,7 @@ TEST(DrawnVariance, AveragesToTheVarianceOfSystematicDraws) {
       for (uint64_t seed = 1; seed <= kPopulations; ++seed) {
         Random random(seed);
         std::vector<double> weights, probabilities;
-        for (int c = 0; c < 100; ++c) {   // clusters of 16 with their own mean and a probability in proportion
+        for (int c = 0; c < 100; ++c) {  // clusters of 16 with their own mean and a probability in proportion
           const double mean = std::exp(random.normal());
           for (int m = 0; m < 16; ++m) {
             weights.push_back(mean * std::exp(scatter * random.normal()));
@@ -97,12 +102,13 @@ TEST(DrawnVariance, AveragesToTheVarianceOfSystematicDraws) {
         ratio += estimated / squared / kPopulations;
       }
       EXPECT_GT(ratio, 0.85);
-      EXPECT_LT(ratio, 1.5);   // too large where every other row is drawn, and so nearly every cluster as often
+      EXPECT_LT(ratio, 1.5);  // too large where every other row is drawn, and so nearly every cluster as often
     }
   }
 }
 
-// Beside what the draw shows there is always one row of ordinary weight, 1 / tau of the total, that may have been missed.
+// Beside what the draw shows there is always one row of ordinary weight, 1 / tau of the total, that may have been
+// missed.
 TEST(DrawnVariance, FewDraws) {
   EXPECT_NEAR(DrawnVariance().variance(2, 10, 0.1, 0), 0.04 * 0.1 + 0.04, 1e-12);
   DrawnVariance drawn;
@@ -110,9 +116,11 @@ TEST(DrawnVariance, FewDraws) {
   EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0), 9 * 0.75 + 100, 1e-12);
   EXPECT_EQ(drawn.relative(0.2), 0);
   drawn.add(3, 0.25);
-  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0), 9 * 0.2 + 100, 1e-12) << "equal weights err by the number of draws alone";
+  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0), 9 * 0.2 + 100, 1e-12)
+      << "equal weights err by the number of draws alone";
   EXPECT_NEAR(drawn.relative(0.2), 9 * 0.2 / 36, 1e-12);
-  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0.5), (9 * 0.2 + DrawnVariance::kUsualFreedom * 0.5 * 36) / (1 + DrawnVariance::kUsualFreedom) + 100, 1e-9)
+  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0.5),
+              (9 * 0.2 + DrawnVariance::kUsualFreedom * 0.5 * 36) / (1 + DrawnVariance::kUsualFreedom) + 100, 1e-9)
       << "earlier steps have the more to say the less this one knows";
   EXPECT_NEAR(drawn.freedom(0.5), 1 + DrawnVariance::kUsualFreedom, 1e-12);
 }
@@ -124,7 +132,7 @@ TEST(MassBound, IsThatOfAPositiveRest) {
   EXPECT_NEAR(mass_bound(head, -kNormal95), 1 - 0.1 * std::exp(-kNormal95 * 0.2), 1e-4);
   const HeadMass few{0.9, 0.02, 5, 0};
   EXPECT_NEAR(mass_bound(few, kNormal95), 1 - 0.1 * std::exp(2.571 * 0.2), 1e-3);
-  const HeadMass wide{0.99, 0.05, 1e6, 0};   // more than one standard error of its own size: linear
+  const HeadMass wide{0.99, 0.05, 1e6, 0};  // more than one standard error of its own size: linear
   EXPECT_NEAR(mass_bound(wide, kNormal95), 1 - std::exp(1.0) * kNormal95 * 0.05, 1e-4);
   EXPECT_EQ(mass_bound({0.3, 0, 1, 0}, kNormal95), 0.3);
   EXPECT_EQ(mass_bound({0.3, 10, 1, 0}, kNormal95), 0);
@@ -143,8 +151,8 @@ TEST(DrawnVariance, CountOfDrawsIsRoundedBySegment) {
   const auto second = static_cast<size_t>(padded_clusters(state.segments[0].num_clusters));
   sizes[second] = 10;
   EXPECT_FALSE(undrawn_rows(state, sizes, probability, whole).any);
-  probability[0] = probability[1] = 0.125f;   // 2.5 draws
-  probability[second] = 0.025f;               // a quarter of one
+  probability[0] = probability[1] = 0.125f;  // 2.5 draws
+  probability[second] = 0.025f;              // a quarter of one
   EXPECT_TRUE(undrawn_rows(state, sizes, probability, whole).any);
   EXPECT_NEAR(undrawn_rows(state, sizes, probability, whole).count_variance, 0.25 + 0.25 * 0.75, 1e-6);
   whole[second] = 1;

@@ -62,7 +62,7 @@ class AttendRows : public testing::TestWithParam<Case> {
   }
 };
 
-constexpr int64_t kCounts[] = {127, 33, 31, 16, 5, 4, 3, 2, 1, 0};   // falling: more and more rows become poison
+constexpr int64_t kCounts[] = {127, 33, 31, 16, 5, 4, 3, 2, 1, 0};  // falling: more and more rows become poison
 
 TEST_P(AttendRows, ScoresAreDotProducts) {
   Cache cache(spec());
@@ -90,7 +90,8 @@ TEST_P(AttendRows, ScoresAreDotProducts) {
           double size = 0;
           const std::vector<float> k = left.key(head, rows[i]);
           for (int32_t d = 0; d < dim; ++d) size += std::fabs(queries[g * dim + d] * k[d]);
-          ASSERT_NEAR(score, reference::dot_row(kv.k, head, rows[i], queries + g * dim, dim), 1e-6 * size) << "query " << g << " row " << rows[i];
+          ASSERT_NEAR(score, reference::dot_row(kv.k, head, rows[i], queries + g * dim, dim), 1e-6 * size)
+              << "query " << g << " row " << rows[i];
         }
       }
     }
@@ -126,7 +127,8 @@ TEST_P(AttendRows, ValuesAreWeightedSums) {
       const OnTarget on(target);
       std::vector<float> out(static_cast<size_t>(group) * dim, 0.5f);
       cpu::attend_values(kv.v, head, rows.data(), count, weights.data(), stride, dim, group, out.data());
-      for (size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], 0.5 + expected[i], 1e-6 * (1 + size[i])) << "element " << i;
+      for (size_t i = 0; i < out.size(); ++i)
+        ASSERT_NEAR(out[i], 0.5 + expected[i], 1e-6 * (1 + size[i])) << "element " << i;
     }
   }
 }
@@ -183,7 +185,8 @@ TEST(SampledWeights, WeightsAndTheirSums) {
     const OnTarget on(target);
     for (int64_t count = 0; count <= 40; ++count) {
       SCOPED_TRACE(text(target_name(target), ", count ", count));
-      std::vector<float> scores(static_cast<size_t>(count)), log_weights(scores.size()), weights(scores.size() + 1, -5.0f);
+      std::vector<float> scores(static_cast<size_t>(count)), log_weights(scores.size()),
+          weights(scores.size() + 1, -5.0f);
       cpu::WeightSums sums{1, 2, 3, 0.001f};
       double sampled = 2, variance = 3, largest = 0.001;
       for (int64_t i = 0; i < count; ++i) {

@@ -22,7 +22,8 @@ ClusterTask task_of(const Cache& cache, int32_t num_clusters, int32_t iterations
 }
 
 double stored(const HeadClusters& clusters, int32_t dim, int32_t c, int32_t d) {
-  const int8_t residual = clusters.residuals[static_cast<size_t>(c / kCentroidBlock * dim + d) * kCentroidBlock + c % kCentroidBlock];
+  const int8_t residual =
+      clusters.residuals[static_cast<size_t>(c / kCentroidBlock * dim + d) * kCentroidBlock + c % kCentroidBlock];
   return clusters.mean[d] + static_cast<double>(clusters.scales[c]) * residual;
 }
 
@@ -34,7 +35,8 @@ std::vector<double> distances(const Cache& cache, const ClusterTask& task, const
   for (size_t c = 0; c < sums.size(); ++c) {
     for (int32_t i = 0; i < clusters.sizes[c]; ++i) {
       const std::vector<float> k = cache.key(task.head, task.row_begin + clusters.members[member++]);
-      for (int32_t d = 0; d < dim; ++d) sums[c] += std::pow(k[d] - stored(clusters, dim, static_cast<int32_t>(c), d), 2);
+      for (int32_t d = 0; d < dim; ++d)
+        sums[c] += std::pow(k[d] - stored(clusters, dim, static_cast<int32_t>(c), d), 2);
     }
   }
   return sums;
@@ -78,7 +80,7 @@ TEST(Cluster, WellSeparatedKeysGiveTheSameClustersAsTheReference) {
       spec.layout = dim == 96 ? Layout::kPaged : Layout::kPadded;
       Cache cache(spec);
       Random random(6);
-      for (int64_t row = 0; row < 300; ++row) {   // one initial key falls into each run of 15 rows around one topic
+      for (int64_t row = 0; row < 300; ++row) {  // one initial key falls into each run of 15 rows around one topic
         std::vector<float> k = cache.topic(1, static_cast<int32_t>(row / 15));
         for (float& value : k) value += random.normal();
         cache.set_key(1, row, k);
@@ -160,7 +162,7 @@ TEST(Cluster, EmptyClustersStartAnew) {
   Cache cache(spec);
   Random random(1);
   std::vector<float> x(64);
-  for (int64_t row = 0; row < 200; ++row) {   // 180 equal keys, then 20 keys far from them and from each other
+  for (int64_t row = 0; row < 200; ++row) {  // 180 equal keys, then 20 keys far from them and from each other
     for (float& value : x) value = row < 180 ? 1.0f : 50 * random.normal();
     cache.set_key(1, row, x);
   }

@@ -8,7 +8,8 @@ namespace {
 
 ClusterScores poisoned(const ClusterScores& like) {
   ClusterScores scores = like;
-  for (std::vector<float>* values : {&scores.dots, &scores.spreads, &scores.sizes}) std::fill(values->begin(), values->end(), std::nanf(""));
+  for (std::vector<float>* values : {&scores.dots, &scores.spreads, &scores.sizes})
+    std::fill(values->begin(), values->end(), std::nanf(""));
   return scores;
 }
 
@@ -28,7 +29,7 @@ void check(const CacheSpec& spec, int32_t group, const IndexOptions& options = {
   SCOPED_TRACE(text("d", spec.head_dim, " g", group, " kv_len ", spec.kv_len));
   const Cache cache(spec);
   const auto index = build_index(cache, options);
-  index->write(spec.kv_len / 3, spec.kv_len / 100);   // rewritten rows do not count
+  index->write(spec.kv_len / 3, spec.kv_len / 100);  // rewritten rows do not count
   const std::vector<float> q = make_queries(cache, group, 3);
   const std::vector<uint64_t> visible = random_bits(spec.kv_len, 0.7, 8), none(visible.size());
   const int32_t head = spec.num_kv_heads - 1;
@@ -45,8 +46,9 @@ void check(const CacheSpec& spec, int32_t group, const IndexOptions& options = {
       ClusterScores scores = poisoned(expected), parts = scores;
       cpu::score(index->state(), head, filter, queries, group, 0, expected.num_clusters, scores);
       expect_same(scores, expected, group, 3e-6 * largest);
-      for (int32_t begin = 0; begin < expected.num_clusters; begin += 48) {   // any split gives the same bits
-        cpu::score(index->state(), head, filter, queries, group, begin, std::min(begin + 48, expected.num_clusters), parts);
+      for (int32_t begin = 0; begin < expected.num_clusters; begin += 48) {  // any split gives the same bits
+        cpu::score(index->state(), head, filter, queries, group, begin, std::min(begin + 48, expected.num_clusters),
+                   parts);
       }
       EXPECT_TRUE(same_bits(parts.dots, scores.dots));
       EXPECT_EQ(parts.sizes, scores.sizes);
@@ -91,7 +93,8 @@ TEST(Score, OnlyItsRangeIsWritten) {
   scores = poisoned(scores);
   cpu::score(index->state(), 0, filter, q.data(), 2, 32, 64, scores);
   for (int32_t g = 0; g < 2; ++g) {
-    for (int32_t c = 0; c < scores.num_clusters; ++c) EXPECT_EQ(std::isnan(scores.dots[g * scores.num_clusters + c]), c < 32 || c >= 64);
+    for (int32_t c = 0; c < scores.num_clusters; ++c)
+      EXPECT_EQ(std::isnan(scores.dots[g * scores.num_clusters + c]), c < 32 || c >= 64);
   }
 }
 

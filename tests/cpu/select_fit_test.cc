@@ -19,7 +19,10 @@ struct Setting {
   int32_t group;
 
   Setting(const CacheSpec& spec, int32_t group_size, double seen = 1, float sharpness = 0.3f)
-      : cache(spec), index(build_index(cache)), exact(static_cast<size_t>(group_size), {2.0f, 3.0f}), group(group_size) {
+      : cache(spec),
+        index(build_index(cache)),
+        exact(static_cast<size_t>(group_size), {2.0f, 3.0f}),
+        group(group_size) {
     visible = random_bits(spec.kv_len, seen, 4);
     q = make_queries(cache, group, 5, sharpness / std::sqrt(static_cast<float>(spec.head_dim)));
     filter = filter_of(*index, spec.kv_len, seen < 1 ? &visible : nullptr);
@@ -27,11 +30,13 @@ struct Setting {
   }
   int64_t cpu(float target_mass, HeadSelection& out) const {
     const int32_t dim = cache.spec().head_dim;
-    return cpu::select_fit(index->state(), 0, filter, scores, cache.view().k, q.data(), dim, group, exact.data(), target_mass, out);
+    return cpu::select_fit(index->state(), 0, filter, scores, cache.view().k, q.data(), dim, group, exact.data(),
+                           target_mass, out);
   }
   int64_t reference(float target_mass, HeadSelection& out) const {
     const int32_t dim = cache.spec().head_dim;
-    return reference::select_fit(index->state(), 0, filter, scores, cache.view().k, q.data(), dim, group, exact.data(), target_mass, out);
+    return reference::select_fit(index->state(), 0, filter, scores, cache.view().k, q.data(), dim, group, exact.data(),
+                                 target_mass, out);
   }
 };
 
@@ -99,7 +104,7 @@ TEST(SelectFit, SharpFlatAndEqualScores) {
 }
 
 TEST(SelectFit, EqualScoresNeedTheirShare) {
-  Setting setting(spec_of(3000), 1, 1, 0.0f);   // 2800 or so tokens of score 0, and 3 e^2 of exact rows
+  Setting setting(spec_of(3000), 1, 1, 0.0f);  // 2800 or so tokens of score 0, and 3 e^2 of exact rows
   HeadSelection out;
   setting.cpu(0.5f, out);
   const double n = static_cast<double>(reference::readable(setting.index->state(), 0, setting.filter).tokens.size());
@@ -124,7 +129,8 @@ TEST(SelectFit, LargerTargetsNest) {
     setting.cpu(target_mass, out);
     std::vector<int32_t> tokens = out.tokens;
     std::sort(tokens.begin(), tokens.end());
-    EXPECT_TRUE(std::includes(tokens.begin(), tokens.end(), before.begin(), before.end())) << "target_mass " << target_mass;
+    EXPECT_TRUE(std::includes(tokens.begin(), tokens.end(), before.begin(), before.end()))
+        << "target_mass " << target_mass;
     before = tokens;
   }
 }
@@ -135,7 +141,7 @@ TEST(SelectFit, NothingIsNeededWhenTheExactRowsHoldEverything) {
   HeadSelection out;
   EXPECT_GT(setting.cpu(0.9f, out), 0);
   EXPECT_TRUE(out.tokens.empty());
-  setting.exact.assign(2, {});   // and without exact rows it still works
+  setting.exact.assign(2, {});  // and without exact rows it still works
   expect_alike(setting, 0.9f);
 }
 

@@ -60,7 +60,8 @@ struct Setting {
   double num_segments() const { return static_cast<double>(index->state().segments.size()); }
   double expected_tokens(const Inclusion& inclusion) const {
     double sum = 0;
-    for (int32_t c = 0; c < scores.num_clusters; ++c) sum += scores.sizes[c] > 0 ? scores.sizes[c] * inclusion.probability[c] : 0;
+    for (int32_t c = 0; c < scores.num_clusters; ++c)
+      sum += scores.sizes[c] > 0 ? scores.sizes[c] * inclusion.probability[c] : 0;
     return sum;
   }
 };
@@ -73,7 +74,8 @@ TEST(SelectSample, ProbabilitiesOfTheReference) {
         for (const float beta : {0.0f, 0.75f, 1.5f}) {
           for (const float tau : {1.0f, 30.0f, 1000.0f, 1e9f}) {
             for (const int64_t target : highway_targets()) {
-              SCOPED_TRACE(text("kv_len ", kv_len, " g", group, " visible ", seen, " beta ", beta, " tau ", tau, " ", target_name(target)));
+              SCOPED_TRACE(text("kv_len ", kv_len, " g", group, " visible ", seen, " beta ", beta, " tau ", tau, " ",
+                                target_name(target)));
               const OnTarget on(target);
               setting.params.beta = beta;
               setting.params.variance_ratio = 1.7f;
@@ -98,7 +100,8 @@ TEST(SelectSample, ProbabilitiesOfTheReference) {
 TEST(SelectSample, TauBoundsTheExpectedTokens) {
   Setting setting(9999, 1);
   setting.params.beta = 0;
-  for (const float tau : {1.0f, 30.0f, 300.0f, 3000.0f}) EXPECT_LE(setting.expected_tokens(setting.cpu({.tau = tau})), tau * 1.0001);
+  for (const float tau : {1.0f, 30.0f, 300.0f, 3000.0f})
+    EXPECT_LE(setting.expected_tokens(setting.cpu({.tau = tau})), tau * 1.0001);
 }
 
 TEST(SelectSample, TargetErrorIsMet) {
@@ -107,10 +110,12 @@ TEST(SelectSample, TargetErrorIsMet) {
     for (const float target_error : {0.002f, 0.01f, 0.02f, 0.1f, 1.0f}) {
       for (const float ratio : {0.3f, 1.0f, 4.0f}) {
         for (const int64_t target : highway_targets()) {
-          SCOPED_TRACE(text("sharpness ", sharpness, " target_error ", target_error, " ratio ", ratio, " ", target_name(target)));
+          SCOPED_TRACE(text("sharpness ", sharpness, " target_error ", target_error, " ratio ", ratio, " ",
+                            target_name(target)));
           const OnTarget on(target);
           setting.params.variance_ratio = ratio;
-          const Inclusion a = setting.cpu({.target_error = target_error}), b = setting.reference({.target_error = target_error});
+          const Inclusion a = setting.cpu({.target_error = target_error}),
+                          b = setting.reference({.target_error = target_error});
           EXPECT_LE(b.predicted_variance, target_error * target_error * 1.001);
           EXPECT_LE(a.predicted_variance, target_error * target_error * 1.05);
           EXPECT_NEAR(a.tau, b.tau, 0.03 * b.tau + 2e-3);
@@ -261,7 +266,8 @@ TEST(Draw, ProbabilitiesNextToZeroAndOne) {
       SCOPED_TRACE(text("p ", p, " offset ", offset));
       const HeadSelection a = setting.cpu_draw(inclusion, offset), b = setting.reference_draw(inclusion, offset);
       EXPECT_EQ(a.tokens, b.tokens);
-      EXPECT_NEAR(static_cast<double>(a.tokens.size()), setting.expected_tokens(inclusion), setting.num_segments() + 0.01);
+      EXPECT_NEAR(static_cast<double>(a.tokens.size()), setting.expected_tokens(inclusion),
+                  setting.num_segments() + 0.01);
     }
   }
 }

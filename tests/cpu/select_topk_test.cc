@@ -22,7 +22,8 @@ struct Setting {
   ClusterScores scores;
   int32_t group;
 
-  Setting(int64_t kv_len, int32_t group_size, double seen) : cache(spec_of(kv_len)), index(build_index(cache)), group(group_size) {
+  Setting(int64_t kv_len, int32_t group_size, double seen)
+      : cache(spec_of(kv_len)), index(build_index(cache)), group(group_size) {
     visible = random_bits(kv_len, seen, 4);
     q = make_queries(cache, group, 5);
     filter = filter_of(*index, kv_len, seen < 1 ? &visible : nullptr);
@@ -75,7 +76,7 @@ TEST(SelectTopK, EachHeadHasItsBudgetAndUnionsNest) {
 TEST(SelectTopK, EqualScoresGoByClusterNumber) {
   Setting setting(3000, 2, 1);
   std::fill(setting.scores.dots.begin(), setting.scores.dots.end(), 0.0f);
-  for (size_t i = 0; i < setting.scores.dots.size(); i += 3) setting.scores.dots[i] = -0.0f;   // the same number
+  for (size_t i = 0; i < setting.scores.dots.size(); i += 3) setting.scores.dots[i] = -0.0f;  // the same number
   for (const int32_t budget : {1, 77, 1500}) expect_same(setting.cpu(budget), setting.reference(budget));
 }
 

@@ -20,7 +20,9 @@ using cuda::OwnSegments;
 
 constexpr DeviceFacts kHopper{132, 232448, true}, kAmpere{108, 166912, false};
 
-IndexGeometry geometry(int32_t max_rows, const IndexOptions& options = {}) { return cuda::index_geometry(options, {8, 128, 128}, max_rows); }
+IndexGeometry geometry(int32_t max_rows, const IndexOptions& options = {}) {
+  return cuda::index_geometry(options, {8, 128, 128}, max_rows);
+}
 
 TEST(Geometry, HoldsEveryRowAndCluster) {
   for (const int32_t rows : {1, 255, 2048, 2049, 131072}) {
@@ -47,7 +49,10 @@ TEST(Geometry, NamesWhatIsOutOfRange) {
   EXPECT_EQ(message([] { cuda::index_geometry({}, {8, 72, 72}, 1); }), "head_dim (72) must be 64, 80, 96, 128 or 256");
   EXPECT_EQ(message([] { cuda::index_geometry({}, {8, 64, 128}, 1); }), "v_head_dim (128) must be head_dim (64)");
   EXPECT_EQ(message([] { cuda::index_geometry({}, {8, 64, 64}, 0); }), "max_rows (0) must be in 1..1073741824");
-  EXPECT_EQ(message([] { cuda::index_geometry({.clustering = Clustering::kWhole}, {8, 64, 64}, 1); }), "clustering=whole is not available on CUDA");
+  EXPECT_EQ(message([] {
+              cuda::index_geometry({.clustering = Clustering::kWhole}, {8, 64, 64}, 1);
+            }),
+            "clustering=whole is not available on CUDA");
 }
 
 TEST(OwnSegments, EverySegmentHasOneOwnerAndItsClustersOnePlace) {
@@ -99,7 +104,8 @@ TEST(DecodeConfig, TablesGoToTheWorkspaceWhereSharedMemoryIsTooSmall) {
         for (const int32_t dim : {64, 256}) {
           for (const int32_t group : {4, 8}) {
             const DecodeConfig config = cuda::decode_config(device, geometry(rows), batch, 8, dim, group);
-            EXPECT_LE(config.shared_bytes, device.shared_bytes_per_block) << rows << " " << batch << " d" << dim << " g" << group;
+            EXPECT_LE(config.shared_bytes, device.shared_bytes_per_block)
+                << rows << " " << batch << " d" << dim << " g" << group;
             const size_t tables = cuda::table_bytes(config.own_clusters, config.own_segments, cuda::head_bucket(group));
             EXPECT_TRUE(config.block_workspace_bytes == 0 || config.block_workspace_bytes == tables);
           }
@@ -135,9 +141,11 @@ TEST(Batch, NamesWhatDoesNotFit) {
   };
   EXPECT_EQ(message([](DecodeBatch& b) { b.num_sequences = 5; }), "num_sequences (5) must be in 1..4");
   EXPECT_EQ(message([](DecodeBatch& b) { b.num_q_heads = 16; }), "num_q_heads (16) must be the limits' 32");
-  EXPECT_EQ(message([](DecodeBatch& b) { b.k.token_stride_bytes = 2050; }), "k token_stride_bytes (2050) must be a multiple of 16");
+  EXPECT_EQ(message([](DecodeBatch& b) { b.k.token_stride_bytes = 2050; }),
+            "k token_stride_bytes (2050) must be a multiple of 16");
   EXPECT_EQ(message([](DecodeBatch& b) { b.v.dtype = DType::kBF16; }), "v's type (bf16) must be k's f16");
-  EXPECT_EQ(message([](DecodeBatch& b) { b.k.dtype = b.v.dtype = DType::kF32; }), "k's type (f32) must be f16, bf16, q8_0 or q4_0");
+  EXPECT_EQ(message([](DecodeBatch& b) { b.k.dtype = b.v.dtype = DType::kF32; }),
+            "k's type (f32) must be f16, bf16, q8_0 or q4_0");
   EXPECT_EQ(message([](DecodeBatch& b) { b.q_dtype = DType::kQ8_0; }), "q's type (q8_0) must be f32, f16 or bf16");
   EXPECT_EQ(message([](DecodeBatch& b) { b.page_tables = b.kv_lens; }), "k page_tokens (0) must be at least 1");
   EXPECT_EQ(message([](DecodeBatch& b) { b.v.data = nullptr; }), "v must not be null");

@@ -7,7 +7,8 @@ namespace {
 
 constexpr DType kTypes[] = {DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0};
 constexpr int32_t kDims[] = {64, 80, 96, 128, 256};
-constexpr DeviceLayout kLayouts[] = {DeviceLayout::kTokenMajor, DeviceLayout::kHeadMajor, DeviceLayout::kPages1, DeviceLayout::kPages16, DeviceLayout::kPages64};
+constexpr DeviceLayout kLayouts[] = {DeviceLayout::kTokenMajor, DeviceLayout::kHeadMajor, DeviceLayout::kPages1,
+                                     DeviceLayout::kPages16, DeviceLayout::kPages64};
 
 // Weights and queries are rounded to the type that the tensor cores multiply: 2^-11 or 2^-8.
 double tolerance(DType dtype) { return dtype == DType::kBF16 ? 1e-2 : 1.5e-3; }
@@ -30,9 +31,11 @@ void round_queries(Problem& problem) {
 }
 
 // `noise`: what rounding ties may do, which make a step draw another row than the reference does.
-void expect_near(const Problem& expected, const std::vector<float>& out, const std::vector<float>& lse, DType dtype, double noise = 0) {
+void expect_near(const Problem& expected, const std::vector<float>& out, const std::vector<float>& lse, DType dtype,
+                 double noise = 0) {
   EXPECT_LT(relative_error(out, expected.out), tolerance(dtype) + noise);
-  for (size_t i = 0; i < lse.size(); ++i) EXPECT_NEAR(lse[i], expected.lse[i], 10 * tolerance(dtype) + noise) << "head " << i;
+  for (size_t i = 0; i < lse.size(); ++i)
+    EXPECT_NEAR(lse[i], expected.lse[i], 10 * tolerance(dtype) + noise) << "head " << i;
 }
 
 TEST(Dense, EqualsTheReference) {
@@ -42,7 +45,8 @@ TEST(Dense, EqualsTheReference) {
       for (const int32_t group : {1, 3, 4, 8}) {
         for (const int64_t kv_len : {1, 31, 127, 4099}) {
           const DeviceLayout layout = kLayouts[static_cast<size_t>(kv_len + group) % std::size(kLayouts)];
-          SCOPED_TRACE(text(dtype_name(dtype), " d", dim, " g", group, " kv_len ", kv_len, " layout ", static_cast<int>(layout)));
+          SCOPED_TRACE(text(dtype_name(dtype), " d", dim, " g", group, " kv_len ", kv_len, " layout ",
+                            static_cast<int>(layout)));
           Problem problem(spec_of(dtype, dim, kv_len), group);
           round_queries(problem);
           DeviceBatch device({&problem}, layout);
@@ -64,7 +68,8 @@ TEST(Decode, EqualsTheReferenceOnAnUploadedIndex) {
         for (const int64_t kv_len : {700, 5000}) {
           for (const float tau : {50.0f, 600.0f}) {
             const DeviceLayout layout = kLayouts[static_cast<size_t>(kv_len / 100 + group + dim) % std::size(kLayouts)];
-            SCOPED_TRACE(text(dtype_name(dtype), " d", dim, " g", group, " kv_len ", kv_len, " tau ", tau, " layout ", static_cast<int>(layout)));
+            SCOPED_TRACE(text(dtype_name(dtype), " d", dim, " g", group, " kv_len ", kv_len, " tau ", tau, " layout ",
+                              static_cast<int>(layout)));
             Problem problem(spec_of(dtype, dim, kv_len), group);
             round_queries(problem);
             problem.build_index();
@@ -87,7 +92,9 @@ TEST(Decode, EqualsTheReferenceOnAnUploadedIndex) {
               mass += r.certain_mass / 2;
             }
             const auto expected = static_cast<double>(stats.tokens_certain + stats.tokens_sampled);
-            EXPECT_NEAR(static_cast<double>(tokens), expected, 2 + 24.0 * std::abs(static_cast<double>(refined - stats.refined_clusters)) + 0.005 * expected);   // a tie at the limit refines a cluster or not
+            EXPECT_NEAR(static_cast<double>(tokens), expected,
+                        2 + 24.0 * std::abs(static_cast<double>(refined - stats.refined_clusters)) +
+                            0.005 * expected);  // a tie at the limit refines a cluster or not
             EXPECT_NEAR(static_cast<double>(refined), static_cast<double>(stats.refined_clusters), 2);
             EXPECT_NEAR(mass, stats.estimated_mass, 0.02);
             expect_near(problem, device.out(0), device.lse(0), dtype, 2 * stats.mass_std_error);
@@ -109,7 +116,8 @@ TEST(Decode, RaggedBatchIsItsSequencesAlone) {
   }
   DeviceBatch device(pointers, DeviceLayout::kPages16);
   cuda::LayerIndex index({}, {4, 128, 128}, 16, 16384);
-  for (size_t i = 0; i < pointers.size(); ++i) index.build(static_cast<int32_t>(i), device.batch, static_cast<int32_t>(pointers[i]->cache.spec().kv_len), nullptr);
+  for (size_t i = 0; i < pointers.size(); ++i)
+    index.build(static_cast<int32_t>(i), device.batch, static_cast<int32_t>(pointers[i]->cache.spec().kv_len), nullptr);
   const DecodeOptions options{.tau = 300, .refine = 0.01f};
   cuda::Decode decode(options, device.limits);
   decode.run(device.batch, &index, nullptr);
@@ -118,7 +126,8 @@ TEST(Decode, RaggedBatchIsItsSequencesAlone) {
   for (int again = 0; again < 3; ++again) {
     device.poison_out();
     decode.run(device.batch, &index, nullptr);
-    for (size_t i = 0; i < pointers.size(); ++i) EXPECT_TRUE(same_bits(device.out(i), together[i])) << "sequence " << i << " run " << again;
+    for (size_t i = 0; i < pointers.size(); ++i)
+      EXPECT_TRUE(same_bits(device.out(i), together[i])) << "sequence " << i << " run " << again;
   }
   for (size_t i = 0; i < pointers.size(); ++i) {
     if (pointers[i]->cache.spec().kv_len == 0) {
@@ -132,7 +141,7 @@ TEST(Decode, RaggedBatchIsItsSequencesAlone) {
 }
 
 TEST(Decode, TauWithoutEndIsDense) {
-  Problem problem(spec_of(DType::kF16, 128, 9000, 2), 4, 7, 0.05f);   // no row weighs less than 1e-9
+  Problem problem(spec_of(DType::kF16, 128, 9000, 2), 4, 7, 0.05f);  // no row weighs less than 1e-9
   DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
   cuda::LayerIndex index({}, {2, 128, 128}, 1, 9000);
   index.build(0, device.batch, 9000, nullptr);
@@ -140,7 +149,8 @@ TEST(Decode, TauWithoutEndIsDense) {
   const Device<cuda::StepRecord> records(2);
   decode.run(device.batch, &index, nullptr, records.get());
   for (const cuda::StepRecord& r : records.values()) {
-    EXPECT_EQ(r.tokens_exact + r.tokens_selected, 9000);   // every row in exactly one of sinks, clusters, outliers, recent
+    EXPECT_EQ(r.tokens_exact + r.tokens_selected,
+              9000);  // every row in exactly one of sinks, clusters, outliers, recent
     EXPECT_EQ(r.certain_mass, 1);
   }
   problem.run({.select = Select::kDense}, Backend::kReference);
@@ -240,20 +250,23 @@ TEST(Decode, KeysThatAreAllEqualAndOneThatHoldsAll) {
     decode.run(device.batch, &index, nullptr);
     problem.run({.select = Select::kDense}, Backend::kReference);
     std::vector<float> out = device.out(0), expected = problem.out;
-    if (heavy) out.resize(64), expected.resize(64);   // it is the first head's query that the key matches
-    EXPECT_LT(relative_error(out, expected), heavy ? 0.002 : 0.35) << heavy;   // flat: sampling noise over a small mean
+    if (heavy) out.resize(64), expected.resize(64);  // it is the first head's query that the key matches
+    EXPECT_LT(relative_error(out, expected), heavy ? 0.002 : 0.35) << heavy;  // flat: sampling noise over a small mean
   }
 }
 
 // Small, for compute-sanitizer: every kernel, ragged lengths, refinement, several blocks a head.
 TEST(Sanitized, EveryKernel) {
   std::vector<std::unique_ptr<Problem>> problems;
-  for (const int64_t kv_len : {0, 5, 2500}) problems.push_back(std::make_unique<Problem>(spec_of(DType::kBF16, 64, kv_len, 2), 4));
+  for (const int64_t kv_len : {0, 5, 2500})
+    problems.push_back(std::make_unique<Problem>(spec_of(DType::kBF16, 64, kv_len, 2), 4));
   DeviceBatch device({problems[0].get(), problems[1].get(), problems[2].get()}, DeviceLayout::kPages16);
   cuda::LayerIndex index({}, {2, 64, 64}, 3, 4096);
-  for (int32_t i = 0; i < 3; ++i) index.build(i, device.batch, static_cast<int32_t>(problems[static_cast<size_t>(i)]->cache.spec().kv_len), nullptr);
+  for (int32_t i = 0; i < 3; ++i)
+    index.build(i, device.batch, static_cast<int32_t>(problems[static_cast<size_t>(i)]->cache.spec().kv_len), nullptr);
   const Device<cuda::StepRecord> records(6);
-  cuda::Decode sample({.tau = 400, .refine = 0.001f, .beta = 0.1f}, device.limits), dense({.select = Select::kDense}, device.limits);
+  cuda::Decode sample({.tau = 400, .refine = 0.001f, .beta = 0.1f}, device.limits),
+      dense({.select = Select::kDense}, device.limits);
   sample.run(device.batch, &index, nullptr, records.get());
   EXPECT_GT(records.values()[4].clusters_refined, 0);
   const std::vector<float> sampled = device.out(2);

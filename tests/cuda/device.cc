@@ -21,13 +21,19 @@ std::vector<float> queries_of(const std::vector<Problem*>& problems) {
 }
 
 int32_t page_tokens_of(DeviceLayout layout) {
-  return layout == DeviceLayout::kPages1 ? 1 : layout == DeviceLayout::kPages16 ? 16 : layout == DeviceLayout::kPages64 ? 64 : 0;
+  return layout == DeviceLayout::kPages1    ? 1
+         : layout == DeviceLayout::kPages16 ? 16
+         : layout == DeviceLayout::kPages64 ? 64
+                                            : 0;
 }
 
 }  // namespace
 
 DeviceBatch::DeviceBatch(const std::vector<Problem*>& problems, DeviceLayout layout)
-    : out_size_(problems[0]->out.size()), lens_(lens_of(problems)), q_(queries_of(problems)), out_(q_.values().size()),
+    : out_size_(problems[0]->out.size()),
+      lens_(lens_of(problems)),
+      q_(queries_of(problems)),
+      out_(q_.values().size()),
       lse_(problems.size() * problems[0]->lse.size()) {
   const CacheSpec& spec = problems[0]->cache.spec();
   const auto sequences = static_cast<int64_t>(problems.size());
@@ -38,26 +44,34 @@ DeviceBatch::DeviceBatch(const std::vector<Problem*>& problems, DeviceLayout lay
   std::vector<int32_t> table(static_cast<size_t>(sequences * pages));
   std::iota(table.begin(), table.end(), 0);
   Random random(17);
-  for (size_t i = table.size(); i > 1; --i) std::swap(table[i - 1], table[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
+  for (size_t i = table.size(); i > 1; --i)
+    std::swap(table[i - 1], table[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
   for (const bool values : {false, true}) {
     const DType dtype = values ? spec.v_dtype : spec.k_dtype;
     const int64_t align = dtype == DType::kQ8_0 || dtype == DType::kQ4_0 ? 2 : 16;
-    const int64_t bytes = (static_cast<int64_t>(row_bytes(dtype, spec.head_dim)) + align - 1) / align * align, heads = spec.num_kv_heads;
+    const int64_t bytes = (static_cast<int64_t>(row_bytes(dtype, spec.head_dim)) + align - 1) / align * align,
+                  heads = spec.num_kv_heads;
     cuda::DeviceRows rows;
     rows.dtype = dtype;
-    rows.token_stride_bytes = layout == DeviceLayout::kHeadMajor || layout == DeviceLayout::kPages16 ? bytes : heads * bytes;
-    rows.head_stride_bytes = layout == DeviceLayout::kHeadMajor ? (max_len + 3) * bytes : layout == DeviceLayout::kPages16 ? page_tokens * bytes : bytes;
+    rows.token_stride_bytes =
+        layout == DeviceLayout::kHeadMajor || layout == DeviceLayout::kPages16 ? bytes : heads * bytes;
+    rows.head_stride_bytes = layout == DeviceLayout::kHeadMajor ? (max_len + 3) * bytes
+                             : layout == DeviceLayout::kPages16 ? page_tokens * bytes
+                                                                : bytes;
     rows.sequence_stride_bytes = heads * (max_len + 3) * bytes;
     rows.page_tokens = page_tokens;
     rows.page_stride_bytes = heads * page_tokens * bytes + 2 * align;
-    std::vector<std::byte> host(static_cast<size_t>(page_tokens > 0 ? sequences * pages * rows.page_stride_bytes : sequences * rows.sequence_stride_bytes), std::byte{0xFF});
+    std::vector<std::byte> host(static_cast<size_t>(page_tokens > 0 ? sequences * pages * rows.page_stride_bytes
+                                                                    : sequences * rows.sequence_stride_bytes),
+                                std::byte{0xFF});
     for (int64_t s = 0; s < sequences; ++s) {
       const KvView view = problems[static_cast<size_t>(s)]->cache.view();
       for (int64_t row = 0; row < lens[static_cast<size_t>(s)]; ++row) {
         for (int32_t head = 0; head < heads; ++head) {
           int64_t at = head * rows.head_stride_bytes;
           if (page_tokens > 0) {
-            at += table[static_cast<size_t>(s * pages + row / page_tokens)] * rows.page_stride_bytes + row % page_tokens * rows.token_stride_bytes;
+            at += table[static_cast<size_t>(s * pages + row / page_tokens)] * rows.page_stride_bytes +
+                  row % page_tokens * rows.token_stride_bytes;
           } else {
             at += s * rows.sequence_stride_bytes + row * rows.token_stride_bytes;
           }
@@ -85,7 +99,12 @@ DeviceBatch::DeviceBatch(const std::vector<Problem*>& problems, DeviceLayout lay
   batch.out = out_.get();
   batch.lse = lse_.get();
   batch.layer = problems[0]->query.layer;
-  limits = {batch.num_sequences, batch.num_q_heads, batch.num_kv_heads, batch.head_dim, static_cast<int32_t>(std::max<int64_t>(max_len, 16384)), {}};
+  limits = {batch.num_sequences,
+            batch.num_q_heads,
+            batch.num_kv_heads,
+            batch.head_dim,
+            static_cast<int32_t>(std::max<int64_t>(max_len, 16384)),
+            {}};
 }
 
 std::vector<float> DeviceBatch::out(size_t i) const {

@@ -16,8 +16,9 @@ template <class T>
 class Device {
  public:
   explicit Device(size_t count) : count_(count) {
-    if (cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(count, 1) * sizeof(T)) != cudaSuccess) throw Error("no device memory");
-    cudaMemset(data_, 0xFF, count * sizeof(T));   // NaN, where nothing is written
+    if (cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(count, 1) * sizeof(T)) != cudaSuccess)
+      throw Error("no device memory");
+    cudaMemset(data_, 0xFF, count * sizeof(T));  // NaN, where nothing is written
   }
   explicit Device(const std::vector<T>& values) : Device(values.size()) { put(values); }
   ~Device() { cudaFree(data_); }
@@ -25,10 +26,13 @@ class Device {
   Device& operator=(Device&&) = delete;
 
   T* get() const { return data_; }
-  void put(const std::vector<T>& values) { cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice); }
+  void put(const std::vector<T>& values) {
+    cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
+  }
   std::vector<T> values() const {
     std::vector<T> out(count_);
-    if (cudaMemcpy(out.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost) != cudaSuccess) throw Error(cudaGetErrorString(cudaGetLastError()));
+    if (cudaMemcpy(out.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost) != cudaSuccess)
+      throw Error(cudaGetErrorString(cudaGetLastError()));
     return out;
   }
 

@@ -1,5 +1,5 @@
-// A whole decode step on the CPU against the reference: every selector, type, shape, layout, mask, batch, thread count and
-// instruction set.
+// A whole decode step on the CPU against the reference: every selector, type, shape, layout, mask, batch, thread count
+// and instruction set.
 #include "support.h"
 
 namespace tactic::test {
@@ -16,8 +16,8 @@ struct Case {
 
 std::string case_name(const testing::TestParamInfo<Case>& info) {
   const Case& c = info.param;
-  return text(select_name(c.select), "_", dtype_name(c.k_dtype), "_", dtype_name(c.v_dtype), "_d", c.head_dim, "_v", c.v_head_dim, "_g", c.group,
-              "_n", c.kv_len, "_", layout_name(c.layout));
+  return text(select_name(c.select), "_", dtype_name(c.k_dtype), "_", dtype_name(c.v_dtype), "_d", c.head_dim, "_v",
+              c.v_head_dim, "_g", c.group, "_n", c.kv_len, "_", layout_name(c.layout));
 }
 
 void PrintTo(const Case& c, std::ostream* out) { *out << select_name(c.select) << " over " << c.kv_len << " rows"; }
@@ -37,9 +37,11 @@ std::vector<Case> all_cases() {
   };
   for (const Select select : kSelectors) {
     for (const DType dtype : kAllTypes) {
-      for (const int32_t dim : {64, 80, 96, 128, 256}) add(select, dtype, dtype, dim, dim, kGroups[turn / 3 % 4], kLengths[turn % 3]);
+      for (const int32_t dim : {64, 80, 96, 128, 256})
+        add(select, dtype, dtype, dim, dim, kGroups[turn / 3 % 4], kLengths[turn % 3]);
     }
-    for (const int64_t kv_len : {0, 1, 31, 33, 127, 255, 260, 4096}) add(select, DType::kF16, DType::kF16, 64, 64, kGroups[turn % 4], kv_len);
+    for (const int64_t kv_len : {0, 1, 31, 33, 127, 255, 260, 4096})
+      add(select, DType::kF16, DType::kF16, 64, 64, kGroups[turn % 4], kv_len);
     add(select, DType::kF16, DType::kQ8_0, 64, 128, 3, 900);
     add(select, DType::kQ4_0, DType::kF32, 192, 80, 5, 900);
     cases.push_back({select, DType::kF16, DType::kF16, 64, 64, 2, 65537, Layout::kTokenMajor, 1});
@@ -47,14 +49,16 @@ std::vector<Case> all_cases() {
   return cases;
 }
 
-// Tolerances: dense differs in rounding only. A selector's cut may fall elsewhere by a row or so. A draw's running sum may pass a
-// whole number one member later, and then the answers differ by what sampled rows weigh and by some clusters' refinement: here
-// only the size of the error is checked, and SampledStepsAgreeMostly counts how rare that is.
-void expect_alike(const Problem& problem, const StepStats& stats, const std::vector<float>& out, const std::vector<float>& lse,
-                  const StepStats& expected, Select select) {
+// Tolerances: dense differs in rounding only. A selector's cut may fall elsewhere by a row or so. A draw's running sum
+// may pass a whole number one member later, and then the answers differ by what sampled rows weigh and by some
+// clusters' refinement: here only the size of the error is checked, and SampledStepsAgreeMostly counts how rare that
+// is.
+void expect_alike(const Problem& problem, const StepStats& stats, const std::vector<float>& out,
+                  const std::vector<float>& lse, const StepStats& expected, Select select) {
   const bool dense = expected.dense != DenseReason::kNone;
   const double slack = dense ? 0 : select == Select::kSample ? 0.04 : 0.002;
-  EXPECT_EQ(stats.dense, expected.dense) << dense_reason_name(stats.dense) << " instead of " << dense_reason_name(expected.dense);
+  EXPECT_EQ(stats.dense, expected.dense) << dense_reason_name(stats.dense) << " instead of "
+                                         << dense_reason_name(expected.dense);
   EXPECT_LT(relative_error(problem.out, out), 2e-6 * std::sqrt(problem.cache.spec().head_dim) + 5e-6 + 2 * slack);
   for (size_t h = 0; h < lse.size(); ++h) {
     if (std::isinf(lse[h])) {
@@ -78,7 +82,11 @@ void expect_alike(const Problem& problem, const StepStats& stats, const std::vec
 }
 
 DecodeOptions options_of(Select select) {
-  return {.select = select, .tau = 200, .target_mass = 0.9f, .budget = 150, .beta = 1.0f};   // target_error may solve for tau to a percent
+  return {.select = select,
+          .tau = 200,
+          .target_mass = 0.9f,
+          .budget = 150,
+          .beta = 1.0f};  // target_error may solve for tau to a percent
 }
 
 class Decode : public testing::TestWithParam<Case> {
@@ -151,12 +159,15 @@ CacheSpec spec_of(int64_t kv_len) {
 }
 
 class DecodeSelect : public testing::TestWithParam<Select> {};
-INSTANTIATE_TEST_SUITE_P(All, DecodeSelect, testing::ValuesIn(kSelectors), [](const auto& one) { return std::string(select_name(one.param)); });
+INSTANTIATE_TEST_SUITE_P(All, DecodeSelect, testing::ValuesIn(kSelectors),
+                         [](const auto& one) { return std::string(select_name(one.param)); });
 
-// Queries of one call do not see each other: other lengths, no index, a mask, a bias, and an index that two of them share.
+// Queries of one call do not see each other: other lengths, no index, a mask, a bias, and an index that two of them
+// share.
 TEST_P(DecodeSelect, ABatchIsItsQueries) {
   const DecodeOptions options = options_of(GetParam());
-  Problem a(spec_of(3000), 3, 1, 0.3f), b(spec_of(700), 4, 2, 0.3f), c(spec_of(1200), 3, 3, 0.3f), d(spec_of(900), 1, 4, 0.3f), e(spec_of(0), 2, 5);
+  Problem a(spec_of(3000), 3, 1, 0.3f), b(spec_of(700), 4, 2, 0.3f), c(spec_of(1200), 3, 3, 0.3f),
+      d(spec_of(900), 1, 4, 0.3f), e(spec_of(0), 2, 5);
   a.build_index();
   b.build_index();
   const std::vector<uint64_t> visible = random_bits(3000, 0.5, 3);
@@ -172,7 +183,7 @@ TEST_P(DecodeSelect, ABatchIsItsQueries) {
     expected[i] = problems[i]->run(options, Backend::kReference);
     queries.push_back(problems[i]->query);
   }
-  queries.push_back(a.query);   // the same pool of rows, other rows visible
+  queries.push_back(a.query);  // the same pool of rows, other rows visible
   std::vector<float> shared_out(a.out.size()), shared_lse(a.lse.size());
   queries[5].visible = visible.data();
   queries[5].out = shared_out.data();
@@ -192,7 +203,7 @@ TEST_P(DecodeSelect, ABatchIsItsQueries) {
       SCOPED_TRACE(text("query ", i));
       expect_alike(*problems[i], stats[i], outs[i], lses[i], expected[i], GetParam());
     }
-    a.out.swap(shared_out), a.lse.swap(shared_lse);   // expect_alike reads the problem's
+    a.out.swap(shared_out), a.lse.swap(shared_lse);  // expect_alike reads the problem's
     expect_alike(a, stats[5], outs[5], lses[5], expected[5], GetParam());
     a.out.swap(shared_out), a.lse.swap(shared_lse);
   }
@@ -293,7 +304,8 @@ TEST_P(DecodeSelect, ReportsWhatItDid) {
         std::vector<double> out(64);
         for (size_t i = 0; i < n; ++i) {
           EXPECT_EQ(rows.log_weights[i] == 0, static_cast<int64_t>(i) < rows.num_certain);
-          const std::vector<float> key = problem.cache.key(head, rows.tokens[i]), value = problem.cache.value(head, rows.tokens[i]);
+          const std::vector<float> key = problem.cache.key(head, rows.tokens[i]),
+                                   value = problem.cache.value(head, rows.tokens[i]);
           double score = rows.log_weights[i];
           for (size_t d = 0; d < 64; ++d) score += double{problem.query.sm_scale} * problem.q[q_head * 64 + d] * key[d];
           const double weight = std::exp(score - problem.lse[q_head]);
@@ -328,13 +340,15 @@ TEST_P(DecodeSelect, StridesLeaveGapsAlone) {
     problem.index->state().calibration.assign(2, {});
     Attention(options, backend, 1).run({&query, 1});
     for (size_t h = 0; h < 6; ++h) {
-      for (size_t d = 0; d < 64 && backend == Backend::kCpu; ++d) EXPECT_EQ(out[h * 67 + d], problem.out[h * 64 + d]) << "head " << h;
+      for (size_t d = 0; d < 64 && backend == Backend::kCpu; ++d)
+        EXPECT_EQ(out[h * 67 + d], problem.out[h * 64 + d]) << "head " << h;
       for (size_t gap = 64; gap < 67; ++gap) EXPECT_EQ(out[h * 67 + gap], 5.0f);
     }
   }
 }
 
-// The K rows of a cache whose stride is the row itself and of one in pages give the same bits: the sums run in token order.
+// The K rows of a cache whose stride is the row itself and of one in pages give the same bits: the sums run in token
+// order.
 TEST_P(DecodeSelect, LayoutDoesNotMatter) {
   std::vector<float> expected;
   for (const Layout layout : {Layout::kTokenMajor, Layout::kHeadMajor, Layout::kPadded, Layout::kPaged}) {

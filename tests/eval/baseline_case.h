@@ -20,14 +20,23 @@ struct Case {
   std::unique_ptr<Step> step;
 
   explicit Case(int64_t prompt = 640, int64_t after = 20, float sharpness = 1.0f, uint64_t seed = 5)
-      : cache({.num_kv_heads = 2, .head_dim = 64, .v_head_dim = 64, .kv_len = prompt + after, .seed = seed}), prompt_len(prompt) {
+      : cache({.num_kv_heads = 2, .head_dim = 64, .v_head_dim = 64, .kv_len = prompt + after, .seed = seed}),
+        prompt_len(prompt) {
     rows.extend(cache.view());
     q = test::make_queries(cache, group_size, 11, sharpness);
     for (uint64_t i = 0; i < 32; ++i) {
       const std::vector<float> more = test::make_queries(cache, group_size, 100 + i, sharpness);
       prompt_q.insert(prompt_q.end(), more.begin(), more.end());
     }
-    layer = {.rows = &rows, .kv = cache.view(), .prompt_len = prompt, .num_q_heads = num_q_heads(), .sm_scale = 0.125f, .prompt_q = prompt_q, .layer = 3, .num_layers = 12, .seed = 1};
+    layer = {.rows = &rows,
+             .kv = cache.view(),
+             .prompt_len = prompt,
+             .num_q_heads = num_q_heads(),
+             .sm_scale = 0.125f,
+             .prompt_q = prompt_q,
+             .layer = 3,
+             .num_layers = 12,
+             .seed = 1};
     step = std::make_unique<Step>(rows, q.data(), 64, num_q_heads(), 0.125f, rows.size());
   }
   Case(const Case&) = delete;
@@ -86,6 +95,6 @@ std::vector<size_t> best(const std::vector<T>& values, size_t count) {
   return order;
 }
 
-inline constexpr int64_t kRowBytes = 128;   // of K, and of V: 64 halves
+inline constexpr int64_t kRowBytes = 128;  // of K, and of V: 64 halves
 
 }  // namespace tactic::eval

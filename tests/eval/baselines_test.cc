@@ -33,7 +33,8 @@ TEST(Attend, WeightsOfAHeadAndEstimatesCount) {
   attend(*c.step, choice, out.data());
   for (int32_t h = 0; h < 6; ++h) {
     const double a = std::exp(c.score(h, 7) + 0.5), b = std::exp(1.25);
-    for (size_t d = 0; d < 64; ++d) EXPECT_NEAR(out[static_cast<size_t>(h) * 64 + d], (a * c.cache.value(h / 3, 7)[d] + b * 2) / (a + b), 1e-4);
+    for (size_t d = 0; d < 64; ++d)
+      EXPECT_NEAR(out[static_cast<size_t>(h) * 64 + d], (a * c.cache.value(h / 3, 7)[d] + b * 2) / (a + b), 1e-4);
   }
 }
 
@@ -89,7 +90,8 @@ RowSet cluster_union(const Case& c, int32_t head, const std::vector<std::vector<
     std::vector<double> dots;
     for (const std::vector<int32_t>& members : clusters) {
       double mean = 0;
-      for (const int32_t row : members) mean += c.score(h, row) / static_cast<double>(members.size());   // the mean key's score
+      for (const int32_t row : members)
+        mean += c.score(h, row) / static_cast<double>(members.size());  // the mean key's score
       dots.push_back(mean);
     }
     int64_t left = budget;
@@ -148,12 +150,15 @@ TEST(Quest, ReadsThePagesOfHighestBound) {
           const double x = 0.125 * c.q[static_cast<size_t>(h) * 64 + d];
           bound += std::max(x * low, x * high);
         }
-        for (int64_t row = page * 16; row < std::min(c.kv_len(), page * 16 + 16); ++row) truth = std::max(truth, c.score(h, row));
+        for (int64_t row = page * 16; row < std::min(c.kv_len(), page * 16 + 16); ++row)
+          truth = std::max(truth, c.score(h, row));
         EXPECT_GE(bound, truth - 1e-6);
         bounds.push_back(bound);
       }
       for (const size_t page : best(bounds, 4)) {
-        for (int64_t row = static_cast<int64_t>(page) * 16; row < std::min(c.kv_len(), static_cast<int64_t>(page) * 16 + 16); ++row) expected.insert(static_cast<int32_t>(row));
+        for (int64_t row = static_cast<int64_t>(page) * 16;
+             row < std::min(c.kv_len(), static_cast<int64_t>(page) * 16 + 16); ++row)
+          expected.insert(static_cast<int32_t>(row));
       }
     }
     EXPECT_EQ(read_rows(choice, head), expected);
@@ -165,7 +170,8 @@ TEST(Quest, KeepsUpWithNewRows) {
   Case c;
   auto quest = make_baseline(parse_baseline("quest,budget=64,recent=0"), c.layer);
   Choice early, late;
-  for (int64_t kv_len = c.prompt_len + 1; kv_len < c.kv_len(); ++kv_len) quest->select(Step(c.rows, c.q.data(), 64, 6, 0.125f, kv_len), early);
+  for (int64_t kv_len = c.prompt_len + 1; kv_len < c.kv_len(); ++kv_len)
+    quest->select(Step(c.rows, c.q.data(), 64, 6, 0.125f, kv_len), early);
   quest->select(*c.step, late);
   const Choice fresh = c.select("quest,budget=64,recent=0");
   for (int32_t head = 0; head < 2; ++head) EXPECT_EQ(read_rows(late, head), read_rows(fresh, head));
@@ -178,11 +184,13 @@ std::vector<double> observed(const Case& c, int32_t head) {
   for (int64_t i = 0; i < 32; ++i) {
     for (int32_t h = head * 3; h < head * 3 + 3; ++h) {
       const std::vector<double> w = c.weights_of(c.prompt_q.data() + (i * 6 + h) * 64, h, c.prompt_len - 32 + i + 1);
-      for (int64_t row = begin; row < end; ++row) sums[static_cast<size_t>(row - begin)] += w[static_cast<size_t>(row)] / 96;
+      for (int64_t row = begin; row < end; ++row)
+        sums[static_cast<size_t>(row - begin)] += w[static_cast<size_t>(row)] / 96;
     }
   }
   for (int64_t i = 0; i < std::ssize(sums); ++i) {
-    for (int64_t j = std::max<int64_t>(0, i - 2); j <= std::min<int64_t>(std::ssize(sums) - 1, i + 2); ++j) pooled[static_cast<size_t>(i)] += sums[static_cast<size_t>(j)] / 5;
+    for (int64_t j = std::max<int64_t>(0, i - 2); j <= std::min<int64_t>(std::ssize(sums) - 1, i + 2); ++j)
+      pooled[static_cast<size_t>(i)] += sums[static_cast<size_t>(j)] / 5;
   }
   return pooled;
 }
@@ -202,7 +210,7 @@ TEST(SnapKV, KeepsWhatTheLastPromptQueriesLookedAt) {
 
 TEST(PyramidKV, BudgetsFallInEqualStepsAndKeepTheirSum) {
   Case c;
-  for (const int64_t budget : {80, 400}) {   // the second: the first layer would want more rows than there are
+  for (const int64_t budget : {80, 400}) {  // the second: the first layer would want more rows than there are
     int64_t sum = 0;
     for (int32_t l = 0; l < 12; ++l) {
       c.layer.layer = l;
@@ -227,7 +235,8 @@ TEST(AdaSnapKV, HeadsShareTheLayersBudget) {
   for (const size_t i : best(all, 160)) counts[i / n] += 1;
   EXPECT_EQ(counts[0] + counts[1], 160);
   EXPECT_NE(counts[0], counts[1]);
-  for (int32_t head = 0; head < 2; ++head) expect_kept(c, choice, head, static_cast<size_t>(std::lround(0.8 * counts[head] + 0.2 * 80)));
+  for (int32_t head = 0; head < 2; ++head)
+    expect_kept(c, choice, head, static_cast<size_t>(std::lround(0.8 * counts[head] + 0.2 * 80)));
 }
 
 TEST(Eviction, NeedsTheWindowsQueries) {

@@ -20,22 +20,27 @@ TEST(Fit, TheReciprocalIsTheLibrarysSelector) {
     const HeadSelection all = reference::readable(p.index->state(), 0, filter);
     std::vector<double> weights;
     double max = -HUGE_VAL;
-    for (const size_t i : reference::rank(all, scores.dots.data())) weights.push_back(reference::dot_row(p.cache.view().k, 0, all.tokens[i], q.data(), 64));
+    for (const size_t i : reference::rank(all, scores.dots.data()))
+      weights.push_back(reference::dot_row(p.cache.view().k, 0, all.tokens[i], q.data(), 64));
     for (const double score : weights) max = std::max(max, score);
     for (double& weight : weights) weight = std::exp(weight - max);
     for (const float target : {0.5f, 0.9f, 0.98f}) {
       const SoftmaxState none;
       HeadSelection selection;
-      reference::select_fit(p.index->state(), 0, filter, scores, p.cache.view().k, q.data(), 64, 1, &none, target, selection);
-      EXPECT_NEAR(static_cast<double>(fitted_tokens(weights, 0, Curve::kReciprocal, target)), static_cast<double>(selection.tokens.size()), 1) << seed << " " << target;
+      reference::select_fit(p.index->state(), 0, filter, scores, p.cache.view().k, q.data(), 64, 1, &none, target,
+                            selection);
+      EXPECT_NEAR(static_cast<double>(fitted_tokens(weights, 0, Curve::kReciprocal, target)),
+                  static_cast<double>(selection.tokens.size()), 1)
+          << seed << " " << target;
     }
   }
 }
 
 TEST(Fit, EachCurveFindsTheTruthInItsOwnKind) {
   constexpr int64_t n = 5000;
-  const std::function<double(double)> shapes[] = {[](double x) { return 30 / x + 0.002; }, [](double x) { return 30 / x; }, [](double x) { return 1.2 - x / 5000; },
-                                                  [](double x) { return std::exp(-x / 1500); }, [](double x) { return std::pow(1.1 - x / 5000, 2); }};
+  const std::function<double(double)> shapes[] = {
+      [](double x) { return 30 / x + 0.002; }, [](double x) { return 30 / x; }, [](double x) { return 1.2 - x / 5000; },
+      [](double x) { return std::exp(-x / 1500); }, [](double x) { return std::pow(1.1 - x / 5000, 2); }};
   for (size_t c = 0; c < std::size(kCurves); ++c) {
     std::vector<double> weights;
     double total = 0, mass = 0;
@@ -57,12 +62,12 @@ TEST(Fit, EdgesAreHandled) {
   for (const Curve curve : {Curve::kReciprocal, Curve::kLinear, Curve::kExponential, Curve::kQuadratic}) {
     EXPECT_NEAR(static_cast<double>(fitted_tokens(equal, 0, curve, 0.5)), 500, 1) << curve_name(curve);
   }
-  EXPECT_EQ(fitted_tokens(few, 100, Curve::kReciprocal, 0.75), 50);   // half of the mass is there already
+  EXPECT_EQ(fitted_tokens(few, 100, Curve::kReciprocal, 0.75), 50);  // half of the mass is there already
   std::vector<double> rising;
   for (int i = 0; i < 1000; ++i) rising.push_back(i);
   for (const Curve curve : kCurves) EXPECT_LE(fitted_tokens(rising, 0, curve, 0.9), 1000) << curve_name(curve);
   std::vector<double> dead(1000, 0.0);
-  std::fill(dead.begin(), dead.begin() + 200, 1.0);   // nothing left in the far window
+  std::fill(dead.begin(), dead.begin() + 200, 1.0);  // nothing left in the far window
   for (const Curve curve : kCurves) EXPECT_GT(fitted_tokens(dead, 0, curve, 0.9), 0) << curve_name(curve);
 }
 

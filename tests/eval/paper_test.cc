@@ -30,10 +30,12 @@ class PaperTest : public ::testing::Test {
       info.positions.push_back(p);
       info.kinds.push_back(p < kPrompt ? QueryKind::kPrompt : QueryKind::kDecode);
     }
-    for (int32_t l = 0; l < 3; ++l) info.layers.push_back({l, 6, 2, 64, 64, DType::kF16, DType::kF16, 0.125f, l == 2 ? 100 : 0});
+    for (int32_t l = 0; l < 3; ++l)
+      info.layers.push_back({l, 6, 2, 64, 64, DType::kF16, DType::kF16, 0.125f, l == 2 ? 100 : 0});
     TraceWriter writer(path_, info);
     for (int32_t l = 0; l < 3; ++l) {
-      caches_.push_back(std::make_unique<Cache>(test::CacheSpec{.layout = test::Layout::kHeadMajor, .kv_len = kRows, .seed = static_cast<uint64_t>(l) + 3}));
+      caches_.push_back(std::make_unique<Cache>(
+          test::CacheSpec{.layout = test::Layout::kHeadMajor, .kv_len = kRows, .seed = static_cast<uint64_t>(l) + 3}));
       const KvView kv = caches_.back()->view();
       std::vector<std::byte> k, v;
       for (int32_t head = 0; head < 2; ++head) {
@@ -61,7 +63,8 @@ class PaperTest : public ::testing::Test {
     for (int64_t row = 0; row < kPrompt + i + 1; ++row) {
       const std::vector<float> key = caches_[static_cast<size_t>(l)]->key(h / 3, row);
       double score = 0;
-      for (size_t d = 0; d < 64; ++d) score += 0.125 * queries_[static_cast<size_t>(l)][static_cast<size_t>(((32 + i) * 6 + h) * 64) + d] * key[d];
+      for (size_t d = 0; d < 64; ++d)
+        score += 0.125 * queries_[static_cast<size_t>(l)][static_cast<size_t>(((32 + i) * 6 + h) * 64) + d] * key[d];
       sum += std::exp(score);
       if (row < 4 || row >= kPrompt - 64) {
         certain += std::exp(score);
@@ -94,7 +97,7 @@ TEST_F(PaperTest, Table1HoldsTheOracleOfEveryCase) {
   ASSERT_EQ(rows.size(), 6u);
   for (const Json& row : rows) {
     double sum = 0, cases = 0;
-    for (int32_t l = 0; l < 2; ++l) {   // the third has a window
+    for (int32_t l = 0; l < 2; ++l) {  // the third has a window
       for (const int64_t i : {0, 2, 5, 7}) {
         for (int32_t h = 0; h < 6; ++h) {
           sum += static_cast<double>(oracle(l, i, h, row["target_mass"]));
@@ -137,8 +140,9 @@ TEST_F(PaperTest, DistanceFallsWithMassAndSparsityIsPerHead) {
 TEST_F(PaperTest, SmallerClustersLeaveLessVariance) {
   const std::vector<Json> rows = paper_clusters(*trace_, {.queries = 2});
   ASSERT_EQ(rows.size(), 10u);
-  for (size_t i = 1; i < 6; ++i) EXPECT_GT(rows[i]["wcss_share"].get<double>(), rows[i - 1]["wcss_share"].get<double>());
-  EXPECT_GE(rows[6]["wcss_share"].get<double>(), rows[9]["wcss_share"].get<double>());   // 1 and 20 iterations
+  for (size_t i = 1; i < 6; ++i)
+    EXPECT_GT(rows[i]["wcss_share"].get<double>(), rows[i - 1]["wcss_share"].get<double>());
+  EXPECT_GE(rows[6]["wcss_share"].get<double>(), rows[9]["wcss_share"].get<double>());  // 1 and 20 iterations
   for (const Json& row : rows) EXPECT_TRUE(row["wcss_share"] > 0 && row["wcss_share"] <= 1.0) << row;
 }
 
@@ -151,15 +155,18 @@ TEST_F(PaperTest, ValueNormsAreRelativeToTheMedian) {
 
 TEST_F(PaperTest, BaselinesAreMeasuredInTheSameCases) {
   const std::vector<int64_t> queries = {32, 41};
-  const std::vector<BaselineSpec> specs = {parse_baseline("oracle_topk,budget=1e9"), parse_baseline("recent_only,budget=100"), parse_baseline("snapkv,budget=100"),
-                                           parse_baseline("vattention,epsilon=0.5")};
+  const std::vector<BaselineSpec> specs = {
+      parse_baseline("oracle_topk,budget=1e9"), parse_baseline("recent_only,budget=100"),
+      parse_baseline("snapkv,budget=100"), parse_baseline("vattention,epsilon=0.5")};
   const TraceLayer layer = trace_->layer(0);
   const std::vector<DenseQuery> answers = dense_layer(layer, queries);
   const std::vector<SettingCases> cases = measure_baselines(layer, 0, answers, specs, 1);
   for (const SettingCases& c : cases) {
     EXPECT_EQ(c.heads.size(), 12u);
     EXPECT_EQ(c.steps.size(), 2u);
-    for (const HeadCase& head : c.heads) EXPECT_TRUE(head.error >= 0 && head.achieved_mass > 0 && head.achieved_mass < 1 + 1e-4) << head.error << " " << head.achieved_mass;
+    for (const HeadCase& head : c.heads)
+      EXPECT_TRUE(head.error >= 0 && head.achieved_mass > 0 && head.achieved_mass < 1 + 1e-4)
+          << head.error << " " << head.achieved_mass;
   }
   for (const HeadCase& head : cases[0].heads) EXPECT_LT(head.error, 1e-4);
   EXPECT_NEAR(cases[0].steps[0].read_fraction, 1, 1e-9);
@@ -168,7 +175,8 @@ TEST_F(PaperTest, BaselinesAreMeasuredInTheSameCases) {
   EXPECT_NEAR(cases[1].steps[0].read_fraction, 168.0 / 601, 1e-9);
   EXPECT_EQ(cases[2].steps[1].tokens, 4 + 100 + 64 + 10);
   EXPECT_GT(cases[3].steps[0].tokens_sampled, 0);
-  EXPECT_TRUE(measure_baselines(trace_->layer(2), 2, dense_layer(trace_->layer(2), queries), specs, 1)[0].heads.empty());
+  EXPECT_TRUE(
+      measure_baselines(trace_->layer(2), 2, dense_layer(trace_->layer(2), queries), specs, 1)[0].heads.empty());
 }
 
 }  // namespace

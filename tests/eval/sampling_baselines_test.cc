@@ -57,7 +57,7 @@ TEST(MagicPig, RowsAreReadWithTheProbabilityTheyAreDividedBy) {
       listed += 5 * matches;
     }
   }
-  EXPECT_NEAR(summary, 8.0 * 12 * 6 + 4 * listed + 4 * union_rows, 0.1 * summary);   // bounds, lists, norms
+  EXPECT_NEAR(summary, 8.0 * 12 * 6 + 4 * listed + 4 * union_rows, 0.1 * summary);  // bounds, lists, norms
 }
 
 TEST(RetroInfer, UnreadClustersEnterWithSizeAndValueSum) {
@@ -106,7 +106,8 @@ TEST(RetroInfer, UnreadClustersEnterWithSizeAndValueSum) {
     }
     estimated += static_cast<int64_t>(zone_union.size());
   }
-  EXPECT_EQ(choice.summary_bytes, centroids * kRowBytes + estimated * (kRowBytes + 2) + 2 * (choice.tokens() - 2 * (68 + 20)));
+  EXPECT_EQ(choice.summary_bytes,
+            centroids * kRowBytes + estimated * (kRowBytes + 2) + 2 * (choice.tokens() - 2 * (68 + 20)));
 }
 
 TEST(RetroInfer, ClustersOfOneRowAreExact) {
@@ -120,7 +121,7 @@ TEST(RetroInfer, ClustersOfOneRowAreExact) {
 TEST(VAttention, TheSampleIsAsLargeAsTheCentralLimitTheoremAsks) {
   Case c(2000, 10, 0.05f);
   const Choice choice = c.select("vattention,epsilon=0.05,delta=0.1,base=0.05,heavy=40");
-  constexpr double z = 1.6448536269514722;   // normal quantile at 0.95
+  constexpr double z = 1.6448536269514722;  // normal quantile at 0.95
   for (int32_t head = 0; head < 2; ++head) {
     const HeadSelection& s = choice.selection.heads[static_cast<size_t>(head)];
     read_rows(choice, head);
@@ -130,8 +131,10 @@ TEST(VAttention, TheSampleIsAsLargeAsTheCentralLimitTheoremAsks) {
     for (int32_t h = head * 3; h < head * 3 + 3; ++h) {
       double known = 0, mean = 0, squares = 0;
       for (int64_t i = 0; i < s.num_certain; ++i) known += std::exp(c.score(h, s.tokens[static_cast<size_t>(i)]));
-      for (int64_t i = 0; i < base; ++i) mean += std::exp(c.score(h, s.tokens[static_cast<size_t>(s.num_certain + i)])) / static_cast<double>(base);
-      for (int64_t i = 0; i < base; ++i) squares += std::pow(std::exp(c.score(h, s.tokens[static_cast<size_t>(s.num_certain + i)])) - mean, 2);
+      for (int64_t i = 0; i < base; ++i)
+        mean += std::exp(c.score(h, s.tokens[static_cast<size_t>(s.num_certain + i)])) / static_cast<double>(base);
+      for (int64_t i = 0; i < base; ++i)
+        squares += std::pow(std::exp(c.score(h, s.tokens[static_cast<size_t>(s.num_certain + i)])) - mean, 2);
       const double sigma = std::sqrt(squares / static_cast<double>(base - 1));
       size = std::max(size, std::ceil(std::pow(z * n * sigma / (0.05 * (known + n * mean)), 2)));
     }
@@ -147,7 +150,8 @@ TEST(VAttention, TheDenominatorIsUnbiasedAndWithinEpsilonAsOftenAsPromised) {
   Case c(2000, 10, 0.05f);
   std::vector<double> truth(6);
   for (int32_t h = 0; h < 6; ++h) {
-    for (int64_t row = 0; row < c.kv_len(); ++row) truth[static_cast<size_t>(h)] += std::exp(static_cast<double>(c.step->scores(h)[row]));
+    for (int64_t row = 0; row < c.kv_len(); ++row)
+      truth[static_cast<size_t>(h)] += std::exp(static_cast<double>(c.step->scores(h)[row]));
   }
   constexpr int kSeeds = 200;
   double outside = 0, bias = 0;
@@ -164,7 +168,7 @@ TEST(VAttention, TheDenominatorIsUnbiasedAndWithinEpsilonAsOftenAsPromised) {
       outside += std::fabs(error) > 0.1 ? 1.0 / (6 * kSeeds) : 0;
     }
   }
-  EXPECT_LT(outside, 0.1 + 0.05);   // sigma comes from 100 rows, so that the promise holds only about
+  EXPECT_LT(outside, 0.1 + 0.05);  // sigma comes from 100 rows, so that the promise holds only about
   EXPECT_LT(std::fabs(bias), 0.02);
 }
 

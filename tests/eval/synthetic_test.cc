@@ -28,7 +28,8 @@ TEST(Synthetic, PresetsHaveNames) {
 }
 
 TEST(Synthetic, NormedKeysAndHeadsFromFlatToPeaked) {
-  const std::string path = (std::filesystem::temp_directory_path() / ("tactic_synthetic_test_" + std::to_string(getpid()))).string();
+  const std::string path =
+      (std::filesystem::temp_directory_path() / ("tactic_synthetic_test_" + std::to_string(getpid()))).string();
   SyntheticOptions options = synthetic_preset("normed-128");
   options.num_layers = 2;
   options.kv_len = 1200;
@@ -50,7 +51,7 @@ TEST(Synthetic, NormedKeysAndHeadsFromFlatToPeaked) {
       EXPECT_NEAR(std::sqrt(norm2), std::sqrt(128.0), 0.02);
     }
   }
-  double least = 1e9, most = 0;   // effective number of rows, exp(entropy)
+  double least = 1e9, most = 0;  // effective number of rows, exp(entropy)
   for (const DenseQuery& answer : dense_layer(layer, std::vector<int64_t>{2, 3, 4, 5})) {
     for (int32_t h = 0; h < 8; ++h) {
       double entropy = 0;

@@ -25,7 +25,8 @@ class TraceErrorTest : public ::testing::Test {
       info.positions.push_back(p);
       info.kinds.push_back(p < 1000 ? QueryKind::kPrompt : QueryKind::kDecode);
     }
-    for (const int64_t window : {0, 600}) info.layers.push_back({0, 6, 2, 64, 32, DType::kF16, DType::kF16, 0.125f, window});
+    for (const int64_t window : {0, 600})
+      info.layers.push_back({0, 6, 2, 64, 32, DType::kF16, DType::kF16, 0.125f, window});
     TraceWriter writer(path, info);
     std::vector<std::byte> k, v;
     std::vector<float> q;
@@ -57,7 +58,8 @@ TEST_F(TraceErrorTest, DenseIsTheReference) {
     const std::vector<DenseQuery> answers = dense_layer(layer, std::vector<int64_t>{2, 4});
     for (const DenseQuery& answer : answers) {
       std::vector<uint64_t> visible(24);
-      for (int64_t row = answer.rows.begin; row < answer.rows.end; ++row) visible[static_cast<size_t>(row / 64)] |= uint64_t{1} << (row % 64);
+      for (int64_t row = answer.rows.begin; row < answer.rows.end; ++row)
+        visible[static_cast<size_t>(row / 64)] |= uint64_t{1} << (row % 64);
       std::vector<float> out(6 * 32), lse(6);
       DecodeQuery query;
       query.q = layer.query(answer.query);
@@ -97,7 +99,8 @@ TEST_F(TraceErrorTest, SettingsAreMeasuredAsTheLibraryRunsThem) {
     EXPECT_EQ(one.heads.size(), 18u);
     EXPECT_EQ(one.steps.size(), 3u);
   }
-  const ErrorSummary exact = summarize(cases[0], 0.9), sample = summarize(cases[1], 0.9), fit = summarize(cases[2], 0.9), more = summarize(cases[3], 0.99);
+  const ErrorSummary exact = summarize(cases[0], 0.9), sample = summarize(cases[1], 0.9),
+                     fit = summarize(cases[2], 0.9), more = summarize(cases[3], 0.99);
   EXPECT_LT(exact.max, 1e-5);
   EXPECT_EQ(exact.dense_share, 1);
   EXPECT_NEAR(exact.success, 1, 1e-9);
@@ -106,7 +109,7 @@ TEST_F(TraceErrorTest, SettingsAreMeasuredAsTheLibraryRunsThem) {
   EXPECT_EQ(exact.sampled_cases, 0);
   for (const ErrorSummary& s : {sample, fit, more}) {
     EXPECT_GT(s.mean, 0);
-    EXPECT_LT(s.mean, 1);   // random values average to little
+    EXPECT_LT(s.mean, 1);  // random values average to little
     EXPECT_LT(s.tokens, 0.95 * exact.tokens);
     EXPECT_GE(s.max, s.p99);
     EXPECT_GE(s.worst_mean, s.mean);
@@ -122,7 +125,8 @@ TEST_F(TraceErrorTest, SettingsAreMeasuredAsTheLibraryRunsThem) {
 TEST_F(TraceErrorTest, WindowedLayersReadTheWindowOnly) {
   const TraceLayer layer = trace->layer(1);
   const std::vector<DenseQuery> answers = dense_layer(layer, std::vector<int64_t>{4});
-  const std::vector<Setting> settings = {{"exact", {}, {.select = Select::kDense}}, {"sample", {}, {.target_error = 0.05f}}};
+  const std::vector<Setting> settings = {{"exact", {}, {.select = Select::kDense}},
+                                         {"sample", {}, {.target_error = 0.05f}}};
   const std::vector<SettingCases> cases = measure_layer(layer, 1, answers, settings);
   EXPECT_EQ(cases[0].steps[0].tokens, 600);
   EXPECT_LT(summarize(cases[0], 0.9).max, 1e-5);

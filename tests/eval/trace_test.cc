@@ -52,9 +52,12 @@ class TraceTest : public ::testing::Test {
   };
   Data data(size_t i) const {
     const TraceLayerInfo& layer = info.layers[i];
-    Data d{rows(layer.k_dtype, layer.num_kv_heads, layer.head_dim, i), rows(layer.v_dtype, layer.num_kv_heads, layer.v_head_dim, i + 9), {}};
+    Data d{rows(layer.k_dtype, layer.num_kv_heads, layer.head_dim, i),
+           rows(layer.v_dtype, layer.num_kv_heads, layer.v_head_dim, i + 9),
+           {}};
     Random random(i + 77);
-    for (int64_t n = info.num_queries() * layer.num_q_heads * layer.head_dim; n > 0; --n) d.q.push_back(random.normal());
+    for (int64_t n = info.num_queries() * layer.num_q_heads * layer.head_dim; n > 0; --n)
+      d.q.push_back(random.normal());
     return d;
   }
   void write() const {
@@ -72,7 +75,7 @@ class TraceTest : public ::testing::Test {
     file.seekp(static_cast<std::streamoff>(offset));
     file.write(reinterpret_cast<const char*>(&value), sizeof value);
   }
-  uint64_t offset_of(int layer, int part) const {   // part 0: K, 1: V, 2: Q
+  uint64_t offset_of(int layer, int part) const {  // part 0: K, 1: V, 2: Q
     std::ifstream file(path, std::ios::binary);
     uint64_t offset = 0;
     file.seekg(64 + layer * 64 + 40 + part * 8);
@@ -137,7 +140,8 @@ TEST_F(TraceTest, DamagedFilesAreRefused) {
   EXPECT_EQ(error(), "");
   const auto whole = std::filesystem::file_size(path);
   std::filesystem::resize_file(path, whole - 64);
-  EXPECT_THAT(error(), AllOf(HasSubstr(path), HasSubstr("cut short"), HasSubstr(std::to_string(whole)), HasSubstr(std::to_string(whole - 64))));
+  EXPECT_THAT(error(), AllOf(HasSubstr(path), HasSubstr("cut short"), HasSubstr(std::to_string(whole)),
+                             HasSubstr(std::to_string(whole - 64))));
   std::filesystem::resize_file(path, 40);
   EXPECT_THAT(error(), HasSubstr("not a trace"));
   std::filesystem::resize_file(path, 0);
@@ -170,12 +174,12 @@ TEST_F(TraceTest, DamagedFilesAreRefused) {
 
 TEST_F(TraceTest, ValuesThatAreNotFiniteAreNamed) {
   write();
-  patch(offset_of(0, 0) + (40 * 32 + 3 * 32 + 5) * 2, uint16_t{0x7E00});   // head 1, row 3, element 5
-  EXPECT_EQ(error(), "");   // the other layers can be read
+  patch(offset_of(0, 0) + (40 * 32 + 3 * 32 + 5) * 2, uint16_t{0x7E00});  // head 1, row 3, element 5
+  EXPECT_EQ(error(), "");                                                 // the other layers can be read
   EXPECT_EQ(error(1), "");
   EXPECT_THAT(error(0), AllOf(HasSubstr(path), HasSubstr("K of layer 0, KV head 1, row 3, element 5")));
   write();
-  patch(offset_of(1, 0) + 7 * 68 + 34, uint16_t{0x7C00});   // the scale of a quantized block
+  patch(offset_of(1, 0) + 7 * 68 + 34, uint16_t{0x7C00});  // the scale of a quantized block
   EXPECT_THAT(error(1), HasSubstr("K of layer 1, KV head 0, row 7, element 32"));
   write();
   patch(offset_of(1, 1) + 2 * 64 * 2, uint16_t{0xFF80});

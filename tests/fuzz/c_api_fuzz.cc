@@ -1,6 +1,6 @@
-// The C interface: an index and a cache of any shape, layout and type, and any sequence of writes, truncations, upkeep and
-// queries. Rows lie in memory of exactly their size. What is read whole must equal dense attention, what is sampled must
-// lie between the values, and what is not an answer must be an error with a message.
+// The C interface: an index and a cache of any shape, layout and type, and any sequence of writes, truncations, upkeep
+// and queries. Rows lie in memory of exactly their size. What is read whole must equal dense attention, what is sampled
+// must lie between the values, and what is not an answer must be an error with a message.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -41,9 +41,16 @@ struct Random {
   float number() { return static_cast<float>(static_cast<int64_t>(next() >> 40)) / (1 << 22) - 2.0f; }
 };
 
-enum Content : uint8_t { kNormal, kEqual, kZero, kLarge, kTiny, kNoise };   // kNoise: any bits, NaN and infinity among them
+enum Content : uint8_t {
+  kNormal,
+  kEqual,
+  kZero,
+  kLarge,
+  kTiny,
+  kNoise
+};  // kNoise: any bits, NaN and infinity among them
 
-uint16_t half_of(float x) {   // toward zero, normal numbers only
+uint16_t half_of(float x) {  // toward zero, normal numbers only
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
@@ -112,9 +119,10 @@ class Rows {
   void fill(int64_t begin, int64_t count, int32_t heads, Content content, Random& random) {
     for (int64_t row = begin; row < begin + count; ++row) {
       for (int32_t head = 0; head < heads; ++head) {
-        const int64_t token = pages_.empty() ? row * view.token_stride_bytes
-                                             : pages_[static_cast<size_t>(row / view.page_tokens)] * view.page_stride_bytes +
-                                                   row % view.page_tokens * view.token_stride_bytes;
+        const int64_t token = pages_.empty()
+                                  ? row * view.token_stride_bytes
+                                  : pages_[static_cast<size_t>(row / view.page_tokens)] * view.page_stride_bytes +
+                                        row % view.page_tokens * view.token_stride_bytes;
         fill_row(memory_.get() + token + head * view.head_stride_bytes, view.dtype, dim_, content, random);
       }
     }
@@ -140,7 +148,7 @@ tactic_index_options index_options(Input& input) {
   o.outlier_fraction = static_cast<float>(input.within(0, 25)) / 100;
   o.whole_clustering = input.one_in(4);
   o.seed = input.raw<uint8_t>();
-  switch (input.within(0, 60)) {   // now and then any value at all
+  switch (input.within(0, 60)) {  // now and then any value at all
     case 0: o.segment_tokens = input.raw<int32_t>(); break;
     case 1: o.provisional_tokens = input.raw<int32_t>(); break;
     case 2: o.cluster_tokens = input.raw<int32_t>(); break;
@@ -205,11 +213,14 @@ class Session {
       case 0: {
         const int64_t begin = input_.within(0, capacity_ - 1), count = input_.within(0, capacity_ - begin);
         fill(begin, count, static_cast<Content>(input_.within(kNormal, kNoise)));
-        if (!input_.one_in(8)) write(begin, count);   // else unseen
+        if (!input_.one_in(8)) write(begin, count);  // else unseen
         break;
       }
       case 1: write(0, capacity_); break;
-      case 2: checked(tactic_index_truncate(index_.get(), input_.one_in(8) ? input_.raw<int64_t>() : input_.within(0, capacity_))); break;
+      case 2:
+        checked(tactic_index_truncate(index_.get(),
+                                      input_.one_in(8) ? input_.raw<int64_t>() : input_.within(0, capacity_)));
+        break;
       case 3: checked(tactic_index_write(index_.get(), -input_.raw<int16_t>() - 32769, input_.raw<int64_t>())); break;
       case 4: checked(tactic_index_verify(index_.get(), view())); break;
       case 5: checked(tactic_index_maintain(index_.get(), view(), input_.raw<float>())); break;
@@ -255,7 +266,7 @@ class Session {
       case 4: shown_.k.data = nullptr; break;
       case 5: shown_.v.page_tokens = -shown_.v.page_tokens; break;
       case 6:
-        if (shown_.k.page_table != nullptr) {   // garbage, of which the library knows how much can be right
+        if (shown_.k.page_table != nullptr) {  // garbage, of which the library knows how much can be right
           garbage_.resize(static_cast<size_t>(capacity_) + 1);
           for (int32_t& page : garbage_) page = input_.raw<int32_t>();
           garbage_[0] = -1 - input_.raw<uint8_t>();
@@ -275,19 +286,22 @@ class Session {
 
   void query() {
     const tactic_decode_options options = decode_options(input_);
-    const std::unique_ptr<tactic_attention, FreeAttention> attention(
-        tactic_attention_create(&options, input_.one_in(16) ? input_.raw<int16_t>() : static_cast<int32_t>(input_.within(1, 2))));
+    const std::unique_ptr<tactic_attention, FreeAttention> attention(tactic_attention_create(
+        &options, input_.one_in(16) ? input_.raw<int16_t>() : static_cast<int32_t>(input_.within(1, 2))));
     if (attention == nullptr) return require(tactic_last_error()[0] != '\0', "a failure leaves a message");
     const tactic_kv* kv = view();
     if (kv == nullptr) return checked(tactic_attention_run(attention.get(), nullptr, 1, nullptr));
     const int32_t num_q_heads = heads_ * group_;
     const int64_t q_stride = dim_ + input_.within(0, 3), out_stride = v_dim_ + input_.within(0, 3);
-    const auto q_size = static_cast<size_t>(num_q_heads * q_stride), out_size = static_cast<size_t>(num_q_heads * out_stride);
-    const auto q = std::make_unique<float[]>(q_size), out = std::make_unique<float[]>(out_size), lse = std::make_unique<float[]>(static_cast<size_t>(num_q_heads));
+    const auto q_size = static_cast<size_t>(num_q_heads * q_stride),
+               out_size = static_cast<size_t>(num_q_heads * out_stride);
+    const auto q = std::make_unique<float[]>(q_size), out = std::make_unique<float[]>(out_size),
+               lse = std::make_unique<float[]>(static_cast<size_t>(num_q_heads));
     const float sharpness = static_cast<float>(input_.within(0, 40)) / 10;
     for (size_t i = 0; i < q_size; ++i) q[i] = sharpness * random_.number();
     bool finite = !noise_;
-    if (input_.one_in(12) && q_size > 0) finite = false, q[static_cast<size_t>(input_.within(0, 15)) % q_size] = input_.raw<float>();
+    if (input_.one_in(12) && q_size > 0)
+      finite = false, q[static_cast<size_t>(input_.within(0, 15)) % q_size] = input_.raw<float>();
     tactic_query query{};
     query.struct_size = input_.one_in(50) ? input_.raw<size_t>() : sizeof query;
     query.q = q.get();
@@ -317,7 +331,8 @@ class Session {
     require(stats.tokens_certain + stats.tokens_sampled <= stats.kv_len * heads_, "no row is read twice");
     if (!finite || query.num_q_heads != num_q_heads) return;
     for (int32_t h = 0; h < num_q_heads; ++h) {
-      for (int32_t d = 0; d < v_dim_; ++d) require(std::isfinite(out[static_cast<size_t>(h * out_stride + d)]), "finite rows give finite output");
+      for (int32_t d = 0; d < v_dim_; ++d)
+        require(std::isfinite(out[static_cast<size_t>(h * out_stride + d)]), "finite rows give finite output");
     }
     const bool whole = options.select == TACTIC_DENSE || (options.select == TACTIC_FIT && options.target_mass >= 1) ||
                        (options.select == TACTIC_TOPK && options.budget >= stats.kv_len);
@@ -335,7 +350,8 @@ class Session {
     require(tactic_attention_run(attention.get(), &query, 1, nullptr) == 0, "dense attention takes what sparse takes");
     float largest = 0;
     for (size_t i = 0; i < out_size; ++i) largest = std::max(largest, std::fabs(expected[i]));
-    for (size_t i = 0; i < out_size; ++i) require(std::fabs(out[i] - expected[i]) <= 1e-3f * largest + 1e-30f, "all rows read is dense attention");
+    for (size_t i = 0; i < out_size; ++i)
+      require(std::fabs(out[i] - expected[i]) <= 1e-3f * largest + 1e-30f, "all rows read is dense attention");
   }
 
   Input& input_;
@@ -345,7 +361,7 @@ class Session {
   Random random_;
   tactic_kv kv_{}, shown_{};
   std::vector<int32_t> garbage_;
-  bool noise_ = false;   // rows may hold what is not finite
+  bool noise_ = false;  // rows may hold what is not finite
   std::unique_ptr<tactic_index, FreeIndex> index_;
 };
 

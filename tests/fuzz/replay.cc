@@ -64,18 +64,20 @@ Bytes mutate(const std::vector<Bytes>& corpus, std::mt19937_64& random) {
     switch (below(6)) {
       case 0: bytes[at] ^= static_cast<uint8_t>(1u << below(8)); break;
       case 1: bytes[at] = static_cast<uint8_t>(random()); break;
-      case 2: bytes.insert(bytes.begin() + static_cast<std::ptrdiff_t>(at), 1 + below(8), static_cast<uint8_t>(random())); break;
+      case 2:
+        bytes.insert(bytes.begin() + static_cast<std::ptrdiff_t>(at), 1 + below(8), static_cast<uint8_t>(random()));
+        break;
       case 3:
         bytes.erase(bytes.begin() + static_cast<std::ptrdiff_t>(at),
                     bytes.begin() + static_cast<std::ptrdiff_t>(std::min(bytes.size(), at + 1 + below(8))));
         break;
-      case 4: {   // a number that tends to be a limit
+      case 4: {  // a number that tends to be a limit
         static constexpr int64_t kLimits[] = {0, -1, 1, INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN, 65535, 65536, 255};
         const int64_t value = kLimits[below(std::size(kLimits))];
         for (size_t i = 0; i < 8 && at + i < bytes.size(); ++i) bytes[at + i] = static_cast<uint8_t>(value >> (8 * i));
         break;
       }
-      default: {   // the end of another input
+      default: {  // the end of another input
         const Bytes& other = corpus[below(corpus.size())];
         if (other.empty()) break;
         bytes.resize(at);
@@ -95,7 +97,7 @@ int main(int argc, char** argv) {
   for (const int number : {SIGABRT, SIGSEGV, SIGFPE, SIGBUS, SIGILL}) {
     struct sigaction old;
     sigaction(number, nullptr, &old);
-    if (old.sa_handler == SIG_DFL) signal(number, leave_input);   // AddressSanitizer has its own, and then aborts
+    if (old.sa_handler == SIG_DFL) signal(number, leave_input);  // AddressSanitizer has its own, and then aborts
   }
   double seconds = 2;
   uint64_t seed = 1;
@@ -117,7 +119,7 @@ int main(int argc, char** argv) {
   }
   for (const Bytes& input : corpus) run(input);
   std::mt19937_64 random(seed);
-  for (int i = 0; i < 4; ++i) {   // something to mutate even without a corpus
+  for (int i = 0; i < 4; ++i) {  // something to mutate even without a corpus
     Bytes noise(256);
     for (uint8_t& byte : noise) byte = static_cast<uint8_t>(random());
     corpus.push_back(noise);

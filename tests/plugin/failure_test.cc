@@ -1,5 +1,5 @@
-// What fails inside the plug-in: the host gets an error or the exact answer, never a crash. This program's operator new is
-// the plug-in's too, and runs out on demand.
+// What fails inside the plug-in: the host gets an error or the exact answer, never a crash. This program's operator new
+// is the plug-in's too, and runs out on demand.
 #include <gmock/gmock.h>
 
 #include <atomic>
@@ -59,7 +59,8 @@ TEST_F(Failure, CellsOutOfRangeAreRefusedBeforeAnythingIsStored) {
 
 // Whatever allocation of a sparse step fails, the node is computed: densely, and the log says why.
 TEST_F(Failure, AStepThatRunsOutOfMemoryIsReadDensely) {
-  for (const std::string& mode : {kSparse, kIndexOptions + ",select=fit,mass=0.9", kIndexOptions + ",select=topk,budget=300"}) {
+  for (const std::string& mode :
+       {kSparse, kIndexOptions + ",select=fit,mass=0.9", kIndexOptions + ",select=topk,budget=300"}) {
     configure(mode);
     Layer layer(1024);
     Rows rows(2);

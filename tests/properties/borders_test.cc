@@ -31,7 +31,7 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
     EXPECT_THAT([&] { problem.index->verify(kv); }, ThrowsMessage<Error>(HasSubstr(what)));
   };
   KvView kv = sound;
-  kv.k.dtype = DType::kQ8_0;   // 80 is not a multiple of 32
+  kv.k.dtype = DType::kQ8_0;  // 80 is not a multiple of 32
   expect_error(kv, "K head_dim (80) must be a multiple of 32 up to 1024 for q8_0");
   kv = sound;
   kv.v.dtype = static_cast<DType>(9);
@@ -52,7 +52,8 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
   kv.num_kv_heads = 65537;
   expect_error(kv, "num_kv_heads (65537) must be in 1..65536");
 
-  std::vector<int32_t> pages(sound.v.page_table, sound.v.page_table + (600 + sound.v.page_tokens - 1) / sound.v.page_tokens);
+  std::vector<int32_t> pages(sound.v.page_table,
+                             sound.v.page_table + (600 + sound.v.page_tokens - 1) / sound.v.page_tokens);
   kv = sound;
   kv.v.page_table = pages.data();
   kv.v.num_pages = *std::max_element(pages.begin(), pages.end()) + 1;
@@ -66,7 +67,8 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
 TEST(Borders, NumbersOutOfRangeAreNamed) {
   EXPECT_THAT([] { KvIndex({}, {65537, 64, 64}); }, ThrowsMessage<Error>(HasSubstr("num_kv_heads (65537)")));
   EXPECT_THAT([] { KvIndex({}, {1, 64, 1040}); }, ThrowsMessage<Error>(HasSubstr("V head_dim (1040)")));
-  EXPECT_THAT([] { Attention({}, Backend::kCpu, -1); }, ThrowsMessage<Error>(HasSubstr("num_threads (-1) must be in 0..1024")));
+  EXPECT_THAT([] { Attention({}, Backend::kCpu, -1); },
+              ThrowsMessage<Error>(HasSubstr("num_threads (-1) must be in 0..1024")));
   EXPECT_THAT([] { Attention().set_num_threads(1025); }, ThrowsMessage<Error>(HasSubstr("num_threads (1025)")));
   CacheSpec spec;
   spec.kv_len = 64;
@@ -88,7 +90,8 @@ TEST(Borders, OneToken) {
       problem.run({.select = select}, backend);
       for (int32_t h = 0; h < 6; ++h) {
         const std::vector<float> v = problem.cache.value(h / 3, 0);
-        for (size_t d = 0; d < 64; ++d) ASSERT_FLOAT_EQ(problem.out[static_cast<size_t>(h) * 64 + d], v[d]) << select_name(select);
+        for (size_t d = 0; d < 64; ++d)
+          ASSERT_FLOAT_EQ(problem.out[static_cast<size_t>(h) * 64 + d], v[d]) << select_name(select);
       }
     }
   }
@@ -104,15 +107,21 @@ TEST(Borders, AllKeysEqual) {
   const std::vector<float> key = problem.cache.key(0, 0);
   for (int64_t row = 0; row < spec.kv_len; ++row) problem.cache.set_key(0, row, key);
   for (const Clustering clustering : {Clustering::kIncremental, Clustering::kWhole}) {
-    problem.build_index({.clustering = clustering, .cluster_tokens = 65535, .segment_tokens = 65535, .provisional_tokens = 255,
-                         .iterations = 1, .sink_tokens = 0, .outlier_fraction = 0});
+    problem.build_index({.clustering = clustering,
+                         .cluster_tokens = 65535,
+                         .segment_tokens = 65535,
+                         .provisional_tokens = 255,
+                         .iterations = 1,
+                         .sink_tokens = 0,
+                         .outlier_fraction = 0});
     problem.run({.select = Select::kDense});
     const std::vector<float> exact = problem.out;
     const StepStats whole = problem.run({.select = Select::kTopK, .budget = 1 << 20});
     EXPECT_EQ(whole.dense, DenseReason::kNone);
     EXPECT_EQ(whole.tokens_certain, spec.kv_len);
     EXPECT_LT(relative_error(problem.out, exact), 1e-3);
-    // All weigh the same, so 6000 of 65600 err by what chance says: sqrt(16 (1/6000 - 1/65600)) over |mean value| of about 1.2.
+    // All weigh the same, so 6000 of 65600 err by what chance says: sqrt(16 (1/6000 - 1/65600)) over |mean value| of
+    // about 1.2.
     const StepStats sampled = problem.run({.tau = 6000, .beta = 1});
     EXPECT_EQ(sampled.dense, DenseReason::kNone);
     EXPECT_NEAR(static_cast<double>(sampled.tokens_sampled), 6000, 200);
@@ -134,7 +143,7 @@ TEST(Borders, SpreadsBeyondTheRange) {
     }
   }
   for (float& x : problem.q) x *= 1e3f;
-  for (const double slope : {-1e9, 1e9}) {   // calibrated beta: 0 and 2
+  for (const double slope : {-1e9, 1e9}) {  // calibrated beta: 0 and 2
     problem.build_index();
     for (Calibration& known : problem.index->state().calibration) known.sum_xx = 1, known.sum_xy = slope;
     problem.run({.select = Select::kDense});
@@ -209,7 +218,8 @@ TEST(Borders, RowsFarApart) {
       }
       kv.v = kv.k;
       kv.v.data = memory.data() + 64 + 320;
-      EXPECT_GT(kv.k.row(1, layout[0] == 'p' ? 16 : kRows - 1) - memory.data(), layout[0] == 'p' ? 0 : int64_t{1} << 32);
+      EXPECT_GT(kv.k.row(1, layout[0] == 'p' ? 16 : kRows - 1) - memory.data(),
+                layout[0] == 'p' ? 0 : int64_t{1} << 32);
       copy_rows(small.k, kv.k, 2, kRows, 0, bytes);
       copy_rows(small.v, kv.v, 2, kRows, 0, bytes);
       for (const Select select : {Select::kDense, Select::kSample, Select::kFit, Select::kTopK}) {
@@ -267,7 +277,8 @@ TEST(Borders, RowNumbersInTheMillions) {
     StepStats stats;
     Attention({.select = select, .tau = 1000, .target_mass = 1, .beta = 1}, Backend::kCpu, 1).run({&query, 1}, &stats);
     EXPECT_EQ(stats.dense, select == Select::kDense ? DenseReason::kAsked : DenseReason::kNone);
-    EXPECT_LT(relative_error(problem.out, exact), select == Select::kDense || select == Select::kFit ? 1e-5 : 0.1) << select_name(select);
+    EXPECT_LT(relative_error(problem.out, exact), select == Select::kDense || select == Select::kFit ? 1e-5 : 0.1)
+        << select_name(select);
   }
 }
 

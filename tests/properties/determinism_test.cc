@@ -17,7 +17,7 @@ TEST(Determinism, SameBitsForSameInputs) {
     for (const int32_t threads : {1, 2, 3, 5}) {
       SCOPED_TRACE(text(select_name(select), ", threads ", threads));
       std::vector<float> out, lse;
-      for (int time = 0; time < 3; ++time) {   // each time from scratch, index and all
+      for (int time = 0; time < 3; ++time) {  // each time from scratch, index and all
         Problem problem(spec_of(3000), 3, 7, 0.3f);
         problem.build_index();
         problem.run({.select = select}, Backend::kCpu, threads);
@@ -39,7 +39,7 @@ TEST(Determinism, ScratchLeavesNoTrace) {
     const std::vector<float> out = small.out, lse = small.lse;
     large.run({.select = select, .tau = 100, .beta = 1});
     Attention attention({.select = select, .tau = 100, .beta = 1}, Backend::kCpu, 1);
-    attention.run({&large.query, 1});   // other shapes before
+    attention.run({&large.query, 1});  // other shapes before
     attention.run({&small.query, 1});
     EXPECT_TRUE(same_bits(small.out, out));
     EXPECT_TRUE(same_bits(small.lse, lse));
@@ -67,7 +67,7 @@ TEST(Determinism, EverythingThatNamesTheStepChangesTheDraw) {
   const std::vector<float> out = problem.out;
   const DecodeQuery query = problem.query;
   const auto differs = [&](const DecodeOptions& o) {
-    problem.build_index();   // a step learns, and may read rows next time that it found heavy
+    problem.build_index();  // a step learns, and may read rows next time that it found heavy
     problem.run(o);
     return !same_bits(problem.out, out);
   };

@@ -1,5 +1,5 @@
-// Memory that runs out at any allocation: the caller gets the exception, from whatever thread, and what was there before
-// still answers right.
+// Memory that runs out at any allocation: the caller gets the exception, from whatever thread, and what was there
+// before still answers right.
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -8,7 +8,7 @@
 
 namespace {
 
-std::atomic<int64_t> allocations_left = INT64_MAX;   // the one after them fails
+std::atomic<int64_t> allocations_left = INT64_MAX;  // the one after them fails
 
 }  // namespace
 
@@ -47,7 +47,7 @@ CacheSpec spec_of(int64_t kv_len) {
 
 TEST(Memory, AStepThatRunsOutCanBeRepeated) {
   for (const Select select : {Select::kDense, Select::kSample, Select::kFit, Select::kTopK}) {
-    for (const bool spoilt : {false, true}) {   // a query that is answered twice, sparsely and then densely
+    for (const bool spoilt : {false, true}) {  // a query that is answered twice, sparsely and then densely
       for (const int32_t threads : {1, 2}) {
         SCOPED_TRACE(text(select_name(select), spoilt ? ", spoilt" : "", ", threads ", threads));
         Problem problem(spec_of(900), 2, 7, 0.3f), other(spec_of(700), 1, 8, 0.3f);
@@ -61,7 +61,7 @@ TEST(Memory, AStepThatRunsOutCanBeRepeated) {
           StepStats stats[2];
           attention.run(queries, stats);
         };
-        problem.run(options), other.run(options);   // fills in the queries
+        problem.run(options), other.run(options);  // fills in the queries
         Attention sound(options, Backend::kCpu, threads);
         run(sound);
         const std::vector<float> expected = problem.out;
@@ -91,7 +91,8 @@ TEST(Memory, UpkeepThatRunsOutLosesNoRow) {
   for (const Clustering clustering : {Clustering::kIncremental, Clustering::kWhole}) {
     Problem problem(spec_of(900), 1, 7, 0.3f);
     const KvView kv = problem.cache.view();
-    const IndexOptions options{.clustering = clustering, .segment_tokens = 256, .provisional_tokens = 64, .iterations = 1};
+    const IndexOptions options{
+        .clustering = clustering, .segment_tokens = 256, .provisional_tokens = 64, .iterations = 1};
     int64_t allowed = 0;
     for (bool done = false; !done; ++allowed) {
       problem.index = std::make_unique<KvIndex>(options, KvShape{2, 64, 64});

@@ -33,7 +33,8 @@ void for_all(const CacheSpec& spec, int32_t group, Fn fn) {
 }
 
 std::vector<float> head_of(const std::vector<float>& out, size_t head, size_t dim = 64) {
-  return {out.begin() + static_cast<std::ptrdiff_t>(head * dim), out.begin() + static_cast<std::ptrdiff_t>((head + 1) * dim)};
+  return {out.begin() + static_cast<std::ptrdiff_t>(head * dim),
+          out.begin() + static_cast<std::ptrdiff_t>((head + 1) * dim)};
 }
 
 bool all_finite(const std::vector<float>& x) {
@@ -52,7 +53,8 @@ TEST(Robustness, ABadKeyStaysInItsHead) {
       const std::vector<float> out = problem.out;
       problem.cache.set_key(1, 700, problem.cache.key(0, 700));
       problem.run({.select = Select::kDense}, backend);
-      for (size_t h = 0; h < 2; ++h) EXPECT_LT(relative_error(head_of(out, h), head_of(problem.out, h)), 1e-5) << "head " << h;
+      for (size_t h = 0; h < 2; ++h)
+        EXPECT_LT(relative_error(head_of(out, h), head_of(problem.out, h)), 1e-5) << "head " << h;
       if (std::isnan(bad)) {
         for (size_t h = 2; h < 4; ++h) EXPECT_TRUE(std::isnan(out[h * 64])) << "head " << h;
       }
@@ -85,7 +87,8 @@ TEST(Robustness, ABadQueryStaysInItsHead) {
       problem.q[64 + 5] = bad;
       const StepStats stats = problem.run(options, backend);
       EXPECT_EQ(stats.dense, options.select == Select::kDense ? DenseReason::kAsked : DenseReason::kNotFinite);
-      for (const size_t h : {0, 2, 3}) EXPECT_LT(relative_error(head_of(problem.out, h), head_of(exact, h)), 1e-5) << "head " << h;
+      for (const size_t h : {0, 2, 3})
+        EXPECT_LT(relative_error(head_of(problem.out, h), head_of(exact, h)), 1e-5) << "head " << h;
       EXPECT_FALSE(all_finite(head_of(problem.out, 1)));
     });
   }
@@ -104,7 +107,8 @@ void expect_reference_or_dense(Problem& problem, const DecodeOptions& options, d
     tolerance = 1e-4;
   }
   EXPECT_LT(relative_error(problem.out, out), tolerance);
-  for (size_t h = 0; h < lse.size(); ++h) EXPECT_NEAR(problem.lse[h], lse[h], tolerance + 1e-5 * std::fabs(lse[h])) << "head " << h;
+  for (size_t h = 0; h < lse.size(); ++h)
+    EXPECT_NEAR(problem.lse[h], lse[h], tolerance + 1e-5 * std::fabs(lse[h])) << "head " << h;
 }
 
 TEST(Robustness, HugeScoresAreNumbers) {
@@ -126,7 +130,7 @@ TEST(Robustness, HiddenClustersDoNotDrownTheVisible) {
       SCOPED_TRACE(text(select_name(select), " lead ", lead));
       Problem problem(spec_of(1500), 1, 7, 0.1f);
       std::vector<uint64_t> visible(24, ~uint64_t{0});
-      for (int64_t row = 256; row < 512; ++row) {   // hidden, and along the query
+      for (int64_t row = 256; row < 512; ++row) {  // hidden, and along the query
         visible[row >> 6] &= ~(uint64_t{1} << (row & 63));
         for (int32_t head = 0; head < 2; ++head) {
           std::vector<float> k = head_of(problem.q, static_cast<size_t>(head));
@@ -138,7 +142,8 @@ TEST(Robustness, HiddenClustersDoNotDrownTheVisible) {
       }
       problem.build_index();
       problem.query.visible = visible.data();
-      expect_reference_or_dense(problem, {.select = select, .tau = 300, .target_mass = 0.999f, .budget = 1400, .beta = 1},
+      expect_reference_or_dense(problem,
+                                {.select = select, .tau = 300, .target_mass = 0.999f, .budget = 1400, .beta = 1},
                                 select == Select::kSample ? 0.1 : 0.01);
     }
   }
@@ -192,7 +197,8 @@ TEST(Robustness, ABiasOfMinusInfinityHidesTheRow) {
 TEST(Robustness, RewrittenRowsAreReadAsTheyAre) {
   for_all(spec_of(2000), 2, [&](Problem& problem, const DecodeOptions& options, Backend backend) {
     problem.build_index();
-    for (int32_t head = 0; head < 2; ++head) {   // the key that the head's first query looks for, and a value to know it by
+    for (int32_t head = 0; head < 2;
+         ++head) {  // the key that the head's first query looks for, and a value to know it by
       std::vector<float> k = head_of(problem.q, static_cast<size_t>(head) * 2);
       double norm2 = 0;
       for (const float x : k) norm2 += x * x;
@@ -221,14 +227,15 @@ TEST(Robustness, ARowChangedUnseenMakesTheStepDense) {
           for (float& value : x) value = random.normal();
           keys ? problem.cache.set_key(1, row, x) : problem.cache.set_value(1, row, x);
         }
-        EXPECT_EQ(problem.run(options, backend).dense, DenseReason::kRowChanged) << dtype_name(dtype) << (keys ? " K" : " V");
+        EXPECT_EQ(problem.run(options, backend).dense, DenseReason::kRowChanged)
+            << dtype_name(dtype) << (keys ? " K" : " V");
         const std::vector<float> out = problem.out;
         problem.run({.select = Select::kDense}, backend);
         EXPECT_TRUE(same_bits(problem.out, out));
         DecodeOptions unchecked = options;
         unchecked.check_rows = false;
         EXPECT_EQ(problem.run(unchecked, backend).dense, DenseReason::kNone);
-        problem.index->verify(problem.cache.view());   // and then the changed rows are read exactly
+        problem.index->verify(problem.cache.view());  // and then the changed rows are read exactly
         EXPECT_NE(problem.run(options, backend).dense, DenseReason::kRowChanged);
       });
     }
@@ -257,14 +264,16 @@ TEST(Robustness, OneQueryThatFallsBackLeavesTheOthersAlone) {
   EXPECT_EQ(stats[0].kv_bytes, alone.kv_bytes);
   EXPECT_TRUE(same_bits(good.out, out));
   EXPECT_TRUE(same_bits(other.out, other_out));
-  for (size_t i = 0; i < bad_out.size(); ++i) EXPECT_TRUE(bad.out[i] == bad_out[i] || (std::isnan(bad.out[i]) && std::isnan(bad_out[i])));
+  for (size_t i = 0; i < bad_out.size(); ++i)
+    EXPECT_TRUE(bad.out[i] == bad_out[i] || (std::isnan(bad.out[i]) && std::isnan(bad_out[i])));
 }
 
 TEST(Robustness, TheIndexGoesOnWhileTheCacheGrows) {
   CacheSpec spec = spec_of(3000);
   for (const Select select : {Select::kSample, Select::kFit, Select::kTopK}) {
     Problem problem(spec, 2, 7, 0.3f);
-    problem.index = std::make_unique<KvIndex>(IndexOptions{.segment_tokens = 512, .provisional_tokens = 128}, KvShape{2, 64, 64});
+    problem.index =
+        std::make_unique<KvIndex>(IndexOptions{.segment_tokens = 512, .provisional_tokens = 128}, KvShape{2, 64, 64});
     problem.index->set_num_threads(1);
     const KvView whole = problem.cache.view();
     for (int64_t len = 100; len <= 3000; len += 145) {
@@ -280,7 +289,8 @@ TEST(Robustness, TheIndexGoesOnWhileTheCacheGrows) {
       StepStats stats;
       Attention({.select = Select::kDense}, Backend::kCpu, 1).run({&query, 1});
       const std::vector<float> exact = problem.out;
-      Attention({.select = select, .tau = 2000, .target_mass = 0.99f, .beta = 1}, Backend::kCpu, 1).run({&query, 1}, &stats);
+      Attention({.select = select, .tau = 2000, .target_mass = 0.99f, .beta = 1}, Backend::kCpu, 1)
+          .run({&query, 1}, &stats);
       EXPECT_LT(relative_error(problem.out, exact), 0.1);
       EXPECT_LE(stats.tokens_value, 2 * len);
     }

@@ -46,7 +46,7 @@ TEST(Sampling, NumeratorAndDenominatorAreUnbiased) {
         const StepStats stats = draw(problem, {.tau = tau, .refine = 1, .beta = 1}, i);
         ASSERT_EQ(stats.refined_clusters, 0);
         for (size_t g = 0; g < 2; ++g) {
-          const double total = std::exp(problem.lse[g] - lse[g]);   // in units of the dense sum
+          const double total = std::exp(problem.lse[g] - lse[g]);  // in units of the dense sum
           denominator[g].add(total);
           for (size_t d = 0; d < 64; ++d) numerator[g * 64 + d].add(total * problem.out[g * 64 + d]);
         }
@@ -62,9 +62,9 @@ TEST(Sampling, NumeratorAndDenominatorAreUnbiased) {
   }
 }
 
-// Over many draws the squared standard error is the mean squared error of the mass or somewhat more (the row that may always have
-// been missed counts where clusters are tight, as here at sharpness 0.2), and the 95% interval holds the truth. The variance of
-// independent draws is five times the error there.
+// Over many draws the squared standard error is the mean squared error of the mass or somewhat more (the row that may
+// always have been missed counts where clusters are tight, as here at sharpness 0.2), and the 95% interval holds the
+// truth. The variance of independent draws is five times the error there.
 TEST(Sampling, StandardErrorIsTheErrorOfTheMass) {
   for (const float sharpness : {0.2f, 0.5f}) {
     for (const float tau : {50.0f, 200.0f}) {
@@ -156,8 +156,8 @@ TEST(Sampling, CalibrationKeepsTheErrorNearItsTarget) {
   EXPECT_GT(known.variance_ratio, 0);
 }
 
-// One row weighs 0.3 of everything, and its cluster does not know (it changed unseen). When it is drawn it would stand for far
-// more than that; refinement reads its cluster whole instead.
+// One row weighs 0.3 of everything, and its cluster does not know (it changed unseen). When it is drawn it would stand
+// for far more than that; refinement reads its cluster whole instead.
 TEST(Sampling, RefinementReadsAnUnderestimatedClusterWhole) {
   Problem problem(spec_of(4000), 1, 7, 0.2f);
   problem.build_index();

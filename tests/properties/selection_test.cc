@@ -23,7 +23,7 @@ const DecodeOptions kEverything[] = {
 TEST(Selection, EverythingSelectedIsDense) {
   for (const DType dtype : kAllTypes) {
     for (const double seen : {1.0, 0.5}) {
-      Problem problem(spec_of(1800, dtype), 3, 7, 0.3f);   // blunt enough that no weight is below 1 / tau
+      Problem problem(spec_of(1800, dtype), 3, 7, 0.3f);  // blunt enough that no weight is below 1 / tau
       problem.build_index({.segment_tokens = 1024});
       const std::vector<uint64_t> visible = random_bits(1800, seen, 2);
       if (seen < 1) problem.query.visible = visible.data();
@@ -144,7 +144,8 @@ TEST(Selection, EqualKeysShareTheWeight) {
   problem.run({.select = Select::kDense});
   const std::vector<float> lse = problem.lse;
   StepStats stats = problem.run({.tau = 500, .beta = 1});
-  for (size_t h = 0; h < lse.size(); ++h) EXPECT_NEAR(problem.lse[h], lse[h], 0.01) << "every row weighs the same, so only the count varies";
+  for (size_t h = 0; h < lse.size(); ++h)
+    EXPECT_NEAR(problem.lse[h], lse[h], 0.01) << "every row weighs the same, so only the count varies";
   EXPECT_NEAR(static_cast<double>(stats.tokens_sampled), 2 * 500 * 0.95, 80);
   stats = problem.run({.select = Select::kFit, .target_mass = 0.8f});
   EXPECT_NEAR(static_cast<double>(stats.tokens_certain), 0.8 * 2 * 3000, 10);

@@ -1,6 +1,7 @@
-// OpenMP as the library uses it (teams, barriers, thread numbers), on pthreads: linked before libgomp into programs built
-// with -fsanitize=thread. ThreadSanitizer cannot see how libgomp's threads wait for each other and would report every row
-// written before a barrier and read behind it; the locks here it sees, so that what it still reports is a race.
+// OpenMP as the library uses it (teams, barriers, thread numbers), on pthreads: linked before libgomp into programs
+// built with -fsanitize=thread. ThreadSanitizer cannot see how libgomp's threads wait for each other and would report
+// every row written before a barrier and read behind it; the locks here it sees, so that what it still reports is a
+// race.
 #include <pthread.h>
 
 #include <array>

@@ -9,14 +9,15 @@ namespace tactic::tool {
 namespace {
 
 RowsView rows_of(const tactic_rows& r) {
-  return {r.data,       static_cast<DType>(r.dtype), r.token_stride_bytes, r.head_stride_bytes,
-          r.page_table, r.page_tokens,               r.page_stride_bytes};
+  return {r.data,        static_cast<DType>(r.dtype), r.token_stride_bytes, r.head_stride_bytes, r.page_table,
+          r.page_tokens, r.page_stride_bytes};
 }
 
 // Rows [0, position), which must be what the query sees.
 KvView visible_rows(const tactic_query& query) {
   for (int64_t row = 0; query.visible != nullptr && row < query.position; ++row) {
-    if ((query.visible[row / 64] >> (row % 64) & 1) == 0) throw CommandError("baselines need a cache without gaps; row " + std::to_string(row) + " is hidden");
+    if ((query.visible[row / 64] >> (row % 64) & 1) == 0)
+      throw CommandError("baselines need a cache without gaps; row " + std::to_string(row) + " is hidden");
   }
   if (query.bias != nullptr) throw CommandError("baselines need a mask without bias");
   const tactic_kv& kv = query.kv;
@@ -42,7 +43,8 @@ int HostDecoder::call(void* self, const tactic_query* query, tactic_step_stats* 
   }
 }
 
-QueryRecorder::QueryRecorder(Host& host) : HostDecoder(host), queries_(static_cast<size_t>(llama_model_n_layer(host.model()))) {}
+QueryRecorder::QueryRecorder(Host& host)
+    : HostDecoder(host), queries_(static_cast<size_t>(llama_model_n_layer(host.model()))) {}
 
 bool QueryRecorder::answer(const tactic_query& query, tactic_step_stats&) {
   std::vector<float>& layer = queries_.at(static_cast<size_t>(query.layer));
@@ -53,7 +55,8 @@ bool QueryRecorder::answer(const tactic_query& query, tactic_step_stats&) {
   return false;
 }
 
-BaselineDecoder::BaselineDecoder(Host& host, const eval::BaselineSpec& spec, const PromptQueries& prompt, int64_t prompt_len, uint64_t seed)
+BaselineDecoder::BaselineDecoder(Host& host, const eval::BaselineSpec& spec, const PromptQueries& prompt,
+                                 int64_t prompt_len, uint64_t seed)
     : HostDecoder(host), spec_(spec), prompt_(prompt), prompt_len_(prompt_len), seed_(seed), layers_(prompt.size()) {}
 
 BaselineDecoder::LayerState& BaselineDecoder::prepare(const tactic_query& query, const KvView& kv) {

@@ -49,7 +49,8 @@ class QueryRecorder : public HostDecoder {
 /// Answers by one method. The first call of each layer builds what the method needs over `prompt_len` rows.
 class BaselineDecoder : public HostDecoder {
  public:
-  BaselineDecoder(Host& host, const eval::BaselineSpec& spec, const PromptQueries& prompt, int64_t prompt_len, uint64_t seed);
+  BaselineDecoder(Host& host, const eval::BaselineSpec& spec, const PromptQueries& prompt, int64_t prompt_len,
+                  uint64_t seed);
   /// |o - o_exact| / |o_exact| at the inputs that each layer got, mean over every fourth query, layers and heads.
   double mean_error() const { return errors_ > 0 ? error_sum_ / errors_ : 0; }
 

@@ -57,7 +57,7 @@ std::vector<EvalMode> parse_eval_modes(const std::string& text) {
 struct ModeResult {
   std::vector<TokenComparison> tokens;  // of all windows, one after the other
   tactic_totals totals = {};
-  double error_sum = 0;                 // of a baseline's mean errors, one a window
+  double error_sum = 0;  // of a baseline's mean errors, one a window
 };
 
 // The cache after `depth` tokens, and the queries of the last of them if a mode needs them.
@@ -151,8 +151,8 @@ tactic_totals decode_window(Host& host, const Mode& mode, HostDecoder* decoder, 
 }
 
 // The last `recorded` tokens are decoded one by one, so that their queries are seen.
-Prefilled prefill(Host& host, const SessionOptions& session_options, std::span<const llama_token> tokens, size_t recorded,
-                  const std::string& label) {
+Prefilled prefill(Host& host, const SessionOptions& session_options, std::span<const llama_token> tokens,
+                  size_t recorded, const std::string& label) {
   Prefilled result;
   const auto many = static_cast<int64_t>(tokens.size() - recorded);
   {
@@ -181,7 +181,8 @@ std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const s
                                           .threads = options.threads,
                                           .cache_type = parse_cache_type(options.cache_type)};
   constexpr int64_t kRecorded = 32;  // what the papers of eviction methods observe
-  const bool any_baseline = std::any_of(modes.begin(), modes.end(), [](const EvalMode& m) { return m.baseline.has_value(); });
+  const bool any_baseline =
+      std::any_of(modes.begin(), modes.end(), [](const EvalMode& m) { return m.baseline.has_value(); });
   const auto recorded = static_cast<size_t>(any_baseline ? std::min(kRecorded, options.depth - 1) : 0);
   std::vector<ModeResult> results(modes.size());
   LogitStore exact(options.steps, host.vocab_size());
@@ -310,9 +311,9 @@ void report(const Host& host, const EvalOptions& options, const std::vector<Eval
     const Summary s = summarize(results[m].tokens, options.steps);
     const ReadFigures read(results[m].totals, mean_kv_len(options));
     exact_perplexity = s.exact_perplexity;
-    table.add({modes[m].mode.name, format("%.5f", s.mean_kl), format("%.5f-%.5f", s.mean_interval.low, s.mean_interval.high),
-               format("%.5f", s.median_kl), format("%.4f", s.p99_kl), format("%.4f", s.max_kl),
-               format("%.1f%%", 100 * s.same_top),
+    table.add({modes[m].mode.name, format("%.5f", s.mean_kl),
+               format("%.5f-%.5f", s.mean_interval.low, s.mean_interval.high), format("%.5f", s.median_kl),
+               format("%.4f", s.p99_kl), format("%.4f", s.max_kl), format("%.1f%%", 100 * s.same_top),
                format("%.1f-%.1f%%", 100 * s.same_top_interval.low, 100 * s.same_top_interval.high),
                format("%.4f", s.perplexity), format("%.0f", read.tokens_per_kv_head),
                format("%.3f", read.read_fraction),
@@ -386,7 +387,8 @@ void add_eval(CLI::App& app) {
   std::string methods;
   for (const std::string& line : eval::baseline_help()) methods += "\n  " + line;
   verb->footer(
-      "Other methods as modes, with their defaults:" + methods + "\n"
+      "Other methods as modes, with their defaults:" + methods +
+      "\n"
       "Example:\n  tactic eval kl -m model.gguf --text book.txt --records 0 -d 6144 -n 384 --modes "
       "'stock;sample,error=0.02'\n"
       "Exact: attention over the whole stored cache, summed in f32. Intervals: bootstrap over blocks of 16 tokens; "

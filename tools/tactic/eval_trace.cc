@@ -31,14 +31,15 @@ struct EvalTraceOptions {
 };
 
 struct Family {
-  std::string name;       // as the user wrote it
+  std::string name;  // as the user wrote it
   std::vector<Setting> settings;
 };
 
 double parse_value(const std::string& text, const std::string& item) {
   char* end = nullptr;
   const double value = std::strtod(text.c_str(), &end);
-  if (text.empty() || *end != 0 || !std::isfinite(value)) throw CommandError("--select '" + item + "': '" + text + "' is not a number");
+  if (text.empty() || *end != 0 || !std::isfinite(value))
+    throw CommandError("--select '" + item + "': '" + text + "' is not a number");
   return value;
 }
 
@@ -55,13 +56,16 @@ std::vector<std::string> expand_value(const std::string& value, const std::strin
   }
   const size_t dash = value.find('-', 1), by = value.find_first_of("x:", 1);
   if (dash == std::string::npos || by == std::string::npos || by < dash) return {value};
-  const double low = parse_value(value.substr(0, dash), item), high = parse_value(value.substr(dash + 1, by - dash - 1), item);
+  const double low = parse_value(value.substr(0, dash), item),
+               high = parse_value(value.substr(dash + 1, by - dash - 1), item);
   const double step = parse_value(value.substr(by + 1), item);
   const bool times = value[by] == 'x';
-  if (times ? !(step > 1 && low > 0) : !(step > 0)) throw CommandError("--select '" + item + "': the range '" + value + "' does not rise");
+  if (times ? !(step > 1 && low > 0) : !(step > 0))
+    throw CommandError("--select '" + item + "': the range '" + value + "' does not rise");
   for (double x = low; x <= high * (1 + 1e-9); x = times ? x * step : x + step) {
     out.push_back(format("%.6g", x));
-    if (out.size() > 1000) throw CommandError("--select '" + item + "': the range '" + value + "' has more than 1000 values");
+    if (out.size() > 1000)
+      throw CommandError("--select '" + item + "': the range '" + value + "' has more than 1000 values");
   }
   return out;
 }
@@ -76,10 +80,12 @@ std::vector<Family> parse_families(const std::string& text) {
       const size_t equals = part.find('=');
       begin = end + 1;
       std::vector<std::string> next;
-      const auto values = equals == std::string::npos ? std::vector<std::string>{part} : expand_value(part.substr(equals + 1), mode.name);
+      const auto values = equals == std::string::npos ? std::vector<std::string>{part}
+                                                      : expand_value(part.substr(equals + 1), mode.name);
       for (const std::string& before : options) {
         for (const std::string& value : values) {
-          next.push_back(before + (before.empty() ? "" : ",") + (equals == std::string::npos ? value : part.substr(0, equals + 1) + value));
+          next.push_back(before + (before.empty() ? "" : ",") +
+                         (equals == std::string::npos ? value : part.substr(0, equals + 1) + value));
         }
       }
       options = std::move(next);
@@ -93,7 +99,8 @@ std::vector<Family> parse_families(const std::string& text) {
           continue;
         }
         const plugin::PluginOptions parsed = plugin::parse_options(one);
-        if (!parsed.enabled) throw CommandError("--select '" + mode.name + "': llama.cpp's own attention is not evaluated on traces");
+        if (!parsed.enabled)
+          throw CommandError("--select '" + mode.name + "': llama.cpp's own attention is not evaluated on traces");
         family.settings.push_back({name, parsed.index, parsed.decode});
       } catch (const Error& error) {
         throw CommandError("--select '" + one + "': " + error.what());
@@ -109,7 +116,8 @@ std::vector<int32_t> chosen_layers(const EvalTraceOptions& options, const eval::
   if (options.layers.empty()) {
     for (int32_t i = 0; i < trace.num_layers(); ++i) layers.push_back(i);
   } else {
-    for (const int64_t i : parse_numbers(options.layers, "--layers", 0, trace.num_layers() - 1)) layers.push_back(static_cast<int32_t>(i));
+    for (const int64_t i : parse_numbers(options.layers, "--layers", 0, trace.num_layers() - 1))
+      layers.push_back(static_cast<int32_t>(i));
   }
   return layers;
 }
@@ -129,7 +137,8 @@ std::vector<int64_t> chosen_queries(const eval::Trace& trace, int64_t limit, int
 }
 
 // The library's settings and those that name another method, in the order given.
-std::vector<SettingCases> measure_settings(const eval::TraceLayer& layer, int32_t number, const std::vector<eval::DenseQuery>& answers,
+std::vector<SettingCases> measure_settings(const eval::TraceLayer& layer, int32_t number,
+                                           const std::vector<eval::DenseQuery>& answers,
                                            const std::vector<Setting>& settings) {
   std::vector<Setting> own;
   std::vector<eval::BaselineSpec> others;
@@ -140,18 +149,21 @@ std::vector<SettingCases> measure_settings(const eval::TraceLayer& layer, int32_
   std::vector<SettingCases> other_cases = eval::measure_baselines(layer, number, answers, others, 1);
   std::vector<SettingCases> all;
   auto next_own = own_cases.begin(), next_other = other_cases.begin();
-  for (const Setting& setting : settings) all.push_back(std::move(eval::is_baseline(setting.name) ? *next_other++ : *next_own++));
+  for (const Setting& setting : settings)
+    all.push_back(std::move(eval::is_baseline(setting.name) ? *next_other++ : *next_own++));
   return all;
 }
 
 std::vector<double> error_by_layer(const SettingCases& cases, const eval::Trace& trace) {
   std::vector<double> sums(static_cast<size_t>(trace.num_layers())), counts(sums.size());
-  for (const eval::HeadCase& one : cases.heads) sums[static_cast<size_t>(one.layer)] += one.error, counts[static_cast<size_t>(one.layer)] += 1;
+  for (const eval::HeadCase& one : cases.heads)
+    sums[static_cast<size_t>(one.layer)] += one.error, counts[static_cast<size_t>(one.layer)] += 1;
   for (size_t l = 0; l < sums.size(); ++l) sums[l] = counts[l] > 0 ? sums[l] / counts[l] : 0;
   return sums;
 }
 
-std::vector<SettingCases> measure(const EvalTraceOptions& options, const eval::Trace& trace, const std::vector<Setting>& settings) {
+std::vector<SettingCases> measure(const EvalTraceOptions& options, const eval::Trace& trace,
+                                  const std::vector<Setting>& settings) {
   const std::vector<int32_t> layers = chosen_layers(options, trace);
   const std::vector<int64_t> queries = chosen_queries(trace, options.queries, options.within);
   if (queries.empty()) throw CommandError(trace.path() + " holds no decode query");
@@ -214,7 +226,8 @@ void print_equal_error(const std::vector<Family>& families, const std::vector<Er
   size_t at = 0;
   for (const Family& family : families) {
     points.emplace_back();
-    for (size_t i = 0; i < family.settings.size(); ++i, ++at) points.back().push_back({summaries[at].tokens, summaries[at].mean});
+    for (size_t i = 0; i < family.settings.size(); ++i, ++at)
+      points.back().push_back({summaries[at].tokens, summaries[at].mean});
   }
   std::vector<std::string> header{"at the error of"};
   std::vector<size_t> columns;
@@ -228,7 +241,8 @@ void print_equal_error(const std::vector<Family>& families, const std::vector<Er
   at = 0;
   for (size_t f = 0; f < families.size(); ++f) {
     for (size_t i = 0; i < families[f].settings.size(); ++i, ++at) {
-      std::vector<std::string> row{format("%s: %.0f tokens, %.4f", families[f].settings[i].name.c_str(), summaries[at].tokens, summaries[at].mean)};
+      std::vector<std::string> row{format("%s: %.0f tokens, %.4f", families[f].settings[i].name.c_str(),
+                                          summaries[at].tokens, summaries[at].mean)};
       bool any = false;
       for (const size_t c : columns) {
         const double tokens = c == f ? NAN : eval::tokens_at_error(points[c], summaries[at].mean);
@@ -253,26 +267,37 @@ void print_worst(const std::string& name, const SettingCases& cases, int64_t cou
   Table table({"layer", "head", "position", "error", "mass", "believed", "largest row not read", "its weight"});
   for (size_t i = 0; i < shown; ++i) {
     const eval::HeadCase& c = *order[i];
-    table.add({format("%d", c.layer), format("%d", c.head), format("%lld", static_cast<long long>(c.position)), format("%.3f", c.error), format("%.3f", c.achieved_mass),
-               format("%.3f +- %.3f", c.estimated_mass, c.mass_std_error), format("%lld", static_cast<long long>(c.missed_row)), format("%.3f", c.missed_weight)});
+    table.add({format("%d", c.layer), format("%d", c.head), format("%lld", static_cast<long long>(c.position)),
+               format("%.3f", c.error), format("%.3f", c.achieved_mass),
+               format("%.3f +- %.3f", c.estimated_mass, c.mass_std_error),
+               format("%lld", static_cast<long long>(c.missed_row)), format("%.3f", c.missed_weight)});
   }
   table.print(stdout);
 }
 
-void report(const std::string& name, const eval::Trace* trace, const EvalTraceOptions& options, const std::vector<Family>& families,
-            const std::vector<Setting>& settings, const std::vector<SettingCases>& cases, JsonLines& json) {
-  Table table({name, "tokens", "read fraction", "mean error", "median", "p99", "max", "at layer/head", "worst mean", "layer/head", "mass", "success",
-               "coverage", "bias"});
+void report(const std::string& name, const eval::Trace* trace, const EvalTraceOptions& options,
+            const std::vector<Family>& families, const std::vector<Setting>& settings,
+            const std::vector<SettingCases>& cases, JsonLines& json) {
+  Table table({name, "tokens", "read fraction", "mean error", "median", "p99", "max", "at layer/head", "worst mean",
+               "layer/head", "mass", "success", "coverage", "bias"});
   std::vector<ErrorSummary> summaries;
   for (size_t s = 0; s < settings.size(); ++s) {
-    const ErrorSummary e = summarize(cases[s], settings[s].decode.target_mass > 0 ? settings[s].decode.target_mass : 0.9);
+    const ErrorSummary e =
+        summarize(cases[s], settings[s].decode.target_mass > 0 ? settings[s].decode.target_mass : 0.9);
     summaries.push_back(e);
-    table.add({settings[s].name, format("%.0f", e.tokens), format("%.3f", e.read_fraction), format("%.4f", e.mean), format("%.4f", e.median),
-               format("%.3f", e.p99), format("%.2f", e.max), format("%d/%d", e.max_layer, e.max_head), format("%.3f", e.worst_mean),
+    table.add({settings[s].name, format("%.0f", e.tokens), format("%.3f", e.read_fraction), format("%.4f", e.mean),
+               format("%.4f", e.median), format("%.3f", e.p99), format("%.2f", e.max),
+               format("%d/%d", e.max_layer, e.max_head), format("%.3f", e.worst_mean),
                format("%d/%d", e.worst_layer, e.worst_head), format("%.4f", e.achieved_mass), format("%.3f", e.success),
-               e.sampled_cases > 0 ? format("%.3f", e.coverage) : "-", e.sampled_cases > 0 ? format("%+.4f", e.mass_bias) : "-"});
+               e.sampled_cases > 0 ? format("%.3f", e.coverage) : "-",
+               e.sampled_cases > 0 ? format("%+.4f", e.mass_bias) : "-"});
     Json line = record_header("eval trace");
-    line.update({{"trace", name}, {"model", trace != nullptr ? trace->info().model : "several"}, {"queries", options.queries}, {"within", options.within}, {"layers", options.layers}, {"setting", settings[s].name}});
+    line.update({{"trace", name},
+                 {"model", trace != nullptr ? trace->info().model : "several"},
+                 {"queries", options.queries},
+                 {"within", options.within},
+                 {"layers", options.layers},
+                 {"setting", settings[s].name}});
     line.update(summary_json(e));
     if (trace != nullptr) line["error_by_layer"] = error_by_layer(cases[s], *trace);
     json.write(line);
@@ -309,20 +334,29 @@ void eval_trace(const EvalTraceOptions& options) {
 void add_eval_trace(CLI::App& eval) {
   auto options = std::make_shared<EvalTraceOptions>();
   CLI::App* verb = eval.add_subcommand("trace", "Error of attention and tokens read over recorded traces");
-  verb->add_option("--traces", options->traces, "files of tactic trace, separated by commas")->required()->delimiter(',')->type_name("FILES");
-  verb->add_option("--select", options->select, "settings separated by ';', as the plug-in's options; values may be lists and ranges")->capture_default_str();
+  verb->add_option("--traces", options->traces, "files of tactic trace, separated by commas")
+      ->required()
+      ->delimiter(',')
+      ->type_name("FILES");
+  verb->add_option("--select", options->select,
+                   "settings separated by ';', as the plug-in's options; values may be lists and ranges")
+      ->capture_default_str();
   verb->add_option("--layers", options->layers, "of the file, as in 0-29:3; else all");
-  verb->add_option("--queries", options->queries, "at most so many of the decode queries; 0: all")->check(CLI::Range(0, 1 << 20));
+  verb->add_option("--queries", options->queries, "at most so many of the decode queries; 0: all")
+      ->check(CLI::Range(0, 1 << 20));
   verb->add_option("--worst", options->worst, "cases shown per setting")->check(CLI::Range(0, 1000));
-  verb->add_option("--within", options->within, "only decode queries at most so many rows after the prompt, which is all that other methods index")
+  verb->add_option("--within", options->within,
+                   "only decode queries at most so many rows after the prompt, which is all that other methods index")
       ->check(CLI::Range(0, 1 << 30));
   verb->add_option("-t,--threads", options->threads, "0: all processors")->check(CLI::Range(0, 512));
   verb->add_option("--json", options->json, "append one JSON object per trace and setting")->type_name("FILE");
   verb->footer(
       "Other methods are settings too, as in 'quest,budget=256|512'; tactic eval kl --help lists them.\n"
       "Values: a|b|c lists, a-bxf multiplies by f, a-b:s adds s.\n"
-      "Example:\n  tactic eval trace --traces prose.trace,code.trace --select 'sample,error=0.005-0.04x2;fit,mass=0.9|0.95'\n"
-      "tokens: rows read per KV head, all counted. success: share of cases with at least the target mass. coverage: share of\n"
+      "Example:\n  tactic eval trace --traces prose.trace,code.trace --select "
+      "'sample,error=0.005-0.04x2;fit,mass=0.9|0.95'\n"
+      "tokens: rows read per KV head, all counted. success: share of cases with at least the target mass. coverage: "
+      "share of\n"
       "cases whose own 95% interval holds the true mass.");
   verb->callback([options] { eval_trace(*options); });
 }

@@ -167,9 +167,7 @@ Host::~Host() {
   llama_backend_free();
 }
 
-int64_t Host::context_tokens() const {
-  return static_cast<int64_t>(options_.yarn * llama_model_n_ctx_train(model_));
-}
+int64_t Host::context_tokens() const { return static_cast<int64_t>(options_.yarn * llama_model_n_ctx_train(model_)); }
 
 void Host::load_plugin() {
   const std::string path = find_plugin(options_.plugin_path);

@@ -46,8 +46,8 @@ DType trace_dtype(ggml_type type) {
   }
 }
 
-/// Takes what it wants from the attention nodes as they are computed. What goes wrong inside llama.cpp's C code waits in
-/// `error` for the caller.
+/// Takes what it wants from the attention nodes as they are computed. What goes wrong inside llama.cpp's C code waits
+/// in `error` for the caller.
 class Recorder {
  public:
   explicit Recorder(const TraceInfo& info) : info_(info) {}
@@ -61,7 +61,7 @@ class Recorder {
     } catch (const std::exception& e) {
       recorder.error = e.what();
     }
-    return recorder.error.empty();   // false stops the graph
+    return recorder.error.empty();  // false stops the graph
   }
 
   /// Every node of the tokens [begin, end) was computed.
@@ -81,7 +81,8 @@ class Recorder {
     return info;
   }
   void write(eval::TraceWriter& writer) const {
-    for (size_t i = 0; i < layers_.size(); ++i) writer.write_layer(static_cast<int32_t>(i), layers_[i].k, layers_[i].v, layers_[i].q);
+    for (size_t i = 0; i < layers_.size(); ++i)
+      writer.write_layer(static_cast<int32_t>(i), layers_[i].k, layers_[i].v, layers_[i].q);
   }
 
   std::string error;
@@ -96,14 +97,16 @@ class Recorder {
   void take(const ggml_tensor* node) {
     const size_t number = node_++;
     const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
-    float params[3];   // scale, max_bias (ALiBi), logit soft-cap
+    float params[3];  // scale, max_bias (ALiBi), logit soft-cap
     std::memcpy(params, node->op_params, sizeof params);
     if (node->src[4] != nullptr || params[1] != 0 || params[2] != 0) {
-      throw CommandError(format("attention node %zu has sink tensors, ALiBi or logit soft-capping, which a trace does not hold", number));
+      throw CommandError(format(
+          "attention node %zu has sink tensors, ALiBi or logit soft-capping, which a trace does not hold", number));
     }
-    if (q->type != GGML_TYPE_F32 || q->ne[3] != 1 || q->nb[0] != sizeof(float)) throw CommandError("the queries are not one sequence of f32");
+    if (q->type != GGML_TYPE_F32 || q->ne[3] != 1 || q->nb[0] != sizeof(float))
+      throw CommandError("the queries are not one sequence of f32");
     if (number >= layers_.size()) {
-      if (begin_ > 0) return;   // counted and refused by next_batch
+      if (begin_ > 0) return;  // counted and refused by next_batch
       Layer layer;
       layer.info = {.layer = layer_number(k, static_cast<int32_t>(number)),
                     .num_q_heads = static_cast<int32_t>(q->ne[2]),
@@ -138,7 +141,8 @@ class Recorder {
       if (token < 0 || token >= q->ne[1]) continue;
       for (int64_t head = 0; head < q->ne[2]; ++head) {
         ggml_backend_tensor_get(q, layer.q.data() + (i * q->ne[2] + head) * q->ne[0],
-                                static_cast<size_t>(token) * q->nb[1] + static_cast<size_t>(head) * q->nb[2], static_cast<size_t>(q->ne[0]) * sizeof(float));
+                                static_cast<size_t>(token) * q->nb[1] + static_cast<size_t>(head) * q->nb[2],
+                                static_cast<size_t>(q->ne[0]) * sizeof(float));
       }
     }
   }
@@ -147,7 +151,8 @@ class Recorder {
   int64_t window_of(const ggml_tensor* mask, int64_t batch) const {
     if (mask->type != GGML_TYPE_F16) throw CommandError("the mask is not f16");
     std::vector<ggml_fp16_t> row(static_cast<size_t>(mask->ne[0]));
-    ggml_backend_tensor_get(mask, row.data(), static_cast<size_t>(batch - 1) * mask->nb[1], row.size() * sizeof(ggml_fp16_t));
+    ggml_backend_tensor_get(mask, row.data(), static_cast<size_t>(batch - 1) * mask->nb[1],
+                            row.size() * sizeof(ggml_fp16_t));
     const auto sees = [&](int64_t r) { return ggml_fp16_to_fp32(row[static_cast<size_t>(r)]) == 0; };
     int64_t first = 0, seen = 0;
     while (first < info_.kv_len && !sees(first)) ++first;
@@ -160,28 +165,32 @@ class Recorder {
 
   void take_rows(const ggml_tensor* rows, std::vector<std::byte>& out) const {
     if (rows->ne[1] < info_.kv_len || rows->ne[3] != 1) {
-      throw CommandError(format("the cache holds %lld rows of %lld", static_cast<long long>(rows->ne[1]), static_cast<long long>(info_.kv_len)));
+      throw CommandError(format("the cache holds %lld rows of %lld", static_cast<long long>(rows->ne[1]),
+                                static_cast<long long>(info_.kv_len)));
     }
     const size_t bytes = ggml_row_size(rows->type, rows->ne[0]);
     out.resize(static_cast<size_t>(rows->ne[2] * info_.kv_len) * bytes);
     std::byte* to = out.data();
     for (int64_t head = 0; head < rows->ne[2]; ++head) {
       for (int64_t row = 0; row < info_.kv_len; ++row, to += bytes) {
-        ggml_backend_tensor_get(rows, to, static_cast<size_t>(row) * rows->nb[1] + static_cast<size_t>(head) * rows->nb[2], bytes);
+        ggml_backend_tensor_get(
+            rows, to, static_cast<size_t>(row) * rows->nb[1] + static_cast<size_t>(head) * rows->nb[2], bytes);
       }
     }
   }
 
-  TraceInfo info_;             // layers empty
+  TraceInfo info_;  // layers empty
   std::vector<Layer> layers_;
   size_t node_ = 0, num_layers_ = 0;
-  int64_t begin_ = 0;          // position of the batch's first token
+  int64_t begin_ = 0;  // position of the batch's first token
 };
 
 std::vector<llama_token> trace_tokens(const Host& host, const TraceOptions& options) {
   std::string text;
   if (options.records >= 0) {
-    for (const std::string& line : make_records(options.records > 0 ? options.records : options.tokens / 8 + 1, options.seed)) text += line;
+    for (const std::string& line :
+         make_records(options.records > 0 ? options.records : options.tokens / 8 + 1, options.seed))
+      text += line;
   } else {
     text = read_text(options.text);
   }
@@ -189,8 +198,9 @@ std::vector<llama_token> trace_tokens(const Host& host, const TraceOptions& opti
   const bool add_bos = llama_vocab_get_add_bos(host.vocab());
   const int64_t needed = options.tokens - (add_bos ? 1 : 0), has = static_cast<int64_t>(tokens.size());
   if (has < options.skip + needed) {
-    throw CommandError(format("%s has %lld tokens; --skip %lld and --tokens %lld need %lld", options.records >= 0 ? "the records" : options.text.c_str(),
-                              static_cast<long long>(has), static_cast<long long>(options.skip), static_cast<long long>(options.tokens),
+    throw CommandError(format("%s has %lld tokens; --skip %lld and --tokens %lld need %lld",
+                              options.records >= 0 ? "the records" : options.text.c_str(), static_cast<long long>(has),
+                              static_cast<long long>(options.skip), static_cast<long long>(options.tokens),
                               static_cast<long long>(options.skip + needed)));
   }
   tokens = {tokens.begin() + options.skip, tokens.begin() + options.skip + needed};
@@ -205,8 +215,9 @@ TraceInfo plan_queries(const TraceOptions& options) {
   info.prompt_len = options.prompt > 0 ? options.prompt : options.tokens * 3 / 4;
   const int64_t decoded = info.kv_len - info.prompt_len;
   if (options.queries > decoded) {
-    throw CommandError(format("--queries %lld do not fit into %lld positions after a prompt of %lld (--prompt)", static_cast<long long>(options.queries),
-                              static_cast<long long>(decoded), static_cast<long long>(info.prompt_len)));
+    throw CommandError(format("--queries %lld do not fit into %lld positions after a prompt of %lld (--prompt)",
+                              static_cast<long long>(options.queries), static_cast<long long>(decoded),
+                              static_cast<long long>(info.prompt_len)));
   }
   for (int64_t i = std::max<int64_t>(0, info.prompt_len - options.prompt_queries); i < info.prompt_len; ++i) {
     info.positions.push_back(i);
@@ -238,12 +249,16 @@ void trace(const TraceOptions& options) {
   Host host(options.host, {parse_mode("stock")});
   const std::vector<llama_token> tokens = trace_tokens(host, options);
   if (options.tokens > llama_model_n_ctx_train(host.model())) {
-    std::fprintf(stderr, "tactic: note: %lld tokens are beyond the model's training context of %d\n", static_cast<long long>(options.tokens),
-                 llama_model_n_ctx_train(host.model()));
+    std::fprintf(stderr, "tactic: note: %lld tokens are beyond the model's training context of %d\n",
+                 static_cast<long long>(options.tokens), llama_model_n_ctx_train(host.model()));
   }
   Recorder recorder(info);
   Session session(host, parse_mode("stock"),
-                  {.kv_len_max = options.tokens, .threads = options.threads, .cache_type = cache_type, .on_node = Recorder::callback, .on_node_data = &recorder});
+                  {.kv_len_max = options.tokens,
+                   .threads = options.threads,
+                   .cache_type = cache_type,
+                   .on_node = Recorder::callback,
+                   .on_node_data = &recorder});
   {
     Progress progress("trace " + info.text, options.tokens, "tok");
     session.prefill(tokens, [&](int64_t done) {
@@ -257,8 +272,9 @@ void trace(const TraceOptions& options) {
     eval::TraceWriter writer(options.output, whole);
     recorder.write(writer);
     writer.finish();
-    std::printf("%s: %zu layers, %lld rows, %lld queries, %.1f MB\n", options.output.c_str(), whole.layers.size(), static_cast<long long>(whole.kv_len),
-                static_cast<long long>(whole.num_queries()), static_cast<double>(std::filesystem::file_size(options.output)) / 1e6);
+    std::printf("%s: %zu layers, %lld rows, %lld queries, %.1f MB\n", options.output.c_str(), whole.layers.size(),
+                static_cast<long long>(whole.kv_len), static_cast<long long>(whole.num_queries()),
+                static_cast<double>(std::filesystem::file_size(options.output)) / 1e6);
   } catch (const Error& e) {
     throw CommandError(e.what());
   }
@@ -270,22 +286,33 @@ void add_trace(CLI::App& app) {
   auto options = std::make_shared<TraceOptions>();
   CLI::App* verb = app.add_subcommand("trace", "Record K, V and queries of a prefill for tactic eval trace");
   add_host_options(*verb, options->host);
-  CLI::Option* synthetic = verb->add_option("--synthetic", options->synthetic, "no model: normed-128, flat-128 or normed-256");
+  CLI::Option* synthetic =
+      verb->add_option("--synthetic", options->synthetic, "no model: normed-128, flat-128 or normed-256");
   verb->get_option("--model")->required(false)->excludes(synthetic);
   verb->add_option("-f,--file", options->text, "text to read")->type_name("FILE");
-  verb->add_option("--records", options->records, "generated records instead, this many; 0: as many as are needed")->check(CLI::Range(0, 1 << 24));
+  verb->add_option("--records", options->records, "generated records instead, this many; 0: as many as are needed")
+      ->check(CLI::Range(0, 1 << 24));
   verb->add_option("--name", options->name, "of the text, in reports; else the file's");
-  verb->add_option("-n,--tokens", options->tokens, "length of the cache")->check(CLI::Range(16, 1 << 28))->capture_default_str();
+  verb->add_option("-n,--tokens", options->tokens, "length of the cache")
+      ->check(CLI::Range(16, 1 << 28))
+      ->capture_default_str();
   verb->add_option("--skip", options->skip, "tokens of the text left out first")->check(CLI::Range(0, 1 << 30));
-  verb->add_option("--queries", options->queries, "decode positions recorded")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  verb->add_option("--prompt", options->prompt, "tokens of prompt, after which the decode positions are spread; 0: three quarters")
+  verb->add_option("--queries", options->queries, "decode positions recorded")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  verb->add_option("--prompt", options->prompt,
+                   "tokens of prompt, after which the decode positions are spread; 0: three quarters")
       ->check(CLI::Range(0, 1 << 28));
-  verb->add_option("--prompt-queries", options->prompt_queries, "last positions of the prompt recorded too")->check(CLI::Range(0, 1 << 16))->capture_default_str();
+  verb->add_option("--prompt-queries", options->prompt_queries, "last positions of the prompt recorded too")
+      ->check(CLI::Range(0, 1 << 16))
+      ->capture_default_str();
   verb->add_option("--cache-type", options->cache_type, "f16, f32, bf16, q8_0 or q4_0")->capture_default_str();
   verb->add_option("-t,--threads", options->threads, "0: all processors")->check(CLI::Range(0, 512));
   verb->add_option("--seed", options->seed, "of the records")->capture_default_str();
   verb->add_option("-o,--output", options->output, "the trace")->required()->type_name("FILE");
-  verb->footer("Example:\n  tactic trace -m model.gguf -f book.txt --tokens 8192 --queries 64 -o book.trace\nFormat: docs/trace-format.md.");
+  verb->footer(
+      "Example:\n  tactic trace -m model.gguf -f book.txt --tokens 8192 --queries 64 -o book.trace\nFormat: "
+      "docs/trace-format.md.");
   verb->callback([options] { trace(*options); });
 }
 

@@ -10,7 +10,7 @@ namespace tactic::tool {
 void add_run(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_eval(CLI::App& app);
-void add_eval_paper(CLI::App& eval);   // these below `eval`
+void add_eval_paper(CLI::App& eval);  // these below `eval`
 void add_eval_tasks(CLI::App& eval);
 void add_eval_trace(CLI::App& eval);
 void add_inspect(CLI::App& app);
