@@ -31,7 +31,7 @@ refuses() {  # STATUS TEXT [ARGUMENT...]
 model=$TACTIC_TEST_MODEL
 
 refuses 1 "no verb; tactic --help shows them"
-refuses 1 "no verb 'rum'; there are run, bench, eval and inspect" rum -m "$model"
+refuses 1 "no verb 'rum'; there are run, bench, eval, inspect and trace" rum -m "$model"
 refuses 2 "--model is required" run --prompt x
 refuses 2 "--tokens" run -m "$model" --prompt x -n 0
 refuses 2 "--threads" run -m "$model" --prompt x -t 513
