@@ -57,8 +57,8 @@ struct StepRecord {
   int32_t tokens_selected;  // by select_sample, certain and sampled
   int32_t clusters_refined;
   int32_t tokens_refined;  // added by that
-  float certain_mass;      // mean over the group's heads
-  float mass_variance;     // likewise
+  float certain_mass;      // share that certain rows have of the output's weights, mean over the group's heads
+  float mass_variance;     // of the total, relative, had the draws been independent; likewise
 };
 
 /// The indexes of one layer for up to max_sequences sequences, in device memory.

@@ -117,6 +117,7 @@ void make_outlier(Segment& segment, HeadClusters& clusters, float outlier_fracti
     const auto end = at + size;
     const auto found = std::lower_bound(at, end, member);
     if (found != end && *found == member) {
+      clusters.outliers.reserve(clusters.outliers.size() + 1);  // when memory runs out, the row stays where it is
       clusters.members.erase(found);
       --size;
       clusters.outliers.insert(std::lower_bound(clusters.outliers.begin(), clusters.outliers.end(), member), member);
