@@ -60,16 +60,17 @@ TEST(Memory, AStepThatRunsOutCanBeRepeated) {
           const DecodeQuery queries[] = {problem.query, other.query};
           StepStats stats[2];
           attention.run(queries, stats);
+          return stats[0].tokens_value + stats[1].tokens_value;
         };
         problem.run(options), other.run(options);  // fills in the queries
         Attention sound(options, Backend::kCpu, threads);
-        run(sound);
+        const int64_t tokens = run(sound);
         const std::vector<float> expected = problem.out;
         int64_t allowed = 0;
         for (bool done = false; !done; ++allowed) {
           Attention attention(options, Backend::kCpu, threads);
           done = survives(allowed, [&] { run(attention); });
-          run(attention);
+          ASSERT_EQ(run(attention), tokens) << "after " << allowed << " allocations";
           ASSERT_TRUE(same_bits(problem.out, expected)) << "after " << allowed << " allocations";
         }
         EXPECT_GT(allowed, 10) << "memory never ran out";
