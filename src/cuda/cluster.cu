@@ -54,7 +54,7 @@ class SegmentClustering {
         first_row(params.provisional ? params.full_segments * params.index.geometry.segment_tokens + number * num_rows
                                      : number * num_rows),
         slot(params.provisional ? params.index.geometry.max_segments + number : number),
-        scratch(params.scratch + static_cast<int64_t>(blockIdx.y * gridDim.x + blockIdx.x) * (scratch_floats()),
+        scratch(params.scratch + static_cast<int64_t>(blockIdx.y * gridDim.x + blockIdx.x) * params.scratch_floats,
                 num_rows, params.num_clusters, kDim) {
     const DecodeBatch& b = p.batch;
     pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(p.sequence) * b.max_pages;
@@ -81,11 +81,6 @@ class SegmentClustering {
   }
 
  private:
-  __device__ size_t scratch_floats() const {
-    return (static_cast<size_t>(p.num_clusters) * kDim + 5 * static_cast<size_t>(num_rows) + p.num_clusters + 1 + 31) /
-           32 * 32;
-  }
-
   // Eight elements of a stored row.
   __device__ void decode(const std::byte* row, int chunk, float (&x)[8]) const {
     const uint4 bits = Chunk<kDType>::load(row, chunk);

@@ -82,7 +82,7 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
     DenseParams params = impl.dense;
     params.batch = batch;
     params.splits = dense_splits(impl.device, batch.num_sequences, batch.num_kv_heads, impl.limits.max_rows);
-    launch_dense(params, static_cast<cudaStream_t>(stream));
+    launch_dense(params, impl.device, static_cast<cudaStream_t>(stream));
     return;
   }
   if (index == nullptr) throw Error("select=sample needs an index");
@@ -112,11 +112,10 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
   params.max_own_clusters = config.own_clusters;
   params.max_own_segments = config.own_segments;
   params.shared_bytes = config.shared_bytes;
-  params.half_empty = 2 * int64_t{batch.num_sequences} * batch.num_kv_heads * config.splits <= impl.device.num_sms;
   params.records = records;
   params.workspace = config.block_workspace_bytes > 0 ? impl.workspace : nullptr;
   params.block_workspace_bytes = config.block_workspace_bytes;
-  launch_decode(params, static_cast<cudaStream_t>(stream));
+  launch_decode(params, impl.device, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace tactic::cuda

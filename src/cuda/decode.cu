@@ -51,7 +51,6 @@ class DecodeBlock {
     const int score_warps = num_score_warps();
     if (warp < score_warps && warp < tiles) load_tile(warp, now);
     if (warp < score_warps && warp + score_warps < tiles) load_tile(warp + score_warps, next);
-    if (p.half_empty) let_next_kernel_start();  // there is room for its blocks beside these
     float mean[kMeanLoads];
     const int k_own = warp - first_mean_warp(score_warps);
     if (warp < score_warps && k_own >= 0 && k_own < own.count()) load_mean(k_own, mean);
@@ -65,7 +64,7 @@ class DecodeBlock {
     score_and_attend_exact(score_warps, now, next, mean);
     float shifts[kHeads];
     const float limit = exchange_estimates(shifts);
-    if (!p.half_empty) let_next_kernel_start();
+    let_next_kernel_start();
     select(shifts);
     const bool heavy = attend_selected(limit);
     raise_block_maximum();
@@ -467,33 +466,18 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
 }
 
 template <DType kDType, int kDim, int kHeads>
-void launch(const DecodeParams& params, cudaStream_t stream) {
+void launch(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream) {
   const auto kernel = decode_kernel<kDType, kDim, kHeads>;
   static_assert(sizeof(MergeBuffers<kHeads>) + sizeof(QuantizedQueries<kDim, kHeads>) ==
                 merge_bytes(kHeads) + quantized_bytes(kDim, kHeads));
-  const size_t shared_bytes = params.shared_bytes;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-        "shared memory of decode");
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(params.splits), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = {static_cast<unsigned>(params.batch.num_sequences * params.batch.num_kv_heads * params.splits), 1,
-                    1};
-  config.blockDim = {kThreads, 1, 1};
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = has_clusters() ? 2 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, params), "decode");
+  launch_step(kernel, params, params.shared_bytes, params.splits, device, stream, "decode");
 }
 
 }  // namespace
 
-void launch_decode(const DecodeParams& params, cudaStream_t stream) {
-  dispatch(params.batch, [&]<DType kDType, int kDim, int kHeads>() { launch<kDType, kDim, kHeads>(params, stream); });
+void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream) {
+  dispatch(params.batch,
+           [&]<DType kDType, int kDim, int kHeads>() { launch<kDType, kDim, kHeads>(params, device, stream); });
 }
 
 }  // namespace tactic::cuda

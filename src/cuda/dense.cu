@@ -120,29 +120,16 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
 }
 
 template <DType kDType, int kDim, int kHeads>
-void launch(const DenseParams& params, cudaStream_t stream) {
+void launch(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream) {
   const auto kernel = dense_kernel<kDType, kDim, kHeads>;
-  constexpr size_t kBytes = sizeof(DenseShared<kDim, kHeads>);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)),
-        "shared memory of dense");
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = {static_cast<unsigned>(params.batch.num_sequences * params.batch.num_kv_heads * params.splits), 1,
-                    1};
-  config.blockDim = {kThreads, 1, 1};
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = has_clusters() ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, params), "dense");
+  launch_step(kernel, params, sizeof(DenseShared<kDim, kHeads>), 1, device, stream, "dense");
 }
 
 }  // namespace
 
-void launch_dense(const DenseParams& params, cudaStream_t stream) {
-  dispatch(params.batch, [&]<DType kDType, int kDim, int kHeads>() { launch<kDType, kDim, kHeads>(params, stream); });
+void launch_dense(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream) {
+  dispatch(params.batch,
+           [&]<DType kDType, int kDim, int kHeads>() { launch<kDType, kDim, kHeads>(params, device, stream); });
 }
 
 }  // namespace tactic::cuda

@@ -3,19 +3,40 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/params.h"
+#include "cuda/launch_config.h"
 
 namespace tactic::cuda {
 
 /// Throws Error naming the call when it failed.
 void check(cudaError_t status, const char* what);
-/// Whether the current device has thread-block clusters.
-bool has_clusters();
 
-void launch_decode(const DecodeParams& params, cudaStream_t stream);
-void launch_dense(const DenseParams& params, cudaStream_t stream);
+void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream);
+void launch_dense(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream);
 
-/// Clusters segment `slot_rows` of one sequence: `rows` rows from first_row on, for every head. See cluster.cu.
+/// Launches kernel(params): params.splits blocks for each (sequence, KV head), in clusters of `cluster_blocks`, allowed
+/// to begin before the kernel in front of it has ended.
+template <class Kernel, class Params>
+void launch_step(Kernel kernel, const Params& params, size_t shared_bytes, int32_t cluster_blocks,
+                 const DeviceFacts& device, cudaStream_t stream, const char* what) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        what);
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster_blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = {static_cast<unsigned>(params.batch.num_sequences * params.batch.num_kv_heads * params.splits), 1,
+                    1};
+  config.blockDim = {kThreads, 1, 1};
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = device.has_clusters ? 2 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, params), what);
+}
+
+/// Clusters segments of one sequence, for every head.
 struct ClusterParams {
   IndexView index;
   DecodeBatch batch;
@@ -26,7 +47,8 @@ struct ClusterParams {
   int32_t num_clusters = 0;   // per segment, before padding
   int32_t iterations = 0, num_outliers = 0;
   uint64_t seed = 0;
-  float* scratch = nullptr;  // cluster_scratch_bytes() per segment and head
+  float* scratch = nullptr;  // [heads, num_segments, scratch_floats]
+  size_t scratch_floats = 0;
 };
 size_t cluster_scratch_bytes(int32_t rows, int32_t clusters, int32_t head_dim);
 void launch_cluster(const ClusterParams& params, cudaStream_t stream);

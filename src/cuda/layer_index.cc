@@ -27,8 +27,6 @@ DeviceFacts device_facts() {
   return {sms, static_cast<size_t>(shared), major >= 9};
 }
 
-bool has_clusters() { return device_facts().has_clusters; }
-
 LayerIndex::Impl::~Impl() {
   cudaFree(memory);
   cudaFree(scratch);
@@ -213,6 +211,7 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
       impl.scratch_bytes = bytes;
     }
     params.scratch = impl.scratch;
+    params.scratch_floats = cluster_scratch_bytes(rows, params.num_clusters, impl.shape.head_dim) / sizeof(float);
     for (int32_t first = begin; first < end; first += kSegmentsAtOnce) {
       params.first_segment = first;
       params.num_segments = std::min(kSegmentsAtOnce, end - first);

@@ -61,7 +61,6 @@ struct DecodeParams {
   int32_t max_own_clusters = 0;  // room in each block's tables
   int32_t max_own_segments = 0;
   size_t shared_bytes = 0;         // of a block
-  bool half_empty = false;         // the step leaves at least half of the device free
   std::byte* workspace = nullptr;  // the tables, where they do not fit into shared memory
   size_t block_workspace_bytes = 0;
   StepRecord* records = nullptr;  // [sequences, num_kv_heads] or nullptr
