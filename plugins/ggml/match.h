@@ -3,13 +3,12 @@
 
 #include <optional>
 
+#include "dtype.h"
 #include "ggml.h"
 #include "plugin_options.h"
 #include "tactic/kv_view.h"
 
 namespace tactic::plugin {
-
-std::optional<DType> dtype_of(ggml_type type);
 
 /// FLASH_ATTN_EXT with few rows: Q [head_dim, rows, num_q_heads, streams], K and V [dim, n_kv, num_kv_heads, streams].
 struct AttentionMatch {

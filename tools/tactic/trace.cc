@@ -13,6 +13,7 @@
 
 #include <ggml-backend.h>
 
+#include "dtype.h"
 #include "report.h"
 #include "synthetic.h"
 #include "tactic/error.h"
@@ -36,14 +37,8 @@ struct TraceOptions {
 };
 
 DType trace_dtype(ggml_type type) {
-  switch (type) {
-    case GGML_TYPE_F32: return DType::kF32;
-    case GGML_TYPE_F16: return DType::kF16;
-    case GGML_TYPE_BF16: return DType::kBF16;
-    case GGML_TYPE_Q8_0: return DType::kQ8_0;
-    case GGML_TYPE_Q4_0: return DType::kQ4_0;
-    default: throw CommandError(std::string("a trace cannot hold a cache of type ") + ggml_type_name(type));
-  }
+  if (const std::optional<DType> dtype = plugin::dtype_of(type)) return *dtype;
+  throw CommandError(std::string("a trace cannot hold a cache of type ") + ggml_type_name(type));
 }
 
 /// Takes what it wants from the attention nodes as they are computed. What goes wrong inside llama.cpp's C code waits
