@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-/// "tactic_configure": replaces the options, in the grammar of the variable TACTIC ("select=sample,error=0.02").
+/// "tactic_configure": replaces the options, in the grammar of the variable TACTIC ("select=sample,error=0.03").
 /// Options that decide which nodes are taken (select=off, min_context) act when a context next builds its graph.
 /// Returns 0; or -1 and a message in `error`, and the options stay as they were.
 typedef int (*tactic_configure_fn)(const char* options, char* error, size_t error_size);

@@ -19,10 +19,10 @@ struct Preset {
 
 // Error targets; what KL they mean is measured in docs/results.md.
 constexpr Preset kPresets[] = {
-    {"exact", Select::kDense, 0.01f},
-    {"high", Select::kSample, 0.0075f},
-    {"balanced", Select::kSample, 0.02f},
-    {"fast", Select::kSample, 0.04f},
+    {"exact", Select::kDense, 0.02f},
+    {"high", Select::kSample, 0.02f},
+    {"balanced", Select::kSample, 0.04f},
+    {"fast", Select::kSample, 0.065f},
 };
 
 [[noreturn]] void fail(std::string_view key, std::string_view value, const std::string& allowed) {

@@ -60,7 +60,8 @@ class DrawnVariance {
   double variance(double total, double tau, double count_variance, double usual) const {
     const auto n = static_cast<double>(count_);
     const double mean = count_ > 0 ? sum_ / n : total / tau;
-    const double from_count = mean * mean * count_variance, unseen = total / tau * (total / tau);
+    const double from_count = mean * mean * count_variance;
+    const double unseen = kUnseen * total / tau * (kUnseen * total / tau);
     if (count_ < 2) return std::max(independent_, from_count) + unseen;
     const double own = own_variance(count_variance), freedom = own_freedom();
     return (usual > 0 ? (freedom * own + kUsualFreedom * usual * sum_ * sum_) / (freedom + kUsualFreedom) : own) +
@@ -71,6 +72,7 @@ class DrawnVariance {
   double freedom(double usual) const { return count_ < 2 ? 1 : own_freedom() + (usual > 0 ? kUsualFreedom : 0); }
 
   static constexpr double kUsualFreedom = 10;  // of what earlier steps say
+  static constexpr double kUnseen = 2;         // ordinary rows that the heaviest row missed weighs as much as
 
  private:
   double own_variance(double count_variance) const {

@@ -2,6 +2,8 @@
 // names.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -39,19 +41,13 @@ struct SoftmaxState {
   float sum = 0;
 };
 
-/// The root mean square weight of a cluster's members exceeds their mean by the spread term times this. Theory has 1
-/// for normal scores; keys that match a query alone (induction heads) make the tail heavier. Measured on SmolLM2, prose
-/// and records, error=0.01 to 0.015: 1.8 costs as many rows at the same mean error and takes the worst case from 1.1 to
-/// 0.4.
-inline constexpr float kTailSpread = 1.8f;
-
 /// Input of the selectors besides the scores.
 struct SelectParams {
   int32_t group_size = 0;
   const float* q_norms2 = nullptr;      // [group_size] |sm_scale * q|^2
   const SoftmaxState* exact = nullptr;  // [group_size] of the rows read anyway (sinks, recent, outliers)
   float beta = 0;                       // weight of the spread term in the estimate of a cluster's mean weight
-  float variance_ratio = 1;             // predicted variance is multiplied by this
+  float variance_ratio = 1;             // measured over predicted variance, learned from earlier steps
 };
 
 /// Output of select_sample before rows are drawn.
@@ -62,6 +58,15 @@ struct Inclusion {
   std::vector<float> log_totals;   // [group_size] ln of the estimated sum of exp(score) over all rows
   std::vector<float> scratch;
 };
+
+/// The number of rows that one unit of weight is worth. The same for all heads, since then no row read in one would
+/// have lowered the sum of the heads' variances more in another; a head whose estimates prove worse gets more by the
+/// square root of that (docs/method.md, tau).
+inline float tau_of(const DecodeOptions& options, const SelectParams& params) {
+  if (options.tau > 0) return options.tau;
+  const double ratio = params.variance_ratio;
+  return static_cast<float>(std::max(1.0, std::sqrt(ratio) / (double{options.target_error} * options.target_error)));
+}
 
 /// The share of the mass that select_fit reads.
 inline float fit_mass(const DecodeOptions& options) { return options.target_mass > 0 ? options.target_mass : 0.9f; }

@@ -73,8 +73,7 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
     for (size_t c = 0; c < n; c += lanes) {
       const V e = hn::Exp(df, hn::Max(hn::Sub(hn::LoadU(df, means + c), shift), hn::Set(df, -80.0f)));
       sums = hn::MulAdd(e, hn::LoadU(df, scores.sizes.data() + c), sums);
-      const V tail = hn::Mul(hn::Set(df, kTailSpread), hn::LoadU(df, rms + c));
-      const V r = hn::Mul(e, hn::Exp(df, hn::Min(tail, hn::Set(df, 40.0f))));
+      const V r = hn::Mul(e, hn::Exp(df, hn::Min(hn::LoadU(df, rms + c), hn::Set(df, 40.0f))));
       hn::StoreU(r, df, rms + c);
     }
     const float total =
@@ -144,7 +143,7 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
   out.probability.resize(n);
   out.log_totals.assign(static_cast<size_t>(params.group_size), HUGE_VALF);
   float* u = out.scratch.data() + 3 * n;
-  out.tau = options.tau;
+  out.tau = tau_of(options, params);
   out.predicted_variance = 0;
   if (n == 0) return;
   if (!HWY_DYNAMIC_DISPATCH(rms_weights)(scores, params, out.scratch.data(), out.scratch.data() + n,
@@ -153,26 +152,8 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
     out.tau = HUGE_VALF;
     return;
   }
-  const auto sums_at = [&](double tau) {
-    return HWY_DYNAMIC_DISPATCH(tail_sums)(scores.sizes.data(), u, n, static_cast<float>(tau));
-  };
-  double tau = options.tau;
-  if (tau <= 0) {
-    // V(tau) = first / tau - second over the clusters not read whole. Solving for tau with too many clusters in the
-    // sums gives too small a tau, so the iteration rises to the solution from below.
-    const double target =
-        static_cast<double>(options.target_error) * options.target_error / std::max(params.variance_ratio, 1e-3f);
-    tau = 1e-3;
-    for (int i = 0; i < 50; ++i) {
-      const TailSums sums = sums_at(tau);
-      const double next = sums.first / (target + sums.second);
-      if (!(next > tau * 1.005)) break;
-      tau = next;
-    }
-  }
-  const TailSums sums = sums_at(tau);
-  out.tau = static_cast<float>(tau);
-  out.predicted_variance = std::max(0.0, sums.first / tau - sums.second) * params.variance_ratio;
+  const TailSums sums = HWY_DYNAMIC_DISPATCH(tail_sums)(scores.sizes.data(), u, n, out.tau);
+  out.predicted_variance = std::max(0.0, sums.first / out.tau - sums.second) * params.variance_ratio;
   HWY_DYNAMIC_DISPATCH(scale_capped)(u, n, out.tau, out.probability.data());
 }
 

@@ -190,18 +190,16 @@ void read_whole(Task& task, const std::vector<int32_t>& found) {
 
 // Clusters of which a sampled row speaks for too large a share in any head: they were underestimated.
 std::vector<int32_t> underestimated(const Task& task, float limit) {
-  std::vector<int32_t> found;  // ascending
-  for (int64_t i = task.selection.num_certain; i < task.selected.size(); ++i) {
-    const int32_t cluster = task.selection.clusters[static_cast<size_t>(i)];
-    if (!found.empty() && found.back() == cluster) continue;
-    for (int32_t g = 0; g < task.group_size; ++g) {
-      const float weight = task.selected.weights[static_cast<size_t>(g * task.selected.stride + i)];
-      if (weight > heavy_weight(task, g, limit)) {
-        found.push_back(cluster);
-        break;
-      }
+  std::vector<int32_t> found;
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    const float* weights = task.selected.weights.data() + g * task.selected.stride;
+    const float heavy = heavy_weight(task, g, limit);
+    for (int64_t i = task.selection.num_certain; i < task.selected.size(); ++i) {
+      if (weights[i] > heavy) found.push_back(task.selection.clusters[static_cast<size_t>(i)]);
     }
   }
+  std::sort(found.begin(), found.end());
+  found.erase(std::unique(found.begin(), found.end()), found.end());
   return found;
 }
 
@@ -338,19 +336,21 @@ namespace {
 void find_heavy(const Task& task) {
   std::vector<int32_t> rows;
   const auto look = [&](const RowList& list, int64_t begin, const std::vector<float>* log_weights) {
-    for (int64_t i = begin; i < list.size(); ++i) {
-      bool heavy = false;
-      for (int32_t g = 0; g < task.group_size && !heavy; ++g) {
-        const float weight = list.weights[static_cast<size_t>(g * list.stride + i)],
-                    limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
-        heavy = weight > limit &&
-                (log_weights == nullptr || weight * std::exp(-(*log_weights)[static_cast<size_t>(i)]) > limit);
+    for (int32_t g = 0; g < task.group_size; ++g) {
+      const float* weights = list.weights.data() + g * list.stride;
+      const float limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
+      for (int64_t i = begin; i < list.size(); ++i) {
+        if (weights[i] <= limit) continue;
+        const auto at = static_cast<size_t>(i);
+        if (log_weights == nullptr || weights[i] * std::exp(-(*log_weights)[at]) > limit)
+          rows.push_back(list.tokens[at]);
       }
-      if (heavy) rows.push_back(list.tokens[static_cast<size_t>(i)]);
     }
   };
   look(task.selected, task.selection.num_certain, &task.selection.log_weights);
   look(task.refined, 0, nullptr);
+  std::sort(rows.begin(), rows.end());
+  rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
   for (const int32_t row : rows) found_heavy(task.query->index->state(), task.head, row);
 }
 

@@ -178,7 +178,7 @@ __device__ __forceinline__ void score_tile(const CentroidTile<kDim>& tile, const
                         mean_dot;
       const float spread = beta * kLog2E * growth(tile.facts[i].spread * q.norm2[set], sizes[i]);
       means[i] = sizes[i] > 0 ? dot + spread : kLowest;
-      exponents[(4 * set + t) * stride + g + 8 * i] = sizes[i] > 0 ? means[i] + kTailSpread * spread : kLowest;
+      exponents[(4 * set + t) * stride + g + 8 * i] = sizes[i] > 0 ? means[i] + spread : kLowest;
     }
     const float top = fmaxf(fmaxf(means[0], means[1]), sums[set].max);
     sums[set].sum = sums[set].sum * exp2_fast(sums[set].max - top) + sizes[0] * exp2_fast(means[0] - top) +

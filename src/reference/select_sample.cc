@@ -33,8 +33,7 @@ std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams&
     for (int32_t c = 0; c < n; ++c) total += scores.sizes[c] == 0 ? 0 : scores.sizes[c] * std::exp(mean[c] - max);
     log_totals.push_back(static_cast<float>(max + std::log(total)));
     for (int32_t c = 0; c < n; ++c) {
-      if (scores.sizes[c] > 0)
-        u[c] += std::pow(std::exp(mean[c] + kTailSpread * spread[c] - max) / total, 2) / params.group_size;
+      if (scores.sizes[c] > 0) u[c] += std::pow(std::exp(mean[c] + spread[c] - max) / total, 2) / params.group_size;
     }
   }
   for (double& value : u) value = std::sqrt(value);
@@ -51,24 +50,11 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
   out.tau = std::numeric_limits<float>::infinity();
   out.predicted_variance = 0;
   if (!std::all_of(u.begin(), u.end(), [](double value) { return std::isfinite(value); })) return;
-  const auto variance = [&](double tau) {
-    double sum = 0;
-    for (size_t c = 0; c < u.size(); ++c)
-      sum += u[c] > 0 ? scores.sizes[c] * u[c] * u[c] * (1 / std::min(1.0, tau * u[c]) - 1) : 0;
-    return sum * params.variance_ratio;
-  };
-  double tau = options.tau;
-  if (tau <= 0) {
-    double low = 1e-3, high = 1;  // the smallest that meets the target, above 1e-3
-    while (variance(high) > std::pow(options.target_error, 2)) high *= 2;
-    while (high > low * 1.0001) {
-      tau = std::sqrt(low * high);
-      (variance(tau) > std::pow(options.target_error, 2) ? low : high) = tau;
-    }
-    tau = high;
+  const double tau = out.tau = tau_of(options, params);
+  for (size_t c = 0; c < u.size(); ++c) {
+    if (u[c] > 0) out.predicted_variance += scores.sizes[c] * u[c] * u[c] * (1 / std::min(1.0, tau * u[c]) - 1);
   }
-  out.tau = static_cast<float>(tau);
-  out.predicted_variance = variance(tau);
+  out.predicted_variance *= params.variance_ratio;
   for (size_t c = 0; c < u.size(); ++c) out.probability[c] = static_cast<float>(std::min(1.0, tau * u[c]));
 }
 

@@ -23,8 +23,8 @@ void score(const IndexState& index, int32_t head, const RowFilter& filter, const
            ClusterScores& out);
 
 /// Inclusion probabilities. With s = sqrt(spread) * |q| a cluster's scores spread by s around the centroid's, so a
-/// member's mean weight is exp(dot + beta * g(s)) and its root mean square exp(dot + (1 + kTailSpread) * beta * g(s)),
-/// normalized by the estimate of everything. g(s) = s^2 / 2 up to s = sqrt(2 ln size), linear beyond: members cannot
+/// member's mean weight is exp(dot + beta * g(s)) and its root mean square exp(dot + 2 beta * g(s)), normalized by the
+/// estimate of everything. g(s) = s^2 / 2 up to s = sqrt(2 ln size), linear beyond: members cannot
 /// average more than their maximum. An estimate that is not finite makes every probability 1.
 void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options,
                    Inclusion& out);

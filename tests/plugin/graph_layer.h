@@ -22,7 +22,7 @@ namespace tactic::test {
 
 inline constexpr int64_t kDim = 64, kQueryHeads = 4, kKvHeads = 2, kRowElements = kDim * kKvHeads;
 inline constexpr float kScale = 0.125f;  // 1 / sqrt(kDim)
-// error=0.01 is meant for the attention mass; measured here: up to 0.021 of the output's length.
+// error=0.03 is meant for the attention mass; measured here: up to 0.025 of the output's length.
 inline constexpr double kBound = 0.06;
 
 template <class T, void (*free_fn)(T*)>

@@ -49,7 +49,7 @@ void forget_indexes();
 std::string take_log();
 
 inline const std::string kIndexOptions = "min_context=0,segment=256,provisional=64";
-inline const std::string kSparse = kIndexOptions + ",error=0.01";
+inline const std::string kSparse = kIndexOptions + ",error=0.03";
 inline const std::string kExact = kIndexOptions + ",select=dense";
 
 struct SessionOptions {

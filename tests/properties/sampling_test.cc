@@ -1,6 +1,7 @@
 // Sampling over many seeds: sums without bias, errors as large as they are said to be.
 #include <algorithm>
 
+#include "core/read_on.h"
 #include "support.h"
 
 namespace tactic::test {
@@ -62,9 +63,8 @@ TEST(Sampling, NumeratorAndDenominatorAreUnbiased) {
   }
 }
 
-// Over many draws the squared standard error is the mean squared error of the mass or somewhat more (the row that may
-// always have been missed counts where clusters are tight, as here at sharpness 0.2), and the 95% interval holds the
-// truth. The variance of independent draws is five times the error there.
+// Over many draws the squared standard error is the mean squared error of the mass or somewhat more, beside what it
+// allows for a row that may always have been missed, and the 95% interval holds the truth.
 TEST(Sampling, StandardErrorIsTheErrorOfTheMass) {
   for (const float sharpness : {0.2f, 0.5f}) {
     for (const float tau : {50.0f, 200.0f}) {
@@ -77,7 +77,7 @@ TEST(Sampling, StandardErrorIsTheErrorOfTheMass) {
       problem.query.selection = &selection;
       std::vector<MassEstimate> masses(1);
       problem.query.masses = masses.data();
-      Moments error, variance, covered;
+      Moments mass_seen, error, variance, covered;
       for (int i = 0; i < kDraws; ++i) {
         const StepStats stats = draw(problem, {.tau = tau, .refine = 1, .beta = 1}, i);
         double mass = 0;
@@ -87,6 +87,7 @@ TEST(Sampling, StandardErrorIsTheErrorOfTheMass) {
           for (size_t d = 0; d < 64; ++d) score += double{problem.query.sm_scale} * problem.q[d] * key[d];
           mass += std::exp(score - lse);
         }
+        mass_seen.add(mass);
         error.add(stats.estimated_mass - mass);
         variance.add(stats.mass_std_error * stats.mass_std_error);
         covered.add(mass >= masses[0].low && mass <= masses[0].high);
@@ -94,7 +95,8 @@ TEST(Sampling, StandardErrorIsTheErrorOfTheMass) {
       const double squared = error.variance() + error.mean() * error.mean();
       EXPECT_GT(squared, 0);
       EXPECT_GT(variance.mean() / squared, 0.8);
-      EXPECT_LT(variance.mean() / squared, 3);
+      const double missed = std::pow(mass_seen.mean() * DrawnVariance::kUnseen / tau, 2);
+      EXPECT_LT((variance.mean() - missed) / squared, 2);
       EXPECT_GT(covered.mean(), 0.92);
     }
   }
@@ -117,19 +119,24 @@ TEST(Sampling, EstimatedMassIsTheCertainRowsMass) {
   EXPECT_NEAR(mass.mean(), certain, 4 * mass.mean_error() + 0.003);
 }
 
-TEST(Sampling, TargetErrorIsTheErrorOfTheMass) {
-  for (const float target_error : {0.02f, 0.05f, 0.15f}) {
-    Problem problem(spec_of(6000), 3, 7, 0.2f);
-    problem.build_index();
-    problem.run({.select = Select::kDense});
-    const std::vector<float> lse = problem.lse;
+// The target is that of independent draws and of rows that weigh alike; systematic draws err less, and so do heads with
+// heavy rows.
+TEST(Sampling, TheMassErrsByLessThanTheTargetAndMoreWithALargerOne) {
+  Problem problem(spec_of(6000), 3, 7, 0.2f);
+  problem.build_index();
+  problem.run({.select = Select::kDense});
+  const std::vector<float> lse = problem.lse;
+  double before = 0;
+  for (const float target_error : {0.02f, 0.06f, 0.18f}) {
     double mean_square = 0;
     for (int i = 0; i < 200; ++i) {
       draw(problem, {.target_error = target_error, .refine = 1, .beta = 1}, i);
       for (size_t g = 0; g < lse.size(); ++g) mean_square += std::pow(std::exp(problem.lse[g] - lse[g]) - 1, 2) / 600;
     }
-    EXPECT_LT(std::sqrt(mean_square), 1.5 * target_error) << "target_error " << target_error;
-    EXPECT_GT(std::sqrt(mean_square), 0.2 * target_error) << "target_error " << target_error;
+    const double error = std::sqrt(mean_square);
+    EXPECT_LT(error, target_error);
+    EXPECT_GT(error, 1.5 * before) << "target_error " << target_error;
+    before = error;
   }
 }
 
@@ -215,7 +222,8 @@ TEST(Sampling, VerifiedMassIsReached) {
       }
     }
     EXPECT_GE(reached, heads * 95 / 100);
-    EXPECT_GT(tokens, tokens_without);
+    EXPECT_GE(tokens, tokens_without);
+    if (target > 0.8f) EXPECT_GT(tokens, tokens_without);
     if (target < 0.95f) {
       EXPECT_LT(tokens, 40 * 4000 * 19 / 20);
     }

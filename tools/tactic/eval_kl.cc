@@ -22,7 +22,7 @@ namespace {
 struct EvalOptions {
   HostOptions host;
   std::vector<std::string> texts;
-  std::string modes = "stock;sample,error=0.02;fit,mass=0.9;topk,budget=1024", cache_type = "f16", json;
+  std::string modes = "stock;sample,error=0.03;fit,mass=0.9;topk,budget=1024", cache_type = "f16", json;
   int64_t records = -1, depth = 4096, steps = 384, windows = 1, stride = 0;
   int32_t threads = 0, worst = 3;
   uint64_t seed = 1;
@@ -390,7 +390,7 @@ void add_eval(CLI::App& app) {
       "Other methods as modes, with their defaults:" + methods +
       "\n"
       "Example:\n  tactic eval kl -m model.gguf --text book.txt --records 0 -d 6144 -n 384 --modes "
-      "'stock;sample,error=0.02'\n"
+      "'stock;sample,error=0.03'\n"
       "Exact: attention over the whole stored cache, summed in f32. Intervals: bootstrap over blocks of 16 tokens; "
       "Wilson.");
   verb->callback([options] { eval_kl(*options); });

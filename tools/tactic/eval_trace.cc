@@ -25,7 +25,7 @@ using eval::SettingCases;
 
 struct EvalTraceOptions {
   std::vector<std::string> traces;
-  std::string select = "sample,error=0.005-0.04x2;fit,mass=0.9|0.95|0.98", layers, json;
+  std::string select = "sample,error=0.02-0.08x2;fit,mass=0.9|0.95|0.98", layers, json;
   int64_t queries = 0, within = 1 << 30, worst = 0;
   int32_t threads = 0;
 };
@@ -354,7 +354,7 @@ void add_eval_trace(CLI::App& eval) {
       "Other methods are settings too, as in 'quest,budget=256|512'; tactic eval kl --help lists them.\n"
       "Values: a|b|c lists, a-bxf multiplies by f, a-b:s adds s.\n"
       "Example:\n  tactic eval trace --traces prose.trace,code.trace --select "
-      "'sample,error=0.005-0.04x2;fit,mass=0.9|0.95'\n"
+      "'sample,error=0.02-0.08x2;fit,mass=0.9|0.95'\n"
       "tokens: rows read per KV head, all counted. success: share of cases with at least the target mass. coverage: "
       "share of\n"
       "cases whose own 95% interval holds the true mass.");

@@ -3,7 +3,7 @@
 // Which attention nodes the plug-in takes is decided when a context builds its graph, and graphs are reused. So each
 // mode has its own context, and Session sets the plug-in's options before each of its context's calls.
 //
-//   Host host(options, {parse_mode("stock"), parse_mode("sample,error=0.02")});
+//   Host host(options, {parse_mode("stock"), parse_mode("sample,error=0.03")});
 //   Session session(host, mode, {.kv_len_max = 8192});
 //   session.prefill(tokens);
 //   const float* logits = session.decode(token);

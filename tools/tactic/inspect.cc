@@ -172,14 +172,14 @@ void add_inspect(CLI::App& app) {
   verb->add_option("-n,--tokens", options->steps, "steps to decode")
       ->check(CLI::Range(1, 1 << 16))
       ->capture_default_str();
-  verb->add_option("--tactic", options->mode, "mode, as in 'sample,error=0.02'; default: the plug-in's own")
+  verb->add_option("--tactic", options->mode, "mode, as in 'sample,error=0.03'; default: the plug-in's own")
       ->type_name("MODE");
   verb->add_option("--cache-type", options->cache_type, "f32, f16, bf16, q8_0, q4_0 ...")->capture_default_str();
   verb->add_option("-t,--threads", options->threads, "0: all processors")->check(CLI::Range(0, 512));
   verb->add_option("-o,--output", options->output, "the page")->capture_default_str()->type_name("FILE");
   verb->add_option("--json", options->json, "append the plug-in's report of each step")->type_name("FILE");
   verb->footer(
-      "Example:\n  tactic inspect -m model.gguf --file book.txt -d 6000 -n 32 --tactic sample,error=0.02 -o "
+      "Example:\n  tactic inspect -m model.gguf --file book.txt -d 6000 -n 32 --tactic sample,error=0.03 -o "
       "report.html");
   verb->callback([options] { inspect(*options); });
 }

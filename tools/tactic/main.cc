@@ -24,7 +24,7 @@ int main(int argc, char** argv) {
   CLI::App app("Adaptive sparse attention for llama.cpp: try it, time it, measure its error, look inside.", "tactic");
   app.footer(
       "Modes: stock (llama.cpp's own attention), dense (exact, f32), sample, fit, topk with options, as in\n"
-      "'sample,error=0.02' 'sample,tau=2000' 'fit,mass=0.9' 'topk,budget=1024' 'quality=balanced'.\n"
+      "'sample,error=0.03' 'sample,tau=2000' 'fit,mass=0.9' 'topk,budget=1024' 'quality=balanced'.\n"
       "Help for a verb: tactic run --help");
   app.require_subcommand(1);
   tactic::tool::add_run(app);

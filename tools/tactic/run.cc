@@ -227,7 +227,7 @@ void add_run(CLI::App& app) {
       ->check(CLI::Range(0, 1 << 28));
   verb->add_option("-t,--threads", options->threads, "0: all processors")->check(CLI::Range(0, 512));
   verb->add_option("--cache-type", options->cache_type, "f32, f16, bf16, q8_0, q4_0 ...")->capture_default_str();
-  verb->add_option("--tactic", options->mode, "mode, as in 'sample,error=0.02'; default: the plug-in's own")
+  verb->add_option("--tactic", options->mode, "mode, as in 'sample,error=0.03'; default: the plug-in's own")
       ->type_name("MODE");
   verb->add_flag("--compare", options->compare, "answer with llama.cpp's own attention too, from the same prefill");
   verb->add_flag("--no-chat", options->no_chat, "use the text as it is, without the chat template");
