@@ -120,6 +120,18 @@ class Table:
         return "\n".join(lines + [""] + self.notes if self.notes else lines)
 
 
+def _worst(rows, mode):
+    """One line: the tasks at which the mode loses most, and how many intervals leave out 0."""
+    parts = []
+    for name, what in (("score_minus", "score"), ("logprob_minus", "log-probability")):
+        known = [row for row in rows if row["mode"] == mode and name + "_95" in row]
+        if known:
+            worst = min(known, key=lambda row: row[name])
+            outside = sum(not row[name + "_95"][0] <= 0 <= row[name + "_95"][1] for row in known)
+            parts.append(f"worst {what} {worst['task']} {worst[name]:+.3f}, {outside} of {len(known)} intervals without 0")
+    return f"{mode}: {'; '.join(parts)}" if parts else None
+
+
 def summarize(item_paths, result_paths, baseline):
     """Every item of the files counts in every mode: answered, or missing."""
     problems, items = [], {}
@@ -157,6 +169,7 @@ def summarize(item_paths, result_paths, baseline):
                 both = [i for i in ids if (i, mode) in answers and (i, baseline) in answers]
                 row |= _against([(answers[i, mode], answers[i, baseline], haystack[i]) for i in both])
             rows.append(row)
-    notes = [f"{len(problems)} broken line(s) skipped"] if problems else []
+    notes = [note for mode in modes if mode != baseline and (note := _worst(rows, mode))]
+    notes += [f"{len(problems)} broken line(s) skipped"] if problems else []
     notes += [f"{unknown} result(s) of items that are not in the item files"] if unknown else []
     return Table(rows, notes)

@@ -116,3 +116,16 @@ def test_two_files_with_different_items_of_one_id_are_refused(tmp_path):
     write_items([Item(id="i0", task="t", prompt="other", answers=["a"], metric="any", max_tokens=4)], tmp_path / "more")
     with pytest.raises(ValueError, match="two different items have the id i0"):
         summarize([tmp_path / "items", tmp_path / "more"], [], "dense")
+
+
+def test_the_worst_task_is_named(tmp_path):
+    items = [Item(id=f"{task}{n}", task=task, prompt="p", answers=["yes"], metric="any", max_tokens=4) for task in "ab" for n in range(10)]
+    write_items(items, tmp_path / "items")
+    with open(tmp_path / "results", "w") as file:
+        for task, right, loss in (("a", 10, 0.5), ("b", 2, 0.0)):
+            for n in range(10):
+                jitter = 0.01 * (n % 2) - 0.005
+                for mode, output, logprob in (("dense", "yes", -1.0), ("sparse", "yes" if n < right else "no", -1.0 - loss + jitter)):
+                    file.write(json.dumps({"id": f"{task}{n}", "mode": mode, "output": output, "answer_logprob": logprob}) + "\n")
+    (note,) = summarize([tmp_path / "items"], [tmp_path / "results"], "dense").notes
+    assert note == "sparse: worst score b -0.800, 1 of 2 intervals without 0; worst log-probability a -0.500, 1 of 2 intervals without 0"
