@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 
-from .rows import error_rows, kl_rows, method_of, table, texts
+from .rows import error_rows, kl_rows, method_of, places, table, task_rows, texts
 
 MARKERS = "osD^v<>Pp*XhH8d"
 ORDER = ["sample", "fit", "topk", "oracle_topp", "oracle_topk", "cluster_topk", "position_topk", "quest", "snapkv", "pyramidkv",
@@ -59,15 +59,15 @@ def draw_frontier(axis, rows, key, title, ylabel):
 
 
 def frontier(rows):
-    """Error on traces and KL end to end against what is read, one panel a text."""
+    """Error on traces and KL end to end against what is read, one panel a text and depth."""
     errors, kls = error_rows(rows), kl_rows(rows)
-    spots = [(errors, text, "mean_error", "mean error of attention") for text in texts(errors)]
-    spots += [(kls, text, "mean_kl", "mean KL, end to end") for text in texts(kls)]
+    spots = [(errors, place, "mean_error", "mean error of attention") for place in places(errors)]
+    spots += [(kls, place, "mean_kl", "mean KL, end to end") for place in places(kls)]
     if not spots:
         return None
     figure, axes = panels(len(spots))
-    for axis, (source, text, key, label) in zip(axes, spots):
-        draw_frontier(axis, [row for row in source if row["text"] == text], key, text, label)
+    for axis, (source, place, key, label) in zip(axes, spots):
+        draw_frontier(axis, [row for row in source if row["place"] == place], key, place, label)
     lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
     return figure
@@ -196,12 +196,33 @@ def kl_against_distance(rows):
     return figure
 
 
+def score_against_kl(rows):
+    """One point a task and mode: what it scores less than exact attention, and its KL at the answer's tokens."""
+    rows = [row for row in task_rows(rows) if row.get("kl")]
+    if not rows:
+        return None
+    figure, axes = panels(2)
+    for axis, key, label in zip(axes, ("score_minus", "logprob_minus"), ("score", "log-probability of the answer")):
+        for number, mode in enumerate(dict.fromkeys(row["mode"] for row in rows)):
+            own = [row for row in rows if row["mode"] == mode and key + "_95" in row]
+            middle = [row[key] for row in own]
+            reach = [[row[key] - row[key + "_95"][0] for row in own], [row[key + "_95"][1] - row[key] for row in own]]
+            axis.errorbar([row["kl"] for row in own], middle, yerr=reach, label=mode, linestyle="", capsize=2, elinewidth=0.8,
+                          color=plt.get_cmap("tab10")(number % 10), marker=MARKERS[number % len(MARKERS)], markersize=4)
+        axis.axhline(0, color="gray", linewidth=0.8)
+        axis.set(xscale="log", xlabel="mean KL at the answer's tokens; a point a task, 95% intervals", ylabel=f"{label}, minus exact")
+        axis.grid(True, which="both", alpha=0.2)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
 PICTURES = [
     ("frontier", "The frontier: error and KL against what is read", frontier),
     ("error_by_layer", "Error by layer, each method near a tenth of the bytes", by_layer),
     ("table1", "Rows needed for a target mass (Table 1)", table1),
     ("value_norms", "Norms of values", value_norms),
     ("kl_against_distance", "KL against attention distance", kl_against_distance),
+    ("score_against_kl", "Task score against KL", score_against_kl),
     ("sparsity", "Sparsity by layer, head and query", sparsity),
     ("distance", "Distance to full attention against the mass reached: Quest's budgets, clusters, oracle", distance),
     ("clusters", "Clusters: WCSS, size, iterations", clusters),

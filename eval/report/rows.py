@@ -38,6 +38,11 @@ def texts(rows):
     return list(dict.fromkeys(row["text"] for row in rows))
 
 
+def places(rows):
+    """What can be compared with each other: a text, end to end also at one depth."""
+    return list(dict.fromkeys(row["place"] for row in rows))
+
+
 def latest(rows, keys):
     """The last row of each combination of keys."""
     found = {}
@@ -49,10 +54,16 @@ def latest(rows, keys):
 def error_rows(rows):
     """Of `tactic eval trace`, one a text and setting; without those over several texts."""
     found = [row for row in rows if row.get("verb") == "eval trace" and row.get("model") != "several"]
-    return latest([row | {"text": row["trace"]} for row in found], ("model", "text", "setting"))
+    return latest([row | {"text": row["trace"], "place": row["trace"]} for row in found], ("model", "text", "setting"))
 
 
 def kl_rows(rows):
     """Of `tactic eval kl`, one a text, depth and mode; without stock llama.cpp and exact attention."""
     found = [row for row in rows if row.get("verb") == "eval kl" and row.get("taken") and row["read_fraction"] < 1]
-    return latest([row | {"setting": row["mode"]} for row in found], ("model", "text", "depth", "mode"))
+    found = [row | {"setting": row["mode"], "place": f"{row['text']} after {row['depth']}"} for row in found]
+    return latest(found, ("model", "text", "depth", "mode"))
+
+
+def task_rows(rows):
+    """Of `eval_tasks.sh summary --json`, the modes that were compared with exact attention."""
+    return [row for row in rows if "task" in row and "score_minus_95" in row]

@@ -3,7 +3,7 @@
 import math
 
 from .pictures import methods
-from .rows import error_rows, kl_rows, method_of, table, texts
+from .rows import error_rows, kl_rows, method_of, places, table, task_rows
 
 
 def markdown(cells):
@@ -17,7 +17,7 @@ def percent(x):
 
 def by_method(rows):
     order = methods(rows)
-    return sorted(rows, key=lambda row: (row["text"], order.index(method_of(row["setting"])), row["read_fraction"]))
+    return sorted(rows, key=lambda row: (row["text"], row.get("depth", 0), order.index(method_of(row["setting"])), row["read_fraction"]))
 
 
 def frontier(rows):
@@ -58,13 +58,13 @@ def equal_read(rows):
     """What each method errs when it reads as much as the others."""
     cells = [["measure", "text", "method"] + [f"reading {percent(f)}" for f in FRACTIONS]]
     for measure, source, key in (("mean error", error_rows(rows), "mean_error"), ("mean KL", kl_rows(rows), "mean_kl")):
-        for text in texts(source):
-            own = [row for row in source if row["text"] == text]
+        for place in places(source):
+            own = [row for row in source if row["place"] == place]
             for name in methods(own):
                 points = [(row["read_fraction"], row[key]) for row in own if method_of(row["setting"]) == name]
                 found = [at_fraction(points, f) for f in FRACTIONS]
                 if any(found):
-                    cells.append([measure, text, name] + [f"{y:.4f}" if y else "-" for y in found])
+                    cells.append([measure, place, name] + [f"{y:.4f}" if y else "-" for y in found])
     return cells
 
 
@@ -78,6 +78,24 @@ def table1(rows):
         line += [paper["model"], f"{paper['oracle']:.0f}", f"{paper['clusters']:.0f}", f"{paper['fit']:.0f}", percent(paper["achieved_mass"]),
                  percent(paper["success"])] if paper else ["-"] * 6
         cells.append(line)
+    return cells
+
+
+def tasks(rows):
+    cells = [["task", "mode", "items", "haystacks", "score", "minus exact (95%)", "log-probability minus exact (95%)", "KL", "read fraction"]]
+
+    def minus(row, name):
+        if name + "_95" not in row:
+            return "-"
+        low, high = row[name + "_95"]
+        return f"{row[name]:+.3f} ({low:+.3f} to {high:+.3f})" + ("" if low <= 0 <= high else " *")
+
+    def figure(row, name, digits):
+        return "-" if row.get(name) is None else f"{row[name]:.{digits}f}"
+
+    for row in task_rows(rows):
+        cells.append([row["task"], row["mode"], str(row["n"]), str(row["haystacks"]), f"{row['score']:.3f}", minus(row, "score_minus"),
+                      minus(row, "logprob_minus"), figure(row, "kl", 4), figure(row, "read_fraction", 3)])
     return cells
 
 
@@ -111,6 +129,7 @@ TABLES = [
     ("The frontier at equal reading", equal_read),
     ("The frontier on traces", frontier),
     ("The frontier end to end", kl),
+    ("Tasks", tasks),
     ("Curves fitted to the tail, at P = 0.9", curves),
     ("Cluster size and iterations", clusters),
     ("Union over the group, fit at P = 0.9", union),

@@ -19,6 +19,7 @@ class Item:
     prefix: str = ""  # how the answer begins, given to the model; for servers only by the completions API
     target: str = ""  # the right continuation of the prefix, whose log-probability is measured
     prompt_tokens: int = 0  # of prompt and prefix, without chat template
+    haystack: str = ""  # items of one haystack vary together; none: the item has its own
     labels: list = field(default_factory=list)  # every possible answer, for `babilong`
 
     def __post_init__(self):

@@ -37,35 +37,44 @@ def parse_answer(record):
     return key, Answer(output, *(_number(record, name) for name in names))
 
 
-def compare(pairs):
-    """Paired difference of two lists of scores: interval, McNemar's p where every score is 0 or 1."""
+def compare(pairs, haystacks):
+    """Paired difference of two lists of scores over items of `haystacks` (as long), of which those of one haystack vary
+    together: interval; and, where every score is 0 or 1, McNemar's p, with the haystacks that favor either side."""
+    differences = [a - b for a, b in pairs]
+    effect = stats.design_effect(differences, haystacks)
     if all(a in (0, 1) and b in (0, 1) for a, b in pairs):
         only_a, only_b = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
         both = sum(a == b == 1 for a, b in pairs)
-        interval = stats.paired_rates(both, only_a, only_b, len(pairs) - both - only_a - only_b)
-        return {"only_mode": only_a, "only_baseline": only_b, "p": stats.mcnemar_exact(only_a, only_b), "interval": interval}
-    differences = [a - b for a, b in pairs]
+        table = (both, only_a, only_b, len(pairs) - both - only_a - only_b)
+        favored = {}
+        for difference, haystack in zip(differences, haystacks):
+            favored[haystack] = favored.get(haystack, 0) + difference
+        p = stats.mcnemar_exact(sum(f > 0 for f in favored.values()), sum(f < 0 for f in favored.values()))
+        interval = stats.paired_rates(*(count / effect for count in table))
+        return {"only_mode": only_a, "only_baseline": only_b, "p": p, "interval": interval}
     if len(set(differences)) == 1:
         # Nothing varies, so t would be certain after any number of items; as few as these leave this much room.
-        room = stats.paired_rates(0, 0, 0, len(pairs))
+        room = stats.paired_rates(0, 0, 0, len(pairs) / effect)
         return {"interval": stats.Interval(max(-1.0, differences[0] + room.low), min(1.0, differences[0] + room.high))}
-    return {"interval": stats.t_interval(differences)}
+    return {"interval": stats.t_interval(differences, groups=haystacks)}
 
 
 def _against(rows):
-    """Figures of a mode minus the baseline over the items that both have."""
-    scores = [(a.score, b.score) for a, b in rows if a.score is not None and b.score is not None]
-    logprobs = [a.logprob - b.logprob for a, b in rows if a.logprob is not None and b.logprob is not None]
-    figures = {"pairs": len(scores)}
+    """Figures of a mode minus the baseline over the items that both have: rows of (mode, baseline, haystack)."""
+    scored = [(a.score, b.score, h) for a, b, h in rows if a.score is not None and b.score is not None]
+    scores, score_haystacks = [(a, b) for a, b, _ in scored], [h for _, _, h in scored]
+    known = [(a.logprob - b.logprob, h) for a, b, h in rows if a.logprob is not None and b.logprob is not None]
+    logprobs, logprob_haystacks = [d for d, _ in known], [h for _, h in known]
+    figures = {"pairs": len(scores), "haystacks": len(set(score_haystacks))}
     if scores:
-        found = compare(scores)
+        found = compare(scores, score_haystacks)
         interval = found.pop("interval")
         figures |= {"score_minus": stats.mean([a - b for a, b in scores]), "score_minus_95": [interval.low, interval.high]}
         figures |= found
     if logprobs:
         figures |= {"logprob_pairs": len(logprobs), "logprob_minus": stats.mean(logprobs)}
-    if len(logprobs) > 1:
-        interval = stats.t_interval(logprobs)
+    if len(set(logprob_haystacks)) > 1:
+        interval = stats.t_interval(logprobs, groups=logprob_haystacks)
         figures |= {"logprob_minus_95": [interval.low, interval.high]}
     return figures
 
@@ -96,19 +105,31 @@ class Table:
             return "-" if row.get(name) is None else f"{row[name]:.{digits}f}"
 
         lines = [
-            "| task | mode | n | missing | score (95%) | minus baseline (95%) | p | log-probability | minus baseline (95%) | KL | read fraction |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            "| task | mode | n | haystacks | missing | score (95%) | minus baseline (95%) | p | log-probability | minus baseline (95%) | KL | read fraction |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in self.rows:
             low, high = row["score_95"]
             cells = [
-                row["task"], row["mode"], row["n"], row["missing"],
+                row["task"], row["mode"], row["n"], row["haystacks"], row["missing"],
                 f"{row['score']:.3f} ({low:.3f} to {high:.3f})" if row["n"] else "-",
                 interval(row, "score_minus", 3), figure(row, "p", 3), figure(row, "logprob", 3),
                 interval(row, "logprob_minus", 4), figure(row, "kl", 5), figure(row, "read_fraction", 3),
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         return "\n".join(lines + [""] + self.notes if self.notes else lines)
+
+
+def _worst(rows, mode):
+    """One line: the tasks at which the mode loses most, and how many intervals leave out 0."""
+    parts = []
+    for name, what in (("score_minus", "score"), ("logprob_minus", "log-probability")):
+        known = [row for row in rows if row["mode"] == mode and name + "_95" in row]
+        if known:
+            worst = min(known, key=lambda row: row[name])
+            outside = sum(not row[name + "_95"][0] <= 0 <= row[name + "_95"][1] for row in known)
+            parts.append(f"worst {what} {worst['task']} {worst[name]:+.3f}, {outside} of {len(known)} intervals without 0")
+    return f"{mode}: {'; '.join(parts)}" if parts else None
 
 
 def summarize(item_paths, result_paths, baseline):
@@ -133,18 +154,22 @@ def summarize(item_paths, result_paths, baseline):
     rows = []
     for task in dict.fromkeys(item.task for item in items.values()):
         ids = [item.id for item in items.values() if item.task == task]
+        haystack = {i: items[i].haystack or i for i in ids}
         for mode in modes:
-            have = [answers[i, mode] for i in ids if (i, mode) in answers and answers[i, mode].output is not None]
-            scores = [a.score for a in have]
-            interval = stats.wilson(sum(scores), len(scores))
-            row = {"task": task, "mode": mode, "n": len(scores), "missing": len(ids) - len(scores)}
+            answered = [i for i in ids if (i, mode) in answers and answers[i, mode].output is not None]
+            have = [answers[i, mode] for i in answered]
+            scores, haystacks = [a.score for a in have], [haystack[i] for i in answered]
+            effect = stats.design_effect(scores, haystacks)
+            interval = stats.wilson(sum(scores) / effect, len(scores) / effect)
+            row = {"task": task, "mode": mode, "n": len(scores), "haystacks": len(set(haystacks)), "missing": len(ids) - len(scores)}
             row |= {"score": stats.mean(scores) if scores else None, "score_95": [interval.low, interval.high]}
             row |= {"logprob": _mean_of(have, "logprob"), "kl": _mean_of(have, "kl")}
             row |= {"read_fraction": _mean_of(have, "read_fraction")}
             if mode != baseline:
                 both = [i for i in ids if (i, mode) in answers and (i, baseline) in answers]
-                row |= _against([(answers[i, mode], answers[i, baseline]) for i in both])
+                row |= _against([(answers[i, mode], answers[i, baseline], haystack[i]) for i in both])
             rows.append(row)
-    notes = [f"{len(problems)} broken line(s) skipped"] if problems else []
+    notes = [note for mode in modes if mode != baseline and (note := _worst(rows, mode))]
+    notes += [f"{len(problems)} broken line(s) skipped"] if problems else []
     notes += [f"{unknown} result(s) of items that are not in the item files"] if unknown else []
     return Table(rows, notes)

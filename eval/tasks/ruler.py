@@ -238,6 +238,7 @@ def make_items(task, index, length, seed, context, questions=1):
     items = []
     for question in range(questions):
         made = fields(size, question)
-        name = f"{task}-{length}-{seed}-{index}" + (f"-{question}" if question else "")
-        items.append(Item(id=name, task=task, metric=metric, max_tokens=max_tokens, prompt_tokens=tokens(made), **made))
+        haystack = f"{task}-{length}-{seed}-{index}"
+        name = haystack + (f"-{question}" if question else "")
+        items.append(Item(id=name, task=task, metric=metric, max_tokens=max_tokens, prompt_tokens=tokens(made), haystack=haystack, **made))
     return items

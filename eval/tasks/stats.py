@@ -99,12 +99,34 @@ def mean(values):
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def t_interval(values, level=0.95):
-    """Interval of a mean by Student's t. Fewer than two values: everything."""
-    n = len(values)
-    if n < 2:
+def _group_sums(values, groups):
+    """Sums of the deviations from the mean, by group."""
+    middle, sums = mean(values), {}
+    for value, group in zip(values, groups):
+        sums[group] = sums.get(group, 0.0) + value - middle
+    return sums
+
+
+def design_effect(values, groups):
+    """By how much the variance of the mean of `values` exceeds that of independent ones, because values of one group
+    (`groups`, as long) vary together: squares of the group's sums of deviations over squares of the deviations. k for
+    groups of k copies, 1 for groups of one; never below 1. Where nothing varies, values count as copies."""
+    middle = mean(values)
+    squares = math.fsum((v - middle) ** 2 for v in values)
+    if squares == 0:
+        return len(values) / len(set(groups)) if values else 1.0
+    return max(1.0, math.fsum(s * s for s in _group_sums(values, groups).values()) / squares)
+
+
+def t_interval(values, level=0.95, groups=None):
+    """Interval of a mean by Student's t. With `groups` (as long as `values`) it holds where values of one group vary
+    together: the variance is that of the groups' sums, with one degree of freedom less than there are groups. Fewer than
+    two values or groups: everything."""
+    groups = range(len(values)) if groups is None else groups
+    count = len(set(groups))
+    if count < 2:
         return Interval(-math.inf, math.inf)
     middle = mean(values)
-    variance = math.fsum((v - middle) ** 2 for v in values) / (n - 1)
-    half = student_quantile((1 + level) / 2, n - 1) * math.sqrt(variance / n)
+    variance = math.fsum(s * s for s in _group_sums(values, groups).values()) * count / (count - 1) / len(values) ** 2
+    half = student_quantile((1 + level) / 2, count - 1) * math.sqrt(variance)
     return Interval(middle - half, middle + half)

@@ -135,6 +135,10 @@ void forget_indexes() {  // they go when the options of new ones change
   configure("");
 }
 
+void set_decoder(tactic_decode_fn decode, void* user) {
+  plugin_function<tactic_set_decoder_fn>("tactic_set_decoder")(decode, user);
+}
+
 std::string take_log() {
   const std::lock_guard lock(host_log().mutex);
   std::string text;

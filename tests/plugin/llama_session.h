@@ -45,6 +45,8 @@ std::string try_configure(const std::string& options);
 tactic_totals take_totals();
 /// Drops every index.
 void forget_indexes();
+/// "tactic_set_decoder".
+void set_decoder(tactic_decode_fn decode, void* user);
 /// What llama.cpp logged since the last call.
 std::string take_log();
 

@@ -16,10 +16,14 @@ def error_row(setting, fraction, error, text="prose"):
             "error_by_layer": [error, 2 * error, error]}
 
 
-def kl_row(mode, fraction, kl, taken=True, error=None):
-    row = {"verb": "eval kl", "text": "prose", "model": "m", "mode": mode, "depth": 7168, "taken": taken, "read_fraction": fraction,
+def kl_row(mode, fraction, kl, taken=True, error=None, depth=7168):
+    row = {"verb": "eval kl", "text": "prose", "model": "m", "mode": mode, "depth": depth, "taken": taken, "read_fraction": fraction,
            "tokens_per_kv_head": 700, "mean_kl": kl, "mean_kl_95": [kl / 2, kl * 2], "p99_kl": 4 * kl, "max_kl": 9 * kl, "same_top": 0.9}
     return row | ({"attention_error": error} if error else {})
+
+
+def task_row(mode, **more):
+    return {"task": "vt", "mode": mode, "n": 40, "haystacks": 20, "missing": 0, "score": 0.5, "score_95": [0.3, 0.7], "kl": None} | more
 
 
 PAPER = [
@@ -37,6 +41,9 @@ PAPER = [
 ]
 MEASURED = [error_row("sample,error=0.01", 0.1, 0.04), error_row("sample,error=0.02", 0.05, 0.08), error_row("quest,budget=512", 0.2, 0.2),
             error_row("sample,error=0.01", 0.1, 0.04, "all traces") | {"model": "several"},
+            task_row("dense", kl=0.0),
+            task_row("quality=high", kl=0.002, read_fraction=0.25, score_minus=-0.025, score_minus_95=[-0.075, 0.025], logprob_minus=-0.2,
+                     logprob_minus_95=[-0.3, -0.1]),
             kl_row("quality=high", 0.16, 0.004), kl_row("quest,budget=512", 0.2, 0.05, error=0.2), kl_row("stock", 1, 0.006, taken=False)]
 
 
@@ -59,6 +66,8 @@ def test_report_is_one_page_with_pictures_inside_and_a_markdown_table(tmp_path):
     assert "| m | prose | 95.0% | 800 | 900 | 1000 | 96.0% | 70.0% | - | - | - | - | - | - |" in text
     assert "| prose | quest,budget=512 | 1600 | 0.200 | 0.2000 | 0.800 | 3, 4: 0.400 | 8100: 1.80 |" in text
     assert "| prose | 7168 | quality=high | 700 | 0.160 | 0.0040 | 0.0020-0.0080 | 0.016 | 0.036 | 90.0% |" in text
+    assert "| vt | quality=high | 40 | 20 | 0.500 | -0.025 (-0.075 to +0.025) | -0.200 (-0.300 to -0.100) * | 0.0020 | 0.250 |" in text
+    assert "| vt | dense" not in text
     assert "stock" not in text and "all traces" not in text
 
 
@@ -67,6 +76,13 @@ def test_methods_are_compared_at_equal_reading():
     assert tables.at_fraction([(0.4, 0.01), (0.1, 0.04)], 0.05) is None
     cells = tables.equal_read([error_row("quest,budget=1", 0.1, 0.04), error_row("quest,budget=4", 0.4, 0.01), error_row("topk,budget=1", 0.1, 0.02)])
     assert cells[1:] == [["mean error", "prose", "quest", "0.0400", "0.0267", "0.0200", "0.0133"]]
+
+
+def test_depths_are_not_mixed():
+    two = [kl_row("topk,budget=1", 0.1, 0.04), kl_row("topk,budget=4", 0.4, 0.01), kl_row("topk,budget=4", 0.2, 0.5, depth=16000)]
+    assert tables.equal_read(two)[1:] == [["mean KL", "prose after 7168", "topk", "0.0400", "0.0267", "0.0200", "0.0133"]]
+    assert len(pictures.frontier(two).axes) == 2
+    assert [line[1] for line in tables.kl(two)[1:]] == ["7168", "7168", "16000"]
 
 
 def test_a_repeated_run_replaces_its_rows():

@@ -165,7 +165,7 @@ def test_the_command(tmp_path, capsys):
     capsys.readouterr()
     assert main(["summary", "--items", made, out]) == 0
     shown = capsys.readouterr().out
-    assert "| niah_single_1 | sparse | 2 | 0 | 1.000" in shown and "| vt | dense | 2 | 0 | 1.000" in shown
+    assert "| niah_single_1 | sparse | 2 | 2 | 0 | 1.000" in shown and "| vt | dense | 2 | 2 | 0 | 1.000" in shown
     assert main(["make", "--tasks", "best", "--length", "600", "-o", made]) == 1
     assert "task 'best' is none of" in capsys.readouterr().err
     assert main(["summary", "--items", str(tmp_path / "none"), out]) == 1

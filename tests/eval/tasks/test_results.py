@@ -5,8 +5,11 @@ from tasks.items import Item, write_items
 from tasks.results import summarize
 
 
-def write(tmp_path, count, answers, metric="any", right=("yes",)):
-    items = [Item(id=f"i{n}", task="t", prompt="p", answers=list(right), metric=metric, max_tokens=4) for n in range(count)]
+def write(tmp_path, count, answers, metric="any", right=("yes",), haystack=lambda n: ""):
+    items = [
+        Item(id=f"i{n}", task="t", prompt="p", answers=list(right), metric=metric, max_tokens=4, haystack=haystack(n))
+        for n in range(count)
+    ]
     write_items(items, tmp_path / "items")
     with open(tmp_path / "results", "w") as file:
         for answer in answers:
@@ -59,6 +62,24 @@ def test_equal_partial_scores_are_not_certain_after_a_few_items(tmp_path):
         assert sparse["score_minus_95"] == pytest.approx([-room, room], abs=1e-4)
 
 
+@pytest.mark.parametrize("right", [("yes",), ("yes", "no")])
+def test_copies_of_items_on_one_haystack_make_nothing_more_certain(tmp_path, right):
+    def table(copies):
+        answers = []
+        for n in range(12 * copies):
+            item = n // copies
+            answers.append(line(n, "dense", "yes" if item < 7 else "no", answer_logprob=-1.0 - item % 3))
+            answers.append(line(n, "sparse", "yes" if item < 5 or item > 9 else "nothing", answer_logprob=-1.0 - item % 4))
+        metric = "any" if len(right) == 1 else "all"
+        return write(tmp_path, 12 * copies, answers, metric, right, lambda n: f"h{n // copies}").rows
+
+    for one, several in zip(table(1), table(3)):
+        assert (one["n"], several["n"], one["haystacks"], several["haystacks"]) == (12, 36, 12, 12)
+        for name in set(one) & {"score_95", "score_minus_95", "logprob_minus_95", "p"}:
+            assert several[name] == pytest.approx(one[name]), name
+    assert "score_minus_95" in several and "logprob_minus_95" in several
+
+
 def test_one_log_probability_has_no_interval(tmp_path):
     answers = [line(0, mode, "yes", answer_logprob=-1.0) for mode in ("dense", "sparse")]
     _, sparse = write(tmp_path, 1, answers).rows
@@ -86,7 +107,7 @@ def test_broken_lines_are_named_skipped_and_counted(tmp_path, capsys):
 def test_no_answer_at_all_is_no_score(tmp_path):
     (row,) = write(tmp_path, 3, [{"id": "i0", "mode": "dense", "error": "x"}]).rows
     assert (row["n"], row["missing"], row["score"]) == (0, 3, None)
-    assert "| t | dense | 0 | 3 | - |" in summarize([tmp_path / "items"], [tmp_path / "results"], "dense").markdown()
+    assert "| t | dense | 0 | 0 | 3 | - |" in summarize([tmp_path / "items"], [tmp_path / "results"], "dense").markdown()
     assert json.loads(summarize([tmp_path / "items"], [tmp_path / "results"], "dense").json())["missing"] == 3
 
 
@@ -95,3 +116,16 @@ def test_two_files_with_different_items_of_one_id_are_refused(tmp_path):
     write_items([Item(id="i0", task="t", prompt="other", answers=["a"], metric="any", max_tokens=4)], tmp_path / "more")
     with pytest.raises(ValueError, match="two different items have the id i0"):
         summarize([tmp_path / "items", tmp_path / "more"], [], "dense")
+
+
+def test_the_worst_task_is_named(tmp_path):
+    items = [Item(id=f"{task}{n}", task=task, prompt="p", answers=["yes"], metric="any", max_tokens=4) for task in "ab" for n in range(10)]
+    write_items(items, tmp_path / "items")
+    with open(tmp_path / "results", "w") as file:
+        for task, right, loss in (("a", 10, 0.5), ("b", 2, 0.0)):
+            for n in range(10):
+                jitter = 0.01 * (n % 2) - 0.005
+                for mode, output, logprob in (("dense", "yes", -1.0), ("sparse", "yes" if n < right else "no", -1.0 - loss + jitter)):
+                    file.write(json.dumps({"id": f"{task}{n}", "mode": mode, "output": output, "answer_logprob": logprob}) + "\n")
+    (note,) = summarize([tmp_path / "items"], [tmp_path / "results"], "dense").notes
+    assert note == "sparse: worst score b -0.800, 1 of 2 intervals without 0; worst log-probability a -0.500, 1 of 2 intervals without 0"

@@ -112,6 +112,7 @@ def test_several_questions_to_one_haystack(task, questions):
     assert max(i.prompt_tokens for i in items) <= 2000 and min(i.prompt_tokens for i in items) > 1940
     haystacks = {item.prompt.rsplit("\n\n", 1)[0] for item in items}
     assert len(haystacks) == 1
+    assert {item.haystack for item in items} == {items[0].id}
     if task != "vt":
         for item in items:
             key = re.search(r"secret number of (\S+) is$", item.prefix).group(1)

@@ -70,3 +70,32 @@ def test_t_interval():
     assert stats.t_interval([1.0]).contains(1e300)
     assert stats.t_interval([0.25] * 9) == stats.Interval(0.25, 0.25)
     assert math.isnan(stats.mean([]))
+
+
+def test_copies_in_a_group_are_one_value():
+    values = [0.3, -0.1, 0.4, 0.0, 0.25]
+    copies, groups = [v for v in values for _ in range(3)], [n for n in range(5) for _ in range(3)]
+    assert stats.design_effect(copies, groups) == pytest.approx(3)
+    alone, grouped = stats.t_interval(values), stats.t_interval(copies, groups=groups)
+    assert (grouped.low, grouped.high) == pytest.approx((alone.low, alone.high))
+    assert stats.design_effect(values, range(5)) == 1
+    assert stats.design_effect([1, -1, 1, -1], ["a", "a", "b", "b"]) == 1, "what cancels makes no interval narrower"
+    assert stats.design_effect([0.5] * 6, [0, 0, 0, 1, 1, 1]) == 3
+    assert stats.t_interval([1.0, 2.0], groups=["a", "a"]).contains(1e300)
+
+
+def test_intervals_cover_where_values_of_a_group_vary_together():
+    # A value is its group's part plus its own, both of variance 1: independent values have 5/2 less variance of the mean.
+    rng, held, naive = random.Random(3), 0, 0
+    for _ in range(600):
+        values, groups = [], []
+        for group in range(25):
+            shared = rng.gauss(0, 1)
+            values += [shared + rng.gauss(0, 1) for _ in range(4)]
+            groups += [group] * 4
+        held += stats.t_interval(values, groups=groups).contains(0)
+        naive += stats.t_interval(values).contains(0)
+    deviation = math.sqrt(600 * 0.05 * 0.95)  # of a count whose rate is 95%
+    assert abs(held - 570) < 4 * deviation
+    # 1.98 standard errors that are sqrt(2 / 5) of the right one: P(|z| < 1.255) = 0.79.
+    assert naive < 600 * 0.79 + 4 * math.sqrt(600 * 0.79 * 0.21) < 570 - 4 * deviation
