@@ -47,6 +47,7 @@ struct Calibration {
   double sum_xx = 0, sum_xy = 0;       // x = spread * |q|^2 / 2, y = true log mean weight minus the centroid's score
   double variance_ratio = 1;           // measured over predicted variance of the mass
   std::vector<int32_t> suspects;       // rows found heavy by chance, the latest last
+  std::vector<int32_t> expected;       // rows that the next step reads for certain, ascending (core/expected_rows.h)
   std::vector<double> usual_variance;  // [group_size] running mean of the drawn rows' variance relative to their
                                        // squared sum; empty: unknown
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/expected_rows.h"
 #include "core/random.h"
 #include "core/read_on.h"
 #include "cpu/steps.h"
@@ -14,9 +15,6 @@ namespace {
 // The weight that measured pairs must reach before they outvote the starting value.
 constexpr double kPriorWeight = 20;
 constexpr double kPriorSlope = 0.75;
-constexpr double kForget = 0.98;
-constexpr double kUsualRate = 0.05;
-constexpr float kHeavy = 0.01f;  // share of a head
 
 const Segment* find_segment(const IndexState& index, int64_t row) {
   auto at = std::upper_bound(index.segments.begin(), index.segments.end(), row,
@@ -56,6 +54,7 @@ void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int3
   task.selection.clear();
   task.selected.tokens.clear();
   task.refined.tokens.clear();
+  task.expected.clear();
   if (!task.sparse) return;
   const IndexState& index = query.index->state();
   for (const Segment& segment : index.segments) {
@@ -64,6 +63,8 @@ void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int3
       if (task.filter.reads_indexed(row)) task.exact.tokens.push_back(static_cast<int32_t>(row));
     }
   }
+  expected_rows(index, head, task.filter, task.expected);
+  task.exact.tokens.insert(task.exact.tokens.end(), task.expected.begin(), task.expected.end());
   task.exact.reserve_scores(task.group_size);
   const auto clusters = static_cast<size_t>(index.total_clusters());
   task.clusters.num_clusters = static_cast<int32_t>(clusters);
@@ -108,6 +109,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       break;
     case Select::kDense: break;
   }
+  leave_out(task.expected, task.selection);
   task.selected.tokens.assign(task.selection.tokens.begin(), task.selection.tokens.end());
   task.selected.reserve_scores(task.group_size);
   task.refined.reserve_scores(task.group_size);
@@ -169,7 +171,8 @@ void read_whole(Task& task, const std::vector<int32_t>& found) {
             selection.log_weights[at] = 0;
             for (int32_t g = 0; g < task.group_size; ++g) task.selected.weights_of(g)[at] *= probability;
             ++at;
-          } else if (task.filter.reads_indexed(row)) {
+          } else if (task.filter.reads_indexed(row) &&
+                     !std::binary_search(task.expected.begin(), task.expected.end(), row)) {
             task.refined.tokens.push_back(row);
           }
         }
@@ -328,78 +331,6 @@ bool rows_unchanged(const Task& task, int64_t begin, int64_t end, bool values) {
     difference |= check_row(rows.row(task.head, row), bytes, row) ^ (values ? stored >> 4 : stored & 15);
   }
   return difference == 0;
-}
-
-namespace {
-
-// Rows that weigh much in a head although their clusters were not read whole at first.
-void find_heavy(const Task& task) {
-  std::vector<int32_t> rows;
-  const auto look = [&](const RowList& list, int64_t begin, const std::vector<float>* log_weights) {
-    for (int32_t g = 0; g < task.group_size; ++g) {
-      const float* weights = list.weights.data() + g * list.stride;
-      const float limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
-      for (int64_t i = begin; i < list.size(); ++i) {
-        if (weights[i] <= limit) continue;
-        const auto at = static_cast<size_t>(i);
-        if (log_weights == nullptr || weights[i] * std::exp(-(*log_weights)[at]) > limit)
-          rows.push_back(list.tokens[at]);
-      }
-    }
-  };
-  look(task.selected, task.selection.num_certain, &task.selection.log_weights);
-  look(task.refined, 0, nullptr);
-  std::sort(rows.begin(), rows.end());
-  rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
-  for (const int32_t row : rows) found_heavy(task.query->index->state(), task.head, row);
-}
-
-}  // namespace
-
-void learn(Task& task, const DecodeOptions& options) {
-  if (options.select != Select::kSample) return;
-  Calibration& known = task.query->index->state().calibration[static_cast<size_t>(task.head)];
-  double measured = 0;
-  for (const double variance : task.independent_variance) measured += variance;
-  measured /= task.group_size;
-  const double predicted = task.inclusion.predicted_variance / known.variance_ratio;
-  if (measured > 0 && predicted > 0) {
-    const double ratio = std::clamp(measured / predicted, 0.05, 20.0);
-    known.variance_ratio = std::clamp(known.variance_ratio * std::pow(ratio / known.variance_ratio, 0.02), 0.1, 10.0);
-  }
-  for (size_t g = 0; g < task.relative_variance.size(); ++g) {
-    if (!(task.relative_variance[g] > 0)) continue;
-    known.usual_variance.resize(task.relative_variance.size(), 0.0);
-    double& usual = known.usual_variance[g];
-    usual += (usual > 0 ? kUsualRate : 1.0) * (task.relative_variance[g] - usual);
-  }
-  find_heavy(task);
-  // Whole clusters give pairs of spread term and true log mean weight; they are read anyway, but logarithms cost.
-  if ((static_cast<uint64_t>(task.query->position) + static_cast<uint64_t>(task.query->layer)) % 8 != 0) return;
-  known.sum_xx *= kForget;
-  known.sum_xy *= kForget;
-  const HeadSelection& selection = task.selection;
-  for (int64_t i = 0; i < selection.num_certain;) {
-    const int32_t cluster = selection.clusters[static_cast<size_t>(i)];
-    int64_t end = i;
-    while (end < selection.num_certain && selection.clusters[static_cast<size_t>(end)] == cluster) ++end;
-    if (end - i >= 2) {
-      for (int32_t g = 0; g < task.group_size; ++g) {
-        double sum = 0;
-        for (int64_t m = i; m < end; ++m) sum += task.selected.weights_of(g)[m];
-        const double x =
-            spread_growth(task.q_norms2[static_cast<size_t>(g)] * task.clusters.spreads[static_cast<size_t>(cluster)],
-                          static_cast<double>(end - i));
-        const double y = std::log(sum / static_cast<double>(end - i)) + task.state[static_cast<size_t>(g)].max -
-                         task.clusters.dots[static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters) +
-                                            static_cast<size_t>(cluster)];
-        if (!std::isfinite(y)) continue;
-        known.sum_xx += x * x;
-        known.sum_xy += x * y;
-      }
-    }
-    i = end;
-  }
 }
 
 void report(const Task& task) {

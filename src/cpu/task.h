@@ -33,7 +33,8 @@ struct Task {
   bool sparse = false;
   std::vector<float> q;         // [group_size, head_dim] scaled by sm_scale
   std::vector<float> q_norms2;  // [group_size]
-  RowList exact;                // sinks, recent and rewritten rows, outliers; every visible row when dense
+  RowList exact;  // sinks, recent and rewritten rows, outliers, expected rows; every visible one when dense
+  std::vector<int32_t> expected;  // indexed rows among `exact` that stand in clusters, ascending
   ClusterScores clusters;
   Inclusion inclusion;
   HeadSelection selection;
@@ -81,7 +82,7 @@ void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* 
 /// Compares the check values of selected rows [begin, end): K's four bits, or V's.
 bool rows_unchanged(const Task& task, int64_t begin, int64_t end, bool values);
 
-/// What the step learned about the index's estimates goes into the index. Called from one thread.
+/// What the step learned goes into the index, for later steps (learn.cc). Called from one thread.
 void learn(Task& task, const DecodeOptions& options);
 
 /// Masses and rows, as far as the query asks for them. Its selection has room for all heads.

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "core/backend.h"
+#include "core/expected_rows.h"
 #include "core/random.h"
 #include "core/read_on.h"
 #include "reference/steps.h"
@@ -88,6 +89,10 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   const IndexState& index = query.index->state();
   const int32_t group_size = query.num_q_heads / kv.num_kv_heads, dim = kv.head_dim;
   HeadSelection all = rows_read_anyway(index, head, filter), selection;
+  std::vector<int32_t> expected;
+  expected_rows(index, head, filter, expected);
+  all.tokens.insert(all.tokens.end(), expected.begin(), expected.end());
+  all.log_weights.resize(all.tokens.size(), 0.0f);
   std::vector<float> q(static_cast<size_t>(group_size) * dim), q_norms2(group_size);
   std::vector<SoftmaxState> exact(group_size);
   for (int32_t g = 0; g < group_size; ++g) {
@@ -118,12 +123,14 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
     probed = select_fit(index, head, filter, scores, kv.k, q.data(), dim, group_size, exact.data(), fit_mass(options),
                         selection);
   }
+  leave_out(expected, selection);
   if (options.check_rows && !unchanged(index, kv, head, selection)) return DenseReason::kRowChanged;
   std::vector<HeadMass> masses(group_size);
   if (options.select == Select::kSample) {
     const HeadSelection drawn = selection;
     stats.refined_clusters += refine(index, head, filter, kv.k, q.data(), dim, group_size, inclusion,
                                      refine_limit(options, inclusion), selection);
+    leave_out(expected, selection);
     std::vector<char> planned(inclusion.probability.size()), whole;
     for (size_t c = 0; c < planned.size(); ++c) planned[c] = inclusion.probability[c] >= 1;
     whole = planned;
@@ -136,6 +143,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
       if (next.empty()) break;
       for (const int32_t c : next) whole[c] = planned[c] = 1;
       read_whole(index, head, filter, next, selection);
+      leave_out(expected, selection);
     }
   }
   const size_t num_sampled = selection.tokens.size() - selection.num_certain, num_selected = selection.tokens.size();

@@ -221,9 +221,9 @@ TEST(DecodeSample, SampledStepsAgreeMostly) {
       problem.query.layer = static_cast<int32_t>(i % 7);
       problem.query.stream_id = static_cast<uint64_t>(i / 5);
       const DecodeOptions options{.tau = 200, .refine = i % 2 == 0 ? 1.0f : 0.02f, .beta = 1, .seed = 99};
+      problem.index->state().calibration.assign(2, {});
       problem.run(options, Backend::kReference);
       const std::vector<float> lse = problem.lse;
-      problem.index->state().calibration.assign(2, {});
       problem.run(options, Backend::kCpu);
       for (size_t h = 0; h < lse.size(); ++h, ++heads) same += std::fabs(problem.lse[h] - lse[h]) < 1e-4f;
     }
@@ -320,6 +320,31 @@ TEST_P(DecodeSelect, ReportsWhatItDid) {
     }
     EXPECT_EQ(certain, stats.tokens_certain);
     EXPECT_EQ(sampled, stats.tokens_sampled);
+  }
+}
+
+// Rows that the step before named are read for certain, once, and the rest as before.
+TEST_P(DecodeSelect, ExpectedRowsAreReadOnce) {
+  Problem problem(spec_of(5000), 3, 1, 0.3f);
+  problem.build_index();
+  Calibration known;
+  for (int32_t row = 40; row < 3000; row += 97) known.expected.push_back(row);
+  Selection selection;
+  problem.query.selection = &selection;
+  const DecodeOptions options = options_of(GetParam());
+  problem.index->state().calibration.assign(2, known);
+  const StepStats expected = problem.run(options, Backend::kReference);
+  const std::vector<float> out = problem.out, lse = problem.lse;
+  for (const Backend backend : {Backend::kReference, Backend::kCpu}) {
+    problem.index->state().calibration.assign(2, known);
+    expect_alike(problem, problem.run(options, backend, 2), out, lse, expected, GetParam());
+    if (GetParam() == Select::kDense) continue;
+    for (const HeadSelection& head : selection.heads) {
+      for (const int32_t row : known.expected) {
+        EXPECT_EQ(std::count(head.tokens.begin(), head.tokens.end(), row), 1);
+        EXPECT_EQ(std::count(head.tokens.begin(), head.tokens.begin() + head.num_certain, row), 1);
+      }
+    }
   }
 }
 

@@ -1,5 +1,6 @@
 // Sampling over many seeds: sums without bias, errors as large as they are said to be.
 #include <algorithm>
+#include <random>
 
 #include "core/read_on.h"
 #include "support.h"
@@ -199,6 +200,50 @@ TEST(Sampling, RefinementReadsAnUnderestimatedClusterWhole) {
   EXPECT_GT(refined, 3);
   EXPECT_LT(worst_with, 0.15);
   EXPECT_GT(worst_without, 2 * worst_with);
+}
+
+// A head that copies: step after step half of its attention lies on the row after the last one, and no cluster says so.
+// Once found, the next rows are read for certain; a step that knows nothing of the step before misses most of them.
+TEST(Sampling, AHeadThatCopiesIsFollowed) {
+  constexpr int kSteps = 200;
+  constexpr float kLength = 8, kScore = 20;
+  Problem problem(spec_of(4000), 1, 7, 0.2f);
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal(0, 1 / 8.0f);  // vectors of 64 elements, about 1 long
+  std::vector<std::vector<float>> own(kSteps, std::vector<float>(64));
+  for (int i = 0; i < kSteps; ++i) {
+    std::vector<float> key = problem.cache.key(0, 1000 + i);
+    for (size_t d = 0; d < 64; ++d) key[d] += kLength * (own[i][d] = normal(random));
+    problem.cache.set_key(0, 1000 + i, key);
+  }
+  problem.build_index();
+  Selection selection;
+  const auto reads = [&](int32_t row) {
+    const std::vector<int32_t>& rows = selection.heads[0].tokens;
+    return std::find(rows.begin(), rows.end(), row) != rows.end();
+  };
+  int missed_following = 0, missed_alone = 0;
+  Moments weights;
+  for (int i = 0; i < kSteps; ++i) {
+    for (size_t d = 0; d < 64; ++d) problem.q[d] = own[i][d] * kScore / (kLength * problem.query.sm_scale);
+    problem.query.position = i;
+    const Calibration known = problem.index->state().calibration[0];
+    problem.query.selection = nullptr;
+    problem.run({.select = Select::kDense});
+    double score = 0;
+    for (size_t d = 0; d < 64; ++d)
+      score += double{problem.query.sm_scale} * problem.q[d] * problem.cache.key(0, 1000 + i)[d];
+    weights.add(std::exp(score - problem.lse[0]));
+    problem.query.selection = &selection;
+    draw(problem, {.tau = 50, .beta = 1}, i);
+    missed_alone += !reads(1000 + i);
+    problem.index->state().calibration[0] = known;
+    problem.run({.tau = 50, .beta = 1});
+    missed_following += !reads(1000 + i);
+  }
+  EXPECT_GT(weights.mean(), 0.3);
+  EXPECT_GT(missed_alone, kSteps / 3);
+  EXPECT_LT(missed_following, missed_alone / 2) << "the first row of a run must be found by chance";
 }
 
 // With a target mass the step reads on until it is sure, and it is right about that.

@@ -1,0 +1,40 @@
+#include "core/expected_rows.h"
+
+#include <algorithm>
+
+namespace tactic {
+
+void expected_rows(const IndexState& index, int32_t head, const RowFilter& filter, std::vector<int32_t>& out) {
+  out.clear();
+  auto segment = index.segments.begin();
+  for (const int32_t row : index.calibration[static_cast<size_t>(head)].expected) {
+    if (!filter.reads_indexed(row)) continue;
+    while (segment != index.segments.end() && row >= segment->row_begin + segment->num_rows) ++segment;
+    if (segment == index.segments.end()) break;
+    const std::vector<uint16_t>& outliers = segment->heads[static_cast<size_t>(head)].outliers;
+    const auto place = static_cast<uint16_t>(row - segment->row_begin);
+    if (!std::binary_search(outliers.begin(), outliers.end(), place)) out.push_back(row);
+  }
+}
+
+void leave_out(const std::vector<int32_t>& rows, HeadSelection& selection) {
+  if (rows.empty()) return;
+  uint64_t low_bits = 0;  // most rows are told apart by these
+  for (const int32_t row : rows) low_bits |= uint64_t{1} << (row & 63);
+  size_t kept = 0;
+  int64_t certain = 0;
+  for (size_t i = 0; i < selection.tokens.size(); ++i) {
+    const int32_t row = selection.tokens[i];
+    if (((low_bits >> (row & 63)) & 1) != 0 && std::binary_search(rows.begin(), rows.end(), row)) continue;
+    certain += static_cast<int64_t>(i) < selection.num_certain;
+    selection.tokens[kept] = row;
+    selection.log_weights[kept] = selection.log_weights[i];
+    selection.clusters[kept++] = selection.clusters[i];
+  }
+  selection.tokens.resize(kept);
+  selection.log_weights.resize(kept);
+  selection.clusters.resize(kept);
+  selection.num_certain = certain;
+}
+
+}  // namespace tactic

@@ -1,0 +1,19 @@
+// Rows that the step before named as heavy in this one: the rows after those that weighed much then. A head that copies
+// attends to the row after the one it attended to last, and the key of that row is like no other in its cluster. They
+// are read for certain, as outliers are, and leave the selection; what they are expected for is known before the draw,
+// so that nothing is biased (docs/method.md, followers).
+#pragma once
+
+#include <vector>
+
+#include "core/steps.h"
+
+namespace tactic {
+
+/// Those rows that the query reads through the index and that stand in a cluster, ascending.
+void expected_rows(const IndexState& index, int32_t head, const RowFilter& filter, std::vector<int32_t>& out);
+
+/// Takes `rows` (ascending) out of the selection.
+void leave_out(const std::vector<int32_t>& rows, HeadSelection& selection);
+
+}  // namespace tactic

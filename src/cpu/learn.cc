@@ -1,0 +1,109 @@
+// learn: what a step found out about the index's estimates, for later steps (docs/method.md, calibration, followers).
+#include <algorithm>
+#include <cmath>
+
+#include "core/read_on.h"
+#include "cpu/task.h"
+
+namespace tactic::cpu {
+
+namespace {
+
+constexpr double kForget = 0.98;
+constexpr double kUsualRate = 0.05;
+constexpr float kHeavy = 0.01f;   // share of a head
+constexpr size_t kExpected = 32;  // rows that a step names for the next, at most
+
+void sort_unique(std::vector<int32_t>& rows) {
+  std::sort(rows.begin(), rows.end());
+  rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+}
+
+// Calls found(row) for the rows of `list` from `begin` on that weigh more than kHeavy in some head, weights being those
+// of the rows themselves and not of what they were drawn to speak for.
+template <class Fn>
+void for_heavy_rows(const Task& task, const RowList& list, int64_t begin, const std::vector<float>* log_weights,
+                    Fn found) {
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    const float* weights = list.weights.data() + g * list.stride;
+    const float limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
+    for (int64_t i = begin; i < list.size(); ++i) {
+      if (weights[i] <= limit) continue;
+      const auto at = static_cast<size_t>(i);
+      if (log_weights == nullptr || weights[i] * std::exp(-(*log_weights)[at]) > limit) found(list.tokens[at]);
+    }
+  }
+}
+
+// Rows that weigh much although their clusters were not read whole at first.
+void find_heavy(const Task& task) {
+  std::vector<int32_t> rows;
+  const auto push = [&](int32_t row) { rows.push_back(row); };
+  for_heavy_rows(task, task.selected, task.selection.num_certain, &task.selection.log_weights, push);
+  for_heavy_rows(task, task.refined, 0, nullptr, push);
+  sort_unique(rows);
+  for (const int32_t row : rows) found_heavy(task.query->index->state(), task.head, row);
+}
+
+// The rows after those that weigh much are expected to weigh much in the next step.
+void expect_followers(const Task& task, Calibration& known) {
+  std::vector<int32_t>& rows = known.expected;
+  rows.clear();
+  for_heavy_rows(task, task.exact, 0, nullptr, [&](int32_t row) { rows.push_back(row + 1); });
+  for_heavy_rows(task, task.selected, 0, &task.selection.log_weights, [&](int32_t row) { rows.push_back(row + 1); });
+  for_heavy_rows(task, task.refined, 0, nullptr, [&](int32_t row) { rows.push_back(row + 1); });
+  std::erase_if(rows, [&](int32_t row) { return !task.filter.reads_indexed(row); });
+  sort_unique(rows);
+  if (rows.size() > kExpected) rows.resize(kExpected);
+}
+
+}  // namespace
+
+void learn(Task& task, const DecodeOptions& options) {
+  if (options.select != Select::kSample) return;
+  Calibration& known = task.query->index->state().calibration[static_cast<size_t>(task.head)];
+  double measured = 0;
+  for (const double variance : task.independent_variance) measured += variance;
+  measured /= task.group_size;
+  const double predicted = task.inclusion.predicted_variance / known.variance_ratio;
+  if (measured > 0 && predicted > 0) {
+    const double ratio = std::clamp(measured / predicted, 0.05, 20.0);
+    known.variance_ratio = std::clamp(known.variance_ratio * std::pow(ratio / known.variance_ratio, 0.02), 0.1, 10.0);
+  }
+  for (size_t g = 0; g < task.relative_variance.size(); ++g) {
+    if (!(task.relative_variance[g] > 0)) continue;
+    known.usual_variance.resize(task.relative_variance.size(), 0.0);
+    double& usual = known.usual_variance[g];
+    usual += (usual > 0 ? kUsualRate : 1.0) * (task.relative_variance[g] - usual);
+  }
+  find_heavy(task);
+  expect_followers(task, known);
+  // Whole clusters give pairs of spread term and true log mean weight; they are read anyway, but logarithms cost.
+  if ((static_cast<uint64_t>(task.query->position) + static_cast<uint64_t>(task.query->layer)) % 8 != 0) return;
+  known.sum_xx *= kForget;
+  known.sum_xy *= kForget;
+  const HeadSelection& selection = task.selection;
+  for (int64_t i = 0; i < selection.num_certain;) {
+    const int32_t cluster = selection.clusters[static_cast<size_t>(i)];
+    int64_t end = i;
+    while (end < selection.num_certain && selection.clusters[static_cast<size_t>(end)] == cluster) ++end;
+    if (end - i >= 2) {
+      for (int32_t g = 0; g < task.group_size; ++g) {
+        double sum = 0;
+        for (int64_t m = i; m < end; ++m) sum += task.selected.weights_of(g)[m];
+        const double x =
+            spread_growth(task.q_norms2[static_cast<size_t>(g)] * task.clusters.spreads[static_cast<size_t>(cluster)],
+                          static_cast<double>(end - i));
+        const double y = std::log(sum / static_cast<double>(end - i)) + task.state[static_cast<size_t>(g)].max -
+                         task.clusters.dots[static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters) +
+                                            static_cast<size_t>(cluster)];
+        if (!std::isfinite(y)) continue;
+        known.sum_xx += x * x;
+        known.sum_xy += x * y;
+      }
+    }
+    i = end;
+  }
+}
+
+}  // namespace tactic::cpu
