@@ -51,6 +51,13 @@ struct DecodeBatch {
   int32_t layer = 0;
 };
 
+/// What the host knows of the lengths and pages that a batch has on the device; all in host memory.
+struct HostTables {
+  const int32_t* kv_lens = nullptr;      // [num_sequences]
+  const int32_t* page_tables = nullptr;  // [num_sequences, max_pages], or nullptr: tokens lie in order
+  int32_t num_pages = 0;                 // pages that exist
+};
+
 /// What one step read of one sequence and KV head.
 struct StepRecord {
   int32_t tokens_exact;     // sinks, recent rows, outliers
@@ -111,6 +118,12 @@ class Decode {
   /// Select::kSample with an index, dense without. `records`: device [num_sequences, num_kv_heads] or nullptr.
   /// Throws Error when the batch does not fit the limits, naming the value and the limit; nothing is launched then.
   void run(const DecodeBatch& batch, const LayerIndex* index, Stream stream, StepRecord* records = nullptr);
+
+  /// run() cannot look at lengths and pages, which only the device knows by then. Whoever has them on the host too can
+  /// have them checked before: throws Error, naming the value and the limit, when a length is negative or above the
+  /// limits' max_rows, or a page that a length uses is none of those that exist. A step with such numbers reads
+  /// memory that is not the cache's.
+  void plan(const DecodeBatch& batch, const HostTables& tables) const;
 
   size_t workspace_bytes() const;
 

@@ -425,6 +425,14 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_kernel(const __grid_c
 
 }  // namespace
 
+size_t cluster_shared_bytes(int32_t head_dim) {
+  return head_dim == 64    ? sizeof(ClusterShared<64>)
+         : head_dim == 80  ? sizeof(ClusterShared<80>)
+         : head_dim == 96  ? sizeof(ClusterShared<96>)
+         : head_dim == 128 ? sizeof(ClusterShared<128>)
+                           : sizeof(ClusterShared<256>);
+}
+
 size_t cluster_scratch_bytes(int32_t rows, int32_t clusters, int32_t head_dim) {
   return (static_cast<size_t>(clusters) * head_dim + 5 * static_cast<size_t>(rows) + clusters + 1 + 31) / 32 * 128;
 }

@@ -49,6 +49,9 @@ Decode::Decode(const DecodeOptions& options, const DecodeLimits& limits) : impl_
   const IndexGeometry geometry =
       index_geometry(limits.index, {limits.num_kv_heads, limits.head_dim, limits.head_dim}, limits.max_rows);
   impl.max_segments = geometry.max_segments;
+  const std::string what = "head_dim " + std::to_string(limits.head_dim) + " with " + std::to_string(group) +
+                           " query heads per KV head";
+  check_shared(what, fixed_bytes(limits.head_dim, head_bucket(static_cast<int32_t>(group))), impl.device);
   size_t dense_blocks = 0, tables = 0;
   for (int32_t n = 1; n <= limits.max_sequences; ++n) {
     const size_t pairs = static_cast<size_t>(n) * static_cast<size_t>(limits.num_kv_heads);
@@ -72,6 +75,11 @@ Decode::Decode(const DecodeOptions& options, const DecodeLimits& limits) : impl_
 Decode::~Decode() = default;
 Decode::Decode(Decode&&) noexcept = default;
 Decode& Decode::operator=(Decode&&) noexcept = default;
+
+void Decode::plan(const DecodeBatch& batch, const HostTables& tables) const {
+  validate(batch, impl_->limits);
+  validate(tables, batch, impl_->limits.max_rows);
+}
 
 size_t Decode::workspace_bytes() const { return impl_->bytes; }
 

@@ -2,6 +2,8 @@
 // alone. Pure host functions; what sizes memory, launches and tests all read them here.
 #pragma once
 
+#include <string>
+
 #include "cuda/params.h"
 
 namespace tactic::cuda {
@@ -56,9 +58,18 @@ DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geome
 /// Blocks per (sequence, KV head) of the dense step: one wave of blocks, but at least four tiles for each warp.
 int32_t dense_splits(const DeviceFacts& device, int32_t num_sequences, int32_t num_kv_heads, int64_t max_rows);
 
+/// Whether this build has kernels for rows of this type and length.
+bool is_compiled(DType dtype, int32_t head_dim);
+
 /// Throws Error when the batch does not fit the limits or its pointers and strides are not as the header says.
 void validate(const DecodeBatch& batch, const DecodeLimits& limits);
+/// What K and V alone must be, for whoever reads only those.
+void validate_rows(const DecodeBatch& batch);
+/// Lengths in 0..max_rows, and every page that they use among those that exist.
+void validate(const HostTables& tables, const DecodeBatch& batch, int32_t max_rows);
 /// Throws Error for limits that no device serves.
 void validate(const DecodeLimits& limits);
+/// Throws Error when a block does not get that much shared memory on the device. `what` needs it.
+void check_shared(const std::string& what, size_t bytes, const DeviceFacts& device);
 
 }  // namespace tactic::cuda

@@ -90,6 +90,7 @@ LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_
   Impl& impl = *impl_;
   if (max_sequences < 1 || max_sequences > 1 << 16)
     throw Error("max_sequences (" + std::to_string(max_sequences) + ") must be in 1..65536");
+  impl.device = device_facts();
   impl.options = options;
   impl.shape = shape;
   impl.max_sequences = max_sequences;
@@ -184,6 +185,14 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
   const IndexGeometry& g = impl.view.geometry;
   if (kv_len < 0 || kv_len > g.max_rows)
     throw Error("kv_len (" + std::to_string(kv_len) + ") must be in 0.." + std::to_string(g.max_rows));
+  validate_rows(batch);
+  if (batch.head_dim != impl.shape.head_dim || batch.num_kv_heads != impl.shape.num_kv_heads) {
+    throw Error("the index is of " + std::to_string(impl.shape.num_kv_heads) + " KV heads and head_dim " +
+                std::to_string(impl.shape.head_dim) + ", the batch of " + std::to_string(batch.num_kv_heads) +
+                " and " + std::to_string(batch.head_dim));
+  }
+  check_shared("clustering keys of head_dim " + std::to_string(batch.head_dim) + " (upload() takes a CPU's index)",
+               cluster_shared_bytes(batch.head_dim), impl.device);
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const SequenceState old = impl.states[static_cast<size_t>(sequence)], now = state_at(g, kv_len);
   ClusterParams params;

@@ -68,7 +68,7 @@ ReadMass read_mass(const Problem& problem, const Selection& selection) {
 TEST(Dense, EqualsTheReference) {
   for (const DType dtype : kTypes) {
     for (const int32_t dim : kDims) {
-      if (!fits(dtype, dim)) continue;
+      if (!fits(dtype, dim) || !cuda::is_compiled(dtype, dim)) continue;
       for (const int32_t group : {1, 3, 4, 8}) {
         for (const int64_t kv_len : {1, 31, 127, 4099}) {
           const DeviceLayout layout = kLayouts[static_cast<size_t>(kv_len + group) % std::size(kLayouts)];
@@ -90,7 +90,7 @@ TEST(Dense, EqualsTheReference) {
 TEST(Decode, EqualsTheReferenceOnAnUploadedIndex) {
   for (const DType dtype : kTypes) {
     for (const int32_t dim : kDims) {
-      if (!fits(dtype, dim)) continue;
+      if (!fits(dtype, dim) || !cuda::is_compiled(dtype, dim)) continue;
       for (const int32_t group : {1, 4, 7}) {
         for (const int64_t kv_len : {700, 5000}) {
           for (const float tau : {50.0f, 600.0f}) {
@@ -307,6 +307,7 @@ TEST(Sanitized, EveryKernel) {
 
 TEST(Cluster, AsGoodAsOnTheCpu) {
   for (const DType dtype : {DType::kF16, DType::kBF16, DType::kQ8_0}) {
+    if (!cuda::is_compiled(dtype, 128)) continue;
     Problem problem(spec_of(dtype, 128, 4096 + 256, 2), 4);
     problem.build_index();
     DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
