@@ -23,7 +23,7 @@ namespace tactic::cuda {
 using Stream = void*;
 
 /// Rows [num_sequences, num_kv_heads, kv_len, head_dim] of K or V in device memory. Addresses and strides are multiples
-/// of 16 bytes for f16 and bf16, of 2 for q8_0 and q4_0.
+/// of 16 bytes for f16 and bf16, of 8 for f8_e4m3, of 2 for q8_0 and q4_0.
 struct DeviceRows {
   const void* data = nullptr;
   DType dtype = DType::kF16;
@@ -32,6 +32,7 @@ struct DeviceRows {
   int64_t token_stride_bytes = 0;
   int64_t page_stride_bytes = 0;  // with page tables: pages lie this far apart, whatever the sequence
   int32_t page_tokens = 0;
+  const float* head_scales = nullptr;  // f8_e4m3 only: device [num_kv_heads], what is stored times this; nullptr: 1
 };
 
 struct DecodeBatch {
@@ -115,7 +116,8 @@ class Decode {
   Decode(Decode&&) noexcept;
   Decode& operator=(Decode&&) noexcept;
 
-  /// Select::kSample with an index, dense without. `records`: device [num_sequences, num_kv_heads] or nullptr.
+  /// All but Select::kDense need the index. kSample and kDense are one tuned launch each; kFit and kTopK rank all
+  /// clusters, list the rows and read them, in several. `records`: device [num_sequences, num_kv_heads] or nullptr.
   /// Throws Error when the batch does not fit the limits, naming the value and the limit; nothing is launched then.
   void run(const DecodeBatch& batch, const LayerIndex* index, Stream stream, StepRecord* records = nullptr);
 

@@ -41,6 +41,8 @@ class DecodeBlock {
     const IndexGeometry& g = p.index.geometry;
     members = p.index.members + row_of_head * g.max_rows;
     scale = b.sm_scale * kLog2E;
+    key_scale = scale * head_scale<kDType>(b.k, head);
+    value_scale = head_scale<kDType>(b.v, head);
   }
 
   __device__ void run() {
@@ -183,7 +185,7 @@ class DecodeBlock {
       const int32_t i = tile * 16 + (lane & 15), inside = min(i, rows - 1);
       attend_tile<kDType, kDim, false>(
           state, k, v, row_tile(inside < sinks ? inside : indexed + inside - sinks, i < rows ? 0.0f : kLowest),
-          fragments, scale, 0, [] {});
+          fragments, key_scale, 0, [] {});
     }
     const uint16_t* num_outliers = p.index.num_outliers + row_of_head * p.index.geometry.all_segments;
     for (int k_own = number; k_own < own.count(); k_own += warps) {
@@ -194,7 +196,7 @@ class DecodeBlock {
         const int32_t i = first + (lane & 15);
         const int32_t row =
             segment.first_row + __ldg(members + segment.first_row + segment.num_rows - n + min(i, n - 1));
-        attend_tile<kDType, kDim, false>(state, k, v, row_tile(row, i < n ? 0.0f : kLowest), fragments, scale, 0,
+        attend_tile<kDType, kDim, false>(state, k, v, row_tile(row, i < n ? 0.0f : kLowest), fragments, key_scale, 0,
                                          [] {});
       }
     }
@@ -283,13 +285,14 @@ class DecodeBlock {
         if ((tile + kWarps) * 16 >= rows) return;
         next = take(tile + kWarps);
         then = tile_of(tile + kWarps, next);
+        constexpr int kBytes = kDType == DType::kF8E4M3 ? kDim : 2 * kDim;
         const int half = (lane >> 4) * 128;
-        if (half < kDim * 2) {
+        if (half < kBytes) {
           prefetch(k + then.k_offset + half);
           prefetch(v + then.v_offset + half);
         }
       };
-      const uint32_t heavy = attend_tile<kDType, kDim, true>(state, k, v, now, fragments, scale, limit, meanwhile);
+      const uint32_t heavy = attend_tile<kDType, kDim, true>(state, k, v, now, fragments, key_scale, limit, meanwhile);
       const uint32_t all = __reduce_or_sync(kAllLanes, heavy);
       if (all != 0) {
         found = true;
@@ -332,7 +335,7 @@ class DecodeBlock {
     const uint32_t added = __ballot_sync(kAllLanes, inside && !taken) & 0xFFFFu;
     if (lane == 0) atomicAdd(&buffers.counts[3], __popc(added));
     const RowTile tile = row_tile(segment.first_row + __ldg(members + first + min(member, size - 1)), 0);
-    attend_rest<kDType, kDim>(state, k, v, tile, inside, taken, log_weight, fragments, scale);
+    attend_rest<kDType, kDim>(state, k, v, tile, inside, taken, log_weight, fragments, key_scale);
   }
   __device__ void raise_block_maximum() {
     const int g = lane >> 2;
@@ -411,7 +414,8 @@ class DecodeBlock {
       for (int s = 0; s < kMaxSplits; ++s) {
         if (s < p.splits) value += factors[s] * from_blocks[s * slice + i];
       }
-      store_output(p.batch.out, p.batch.q_dtype, first * kDim + at, kv_len > 0 ? __fdividef(value, sums.sum) : 0.0f);
+      store_output(p.batch.out, p.batch.q_dtype, first * kDim + at,
+                   kv_len > 0 ? value_scale * __fdividef(value, sums.sum) : 0.0f);
     }
     if (rank == 0 && warp == kWarps - 1) report(first);
   }
@@ -453,7 +457,7 @@ class DecodeBlock {
   const std::byte *k, *v;
   const uint16_t* members;
   int64_t row_of_head;
-  float scale;
+  float scale, key_scale, value_scale;  // of scores and of outputs; key_scale for the stored numbers
   QueryFragments<kDim> fragments;
   AttendState<kDim> state;
   RunningSum estimates[kHeads / 4];

@@ -13,6 +13,11 @@ void check(cudaError_t status, const char* what);
 void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream);
 void launch_dense(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream);
 
+/// Bytes that sorting the clusters of so many query heads needs besides its arrays.
+size_t rank_sort_bytes(int32_t heads, int32_t max_clusters);
+/// Lists the rows that select_fit or select_topk reads.
+void launch_rank(const RankParams& params, cudaStream_t stream);
+
 /// Launches kernel(params): params.splits blocks for each (sequence, KV head), in clusters of `cluster_blocks`, allowed
 /// to begin before the kernel in front of it has ended.
 template <class Kernel, class Params>
@@ -77,6 +82,7 @@ void dispatch(const DecodeBatch& batch, Fn fn) {
   switch (batch.k.dtype) {
     case DType::kBF16: return by_dim.template operator()<DType::kBF16>();
     case DType::kF16: return by_dim.template operator()<DType::kF16>();
+    case DType::kF8E4M3: return by_dim.template operator()<DType::kF8E4M3>();
 #ifndef TACTIC_CUDA_FEW
     case DType::kQ8_0: return by_dim.template operator()<DType::kQ8_0>();
     case DType::kQ4_0: return by_dim.template operator()<DType::kQ4_0>();

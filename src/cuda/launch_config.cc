@@ -21,10 +21,10 @@ void in_range(const char* name, int64_t value, int64_t low, int64_t high) {
 }
 
 #ifdef TACTIC_CUDA_FEW
-constexpr DType kTypes[] = {DType::kF16, DType::kBF16};
+constexpr DType kTypes[] = {DType::kF16, DType::kBF16, DType::kF8E4M3};
 constexpr int32_t kDims[] = {64, 128};
 #else
-constexpr DType kTypes[] = {DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0};
+constexpr DType kTypes[] = {DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kQ8_0, DType::kQ4_0};
 constexpr int32_t kDims[] = {64, 80, 96, 128, 256};
 #endif
 
@@ -131,6 +131,27 @@ int32_t dense_splits(const DeviceFacts& device, int32_t num_sequences, int32_t n
   return static_cast<int32_t>(std::min({by_device, by_rows, int64_t{256}}));
 }
 
+size_t lay_out_rank(RankParams& params, const IndexGeometry& g, const DecodeLimits& limits, std::byte* memory) {
+  const auto pairs = static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.num_kv_heads),
+             heads = static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.num_q_heads),
+             clusters = static_cast<size_t>(g.max_clusters);
+  in_range("clusters of all query heads", static_cast<int64_t>(heads * clusters), 0, INT32_MAX);
+  params.max_rows = g.max_rows;
+  params.max_probes = std::max(256, g.max_rows / 50 + 2 * (g.max_rows / 100) + 32);
+  size_t at = 0;
+  params.keys = take<uint32_t>(memory, at, heads * clusters);
+  params.sorted_keys = take<uint32_t>(memory, at, heads * clusters);
+  params.numbers = take<int32_t>(memory, at, heads * clusters);
+  params.order = take<int32_t>(memory, at, heads * clusters);
+  params.before = take<int32_t>(memory, at, heads * clusters);
+  params.offsets = take<int32_t>(memory, at, heads + 1);
+  params.taken = take<int32_t>(memory, at, pairs * clusters);
+  params.probes = take<float>(memory, at, heads * static_cast<size_t>(params.max_probes));
+  params.rows = take<int32_t>(memory, at, pairs * static_cast<size_t>(params.max_rows));
+  params.counts = take<int32_t>(memory, at, pairs);
+  return at;
+}
+
 void validate(const DecodeLimits& limits) {
   in_range("max_sequences", limits.max_sequences, 1, 1 << 16);
   in_range("num_kv_heads", limits.num_kv_heads, 1, 65535);
@@ -169,9 +190,13 @@ void validate_rows(const DecodeBatch& batch) {
   const bool quantized = batch.k.dtype == DType::kQ8_0 || batch.k.dtype == DType::kQ4_0;
   if (quantized && batch.head_dim % 32 != 0)
     fail("head_dim", batch.head_dim, std::string("a multiple of 32 for ") + dtype_name(batch.k.dtype));
-  const int64_t unit = quantized ? 2 : 16;
+  const bool f8 = batch.k.dtype == DType::kF8E4M3;
+  const int64_t unit = quantized ? 2 : f8 ? 8 : 16;
   for (const auto& [name, rows] : {std::pair{"k", batch.k}, std::pair{"v", batch.v}}) {
     if (rows.data == nullptr) throw Error(std::string(name) + " must not be null");
+    if (rows.head_scales != nullptr && !f8) {
+      throw Error(std::string(name) + " head_scales must be null for " + dtype_name(rows.dtype));
+    }
     for (const auto& [what, stride] :
          {std::pair{" address", static_cast<int64_t>(reinterpret_cast<intptr_t>(rows.data))},
           std::pair{" sequence_stride_bytes", rows.sequence_stride_bytes},

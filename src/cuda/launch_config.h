@@ -58,6 +58,18 @@ DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geome
 /// Blocks per (sequence, KV head) of the dense step: one wave of blocks, but at least four tiles for each warp.
 int32_t dense_splits(const DeviceFacts& device, int32_t num_sequences, int32_t num_kv_heads, int64_t max_rows);
 
+/// The next array in `memory`, or nullptr while only the size is asked for.
+template <class T>
+T* take(std::byte* memory, size_t& at, size_t count) {
+  T* p = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + at);
+  at += (count * sizeof(T) + 255) / 256 * 256;
+  return p;
+}
+
+/// Arrays of a rank within `memory` for up to so many sequences; returns their size without the sorting's own. `g`:
+/// of the largest index.
+size_t lay_out_rank(RankParams& params, const IndexGeometry& g, const DecodeLimits& limits, std::byte* memory);
+
 /// Whether this build has kernels for rows of this type and length.
 bool is_compiled(DType dtype, int32_t head_dim);
 

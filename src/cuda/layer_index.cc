@@ -37,13 +37,6 @@ namespace {
 // Clustering works through this many segments at a time, so that its scratch memory stays small.
 constexpr int32_t kSegmentsAtOnce = 64;
 
-template <class T>
-T* take(std::byte* memory, size_t& at, size_t count) {
-  T* p = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + at);
-  at += (count * sizeof(T) + 255) / 256 * 256;
-  return p;
-}
-
 // Arrays of the view within `memory`; returns their size.
 size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   const IndexGeometry& g = view.geometry;
@@ -188,8 +181,8 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
   validate_rows(batch);
   if (batch.head_dim != impl.shape.head_dim || batch.num_kv_heads != impl.shape.num_kv_heads) {
     throw Error("the index is of " + std::to_string(impl.shape.num_kv_heads) + " KV heads and head_dim " +
-                std::to_string(impl.shape.head_dim) + ", the batch of " + std::to_string(batch.num_kv_heads) +
-                " and " + std::to_string(batch.head_dim));
+                std::to_string(impl.shape.head_dim) + ", the batch of " + std::to_string(batch.num_kv_heads) + " and " +
+                std::to_string(batch.head_dim));
   }
   check_shared("clustering keys of head_dim " + std::to_string(batch.head_dim) + " (upload() takes a CPU's index)",
                cluster_shared_bytes(batch.head_dim), impl.device);

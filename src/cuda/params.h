@@ -66,8 +66,33 @@ struct DecodeParams {
   StepRecord* records = nullptr;  // [sequences, num_kv_heads] or nullptr
 };
 
+/// A pair is a sequence and KV head, a head here a query head of its group.
+struct RankParams {
+  DecodeBatch batch;
+  IndexView index;
+  float target_mass = 0;  // fit; 0: topk
+  int32_t budget = 0;     // topk
+  int32_t max_rows = 0;   // per pair
+  int32_t max_probes = 0;
+  // Workspace:
+  uint32_t *keys = nullptr, *sorted_keys = nullptr;  // [pairs, heads, max_clusters]
+  int32_t *numbers = nullptr, *order = nullptr;      // [pairs, heads, max_clusters] clusters, and by falling score
+  int32_t* before = nullptr;                         // [pairs, heads, max_clusters] tokens ahead of each in the order
+  int32_t* offsets = nullptr;                        // [pairs * heads + 1] of each order
+  int32_t* taken = nullptr;                          // [pairs, max_clusters] first members that are read
+  float* probes = nullptr;                           // [pairs, heads, max_probes]
+  int32_t* rows = nullptr;                           // [pairs, max_rows] to read
+  int32_t* counts = nullptr;                         // [pairs] of those
+  std::byte* sort_memory = nullptr;
+  size_t sort_bytes = 0;
+  StepRecord* records = nullptr;  // [pairs] or nullptr
+};
+
 struct DenseParams {
   DecodeBatch batch;
+  const int32_t* rows = nullptr;    // [pairs, max_rows] to read, or nullptr: all of them
+  const int32_t* counts = nullptr;  // [pairs] of those
+  int32_t max_rows = 0;
   int32_t splits = 0;
   float* partial_out = nullptr;    // [sequences, heads, splits, group, head_dim]
   float* partial_state = nullptr;  // [sequences, heads, splits, group, 2] max (log2) and sum

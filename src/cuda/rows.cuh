@@ -1,6 +1,8 @@
 // Where a stored row lies in device memory, and eight of its elements as halves in registers.
 #pragma once
 
+#include <cuda_fp8.h>
+
 #include "cuda/device.cuh"
 #include "cuda/params.h"
 
@@ -32,6 +34,50 @@ struct Chunk<DType::kBF16> {
     return load_stream(row + chunk * 16);
   }
 };
+
+/// Eight bytes. Every value is one of f16 too.
+template <>
+struct Chunk<DType::kF8E4M3> {
+  static constexpr bool kBf16 = false;
+  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) {
+    uint2 codes;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(codes.x), "=r"(codes.y)
+                 : "l"(row + chunk * 8));
+    return {halves(codes.x & 0xFFFFu), halves(codes.x >> 16), halves(codes.y & 0xFFFFu), halves(codes.y >> 16)};
+  }
+  static __device__ __forceinline__ uint32_t halves(uint32_t pair) {
+    const __half2_raw x = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+    return x.x | static_cast<uint32_t>(x.y) << 16;
+  }
+};
+
+/// Eight halves as floats.
+template <DType kDType>
+__device__ __forceinline__ void to_floats(const uint4& halves, float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t word = (&halves.x)[i];
+    float2 pair;
+    if constexpr (Chunk<kDType>::kBf16) {
+      pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
+    } else {
+      pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+    }
+    x[2 * i] = pair.x;
+    x[2 * i + 1] = pair.y;
+  }
+}
+
+/// What a head's stored values are multiplied by.
+template <DType kDType>
+__device__ __forceinline__ float head_scale(const DeviceRows& rows, int head) {
+  if constexpr (kDType == DType::kF8E4M3) {
+    return rows.head_scales != nullptr ? __ldg(rows.head_scales + head) : 1.0f;
+  } else {
+    return 1.0f;
+  }
+}
 
 /// Blocks of 32 elements: an f16 scale and 32 signed bytes. Rows lie at even addresses.
 template <>

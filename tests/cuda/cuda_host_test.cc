@@ -51,7 +51,9 @@ TEST(Geometry, HoldsEveryRowAndCluster) {
 }
 
 TEST(Geometry, NamesWhatIsOutOfRange) {
-  EXPECT_EQ(message_of([] { cuda::index_geometry({}, {8, 72, 72}, 1); }),
+  EXPECT_EQ(message_of([] {
+              cuda::index_geometry({}, {8, 72, 72}, 1);
+            }),
             std::string("head_dim (72) must be ") +
                 (cuda::is_compiled(DType::kF16, 80) ? "64, 80, 96, 128 or 256" : "64 or 128"));
   EXPECT_EQ(message_of([] { cuda::index_geometry({}, {8, 64, 128}, 1); }), "v_head_dim (128) must be head_dim (64)");
@@ -148,10 +150,18 @@ TEST(Batch, NamesWhatDoesNotFit) {
   EXPECT_EQ(message([](DecodeBatch& b) { b.v.dtype = DType::kBF16; }), "v's type (bf16) must be k's f16");
   EXPECT_EQ(message([](DecodeBatch& b) { b.k.dtype = b.v.dtype = DType::kF32; }),
             std::string("k's type (f32) must be ") +
-                (cuda::is_compiled(DType::kQ8_0, 64) ? "f16, bf16, q8_0 or q4_0" : "f16 or bf16"));
+                (cuda::is_compiled(DType::kQ8_0, 64) ? "f16, bf16, f8_e4m3, q8_0 or q4_0" : "f16, bf16 or f8_e4m3"));
   EXPECT_EQ(message([](DecodeBatch& b) { b.q_dtype = DType::kQ8_0; }), "q's type (q8_0) must be f32, f16 or bf16");
   EXPECT_EQ(message([](DecodeBatch& b) { b.page_tables = b.kv_lens; }), "k page_tokens (0) must be at least 1");
   EXPECT_EQ(message([](DecodeBatch& b) { b.v.data = nullptr; }), "v must not be null");
+  static constexpr float kScale = 1;
+  EXPECT_EQ(message([](DecodeBatch& b) { b.k.head_scales = &kScale; }), "k head_scales must be null for f16");
+  EXPECT_EQ(message([](DecodeBatch& b) {
+              b.k.dtype = b.v.dtype = DType::kF8E4M3;
+              b.k.head_scales = &kScale;
+              b.k.token_stride_bytes = 136;
+            }),
+            "no error");
   EXPECT_THROW(cuda::validate(DecodeLimits{1, 30, 8, 128, 1, {}}), Error);
   EXPECT_THROW(cuda::validate(DecodeLimits{1, 72, 8, 128, 1, {}}), Error);
 }
@@ -172,7 +182,9 @@ TEST(Tables, LengthsAndPagesOutOfRangeAreRefused) {
   EXPECT_EQ(message({33, -1}, pages), "kv_lens[1] (-1) must be in 0..1000");
   EXPECT_EQ(message({1001, 0}, pages), "kv_lens[0] (1001) must be in 0..1000");
   EXPECT_EQ(message({49, 0}, pages), "pages of kv_lens[0] (4) must be in 0..3");
-  EXPECT_EQ(message_of([&] { cuda::validate({lens.data(), nullptr, 5}, batch, 1000); }),
+  EXPECT_EQ(message_of([&] {
+              cuda::validate({lens.data(), nullptr, 5}, batch, 1000);
+            }),
             "the host must have page_tables when the batch has them, and only then");
   EXPECT_EQ(message_of([&] { cuda::validate({}, batch, 1000); }), "the host's kv_lens must not be null");
 }
