@@ -50,6 +50,9 @@ struct DecodeBatch {
   float* lse = nullptr;                  // device [num_sequences, num_q_heads] natural log, or nullptr
   const uint64_t* stream_ids = nullptr;  // device [num_sequences] for the random offsets, or nullptr: 0, 1, ...
   int32_t layer = 0;
+  /// select=sample: every eighth position, what is read adjusts the index's calibration (beta, and what target_error
+  /// becomes), as on the CPU. The same step twice may then draw differently.
+  bool learn = false;
 };
 
 /// What the host knows of the lengths and pages that a batch has on the device; all in host memory.

@@ -18,6 +18,8 @@ struct Decode::Impl {
   size_t bytes = 0;
   DenseParams dense;
   RankParams rank;
+  StepFacts* facts = nullptr;
+  std::byte* tables = nullptr;
 
   ~Impl() { cudaFree(workspace); }
 
@@ -45,6 +47,13 @@ struct Decode::Impl {
     }
     return bytes_of_all;
   }
+  size_t lay_out_sample(const IndexGeometry& geometry, std::byte* memory) {
+    size_t at = 0;
+    facts = take<StepFacts>(memory, at,
+                            static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.num_kv_heads));
+    tables = take<std::byte>(memory, at, table_bytes(geometry));
+    return at;
+  }
   // Arrays of a dense step, and of a ranking one, within `memory`; returns their size.
   size_t lay_out(const IndexGeometry& geometry, std::byte* memory) {
     size_t at = 0;
@@ -70,7 +79,6 @@ Decode::Decode(const DecodeOptions& options, const DecodeLimits& limits) : impl_
   tactic::validate(options);
   validate(limits);
   Impl& impl = *impl_;
-  if (options.select == Select::kSample && !(options.tau > 0)) throw Error("tau must be set for select=sample on CUDA");
   if (options.select == Select::kSample && options.target_mass > 0)
     throw Error("target_mass (" + std::to_string(options.target_mass) + ") must be 0 for select=sample on CUDA");
   impl.options = options;
@@ -84,7 +92,8 @@ Decode::Decode(const DecodeOptions& options, const DecodeLimits& limits) : impl_
       "head_dim " + std::to_string(limits.head_dim) + " with " + std::to_string(group) + " query heads per KV head";
   check_shared(what, fixed_bytes(limits.head_dim, head_bucket(group)), impl.device);
   if (options.select == Select::kSample) {
-    impl.reserve(impl.table_bytes(geometry));
+    impl.reserve(impl.lay_out_sample(geometry, nullptr));
+    impl.lay_out_sample(geometry, impl.workspace);
     return;
   }
   if (impl.ranks())
@@ -151,6 +160,7 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
   params.batch = batch;
   params.index = layer.view;
   params.tau = impl.options.tau;
+  params.target_error = impl.options.target_error;
   params.refine = impl.options.refine;
   params.beta = impl.options.beta;
   params.seed = impl.options.seed;
@@ -159,9 +169,11 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
   params.max_own_segments = config.own_segments;
   params.shared_bytes = config.shared_bytes;
   params.records = records;
-  params.workspace = config.block_workspace_bytes > 0 ? impl.workspace : nullptr;
+  params.workspace = config.block_workspace_bytes > 0 ? impl.tables : nullptr;
   params.block_workspace_bytes = config.block_workspace_bytes;
+  params.facts = batch.learn ? impl.facts : nullptr;
   launch_decode(params, impl.device, cuda_stream);
+  if (batch.learn) launch_learn(params, cuda_stream);
 }
 
 }  // namespace tactic::cuda

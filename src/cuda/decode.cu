@@ -151,7 +151,7 @@ class DecodeBlock {
       quantize_query<kDim, kHeads>(h < group ? q + h * kDim : nullptr, h, quantized);
     score_means(score_warps, mean);
     asm volatile("bar.sync 1, %0;" ::"r"(score_warps * 32) : "memory");
-    const float beta = p.beta > 0 ? p.beta : __ldg(p.index.betas + row_of_head);
+    const float beta = p.beta > 0 ? p.beta : p.index.calibration[row_of_head].beta;
     CentroidQuery<kDim, kHeads> query;
     load_centroid_query<kDim, kHeads>(quantized, p.batch.sm_scale, query);
     const auto score = [&](int tile, const CentroidTile<kDim>& loaded) {
@@ -230,11 +230,20 @@ class DecodeBlock {
     BlockCluster::sync();
     const RunningSum total = fold_states<kHeads>(buffers.block_states, p.splits);
     const float normalizer = total.max + log2_fast(total.sum);
-    const float shift = normalizer - log2_fast(p.tau) + 0.5f * log2_fast(static_cast<float>(group));
+    const float tau =
+        p.tau > 0 ? p.tau : tau_for_error(p.target_error, p.index.calibration[row_of_head].variance_ratio);
+    const float shift = normalizer - log2_fast(tau) + 0.5f * log2_fast(static_cast<float>(group));
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) shifts[h] = shuffle(shift, h);
+    if (p.facts != nullptr && rank == 0 && warp == 0) {
+      if (lane < kHeads) p.facts[row_of_head].shifts[lane] = shift;
+      if (lane == 0) {
+        p.facts[row_of_head].tau = tau;
+        p.facts[row_of_head].beta = p.beta > 0 ? p.beta : p.index.calibration[row_of_head].beta;
+      }
+    }
     const int g = lane >> 2;
-    const float limit = log2_fast(fmaxf(p.refine, 8.0f / p.tau)) + shuffle(normalizer, g % kHeads);
+    const float limit = log2_fast(fmaxf(p.refine, 8.0f / tau)) + shuffle(normalizer, g % kHeads);
     return g < group && p.refine < 1 ? limit : -kLowest;
   }
 
@@ -425,7 +434,7 @@ class DecodeBlock {
     const BlockSums sums = cluster_sums(lane % kHeads, factors);
     if (p.batch.lse != nullptr && lane < group)
       p.batch.lse[first_head + lane] = kv_len > 0 ? (sums.max + log2f(sums.sum)) * kLn2 : -INFINITY;
-    if (p.records == nullptr) return;
+    if (p.records == nullptr && p.facts == nullptr) return;
     float mass = lane < group ? 1 - sums.sampled / sums.sum : 0,
           variance = lane < group ? sums.variance / (sums.sum * sums.sum) : 0;
 #pragma unroll
@@ -434,6 +443,8 @@ class DecodeBlock {
       variance += shuffle_xor(variance, step);
     }
     if (lane != 0) return;
+    if (p.facts != nullptr) p.facts[row_of_head].measured_variance = variance / group;
+    if (p.records == nullptr) return;
     int32_t counts[4] = {};
     for (int s = 0; s < p.splits; ++s) {
       for (int i = 0; i < 4; ++i) counts[i] += buffers.block_counts[s][i];

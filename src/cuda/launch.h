@@ -13,6 +13,9 @@ void check(cudaError_t status, const char* what);
 void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream);
 void launch_dense(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream);
 
+/// After launch_decode of the same params: what the step read goes into the index's calibration. `facts` are set.
+void launch_learn(const DecodeParams& params, cudaStream_t stream);
+
 /// Bytes that sorting the clusters of so many query heads needs besides its arrays.
 size_t rank_sort_bytes(int32_t heads, int32_t max_clusters);
 /// Lists the rows that select_fit or select_topk reads.

@@ -50,7 +50,7 @@ size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   view.members = take<uint16_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
   view.means = take<float>(memory, at, slots * static_cast<size_t>(view.head_dim));
   view.num_outliers = take<uint16_t>(memory, at, slots);
-  view.betas = take<float>(memory, at, pairs);
+  view.calibration = take<HeadCalibration>(memory, at, pairs);
   view.states = take<SequenceState>(memory, at, static_cast<size_t>(max_sequences));
   return at;
 }
@@ -96,9 +96,13 @@ LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_
         ("index of " + std::to_string(impl.bytes) + " bytes").c_str());
   lay_out(impl.view, max_sequences, impl.memory);
   check(cudaMemset(impl.memory, 0, impl.bytes), "index");
-  const std::vector<float> betas(static_cast<size_t>(max_sequences) * static_cast<size_t>(shape.num_kv_heads),
-                                 Calibration{}.beta(1, 0.75));
-  check(cudaMemcpy(impl.view.betas, betas.data(), betas.size() * sizeof(float), cudaMemcpyHostToDevice), "index");
+  HeadCalibration unknown;
+  unknown.beta = kPriorSlope;
+  const std::vector<HeadCalibration> calibration(
+      static_cast<size_t>(max_sequences) * static_cast<size_t>(shape.num_kv_heads), unknown);
+  check(cudaMemcpy(impl.view.calibration, calibration.data(), calibration.size() * sizeof(HeadCalibration),
+                   cudaMemcpyHostToDevice),
+        "index");
 }
 
 LayerIndex::~LayerIndex() = default;
@@ -165,9 +169,13 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
       copy(impl.view.num_outliers + pair * g.all_segments + slot, kept(std::vector<uint16_t>{outliers}), 2);
     }
   }
-  std::vector<float> betas;
-  for (const Calibration& known : from.calibration) betas.push_back(known.beta(20, 0.75));
-  copy(impl.view.betas + int64_t{sequence} * impl.shape.num_kv_heads, kept(betas), betas.size() * 4);
+  std::vector<HeadCalibration> calibration;
+  for (const Calibration& known : from.calibration) {
+    calibration.push_back({known.beta(kPriorWeight, kPriorSlope), static_cast<float>(known.variance_ratio),
+                           static_cast<float>(known.sum_xx), static_cast<float>(known.sum_xy)});
+  }
+  copy(impl.view.calibration + int64_t{sequence} * impl.shape.num_kv_heads, kept(calibration),
+       calibration.size() * sizeof(HeadCalibration));
   set_state(impl, sequence, state, stream);
   check(cudaStreamSynchronize(stream), "upload");
 }

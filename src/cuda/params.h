@@ -37,6 +37,13 @@ struct ClusterFacts {
   float spread;  // mean squared distance of the members to it, per dimension
 };
 
+/// What steps have learned about a head's estimates: as core's Calibration.
+struct HeadCalibration {
+  float beta = 0;
+  float variance_ratio = 1;
+  float sum_xx = 0, sum_xy = 0;
+};
+
 struct IndexView {
   IndexGeometry geometry;
   int32_t num_kv_heads = 0, head_dim = 0;
@@ -44,17 +51,25 @@ struct IndexView {
   ClusterFacts* facts = nullptr;  // [sequences, heads, max_clusters]
   uint32_t* places =
       nullptr;  // [sequences, heads, max_clusters] first member (from the segment's first row) << 16 | members
-  uint16_t* members = nullptr;       // [sequences, heads, max_rows] rows relative to the segment's first
-  float* means = nullptr;            // [sequences, heads, all segments, head_dim]
-  uint16_t* num_outliers = nullptr;  // [sequences, heads, all segments]
-  float* betas = nullptr;            // [sequences, heads]
-  SequenceState* states = nullptr;   // [sequences]
+  uint16_t* members = nullptr;             // [sequences, heads, max_rows] rows relative to the segment's first
+  float* means = nullptr;                  // [sequences, heads, all segments, head_dim]
+  uint16_t* num_outliers = nullptr;        // [sequences, heads, all segments]
+  HeadCalibration* calibration = nullptr;  // [sequences, heads]
+  SequenceState* states = nullptr;         // [sequences]
+};
+
+/// What `learn` must know of a step, per sequence and KV head.
+struct StepFacts {
+  float shifts[8];  // as select_segment wants them
+  float tau, beta;
+  float measured_variance;  // of all weights, relative, had the draws been independent; mean over the group
 };
 
 struct DecodeParams {
   DecodeBatch batch;
   IndexView index;
-  float tau = 0, refine = 0;
+  float tau = 0, target_error = 0;  // tau 0: from target_error
+  float refine = 0;
   float beta = 0;  // 0: the index's
   uint64_t seed = 0;
   int32_t splits = 0;            // blocks that share a (sequence, KV head); a thread-block cluster
@@ -64,6 +79,7 @@ struct DecodeParams {
   std::byte* workspace = nullptr;  // the tables, where they do not fit into shared memory
   size_t block_workspace_bytes = 0;
   StepRecord* records = nullptr;  // [sequences, num_kv_heads] or nullptr
+  StepFacts* facts = nullptr;     // [sequences, num_kv_heads] or nullptr: nothing is learned
 };
 
 /// A pair is a sequence and KV head, a head here a query head of its group.

@@ -152,6 +152,9 @@ __device__ __forceinline__ float growth(float s2, float size) {
   return s2 <= cap2 ? 0.5f * s2 : sqrt_fast(cap2 * s2) - 0.5f * cap2;
 }
 
+/// log2 of the root mean square weight of a cluster's member from that of the mean weight and the spread term in it.
+__device__ __forceinline__ float rms_exponent(float mean, float spread) { return mean + spread; }
+
 /// Scores the tile: adds the estimates of all that its clusters hold to `sums` (lane (g, t): head 4 set + t), and
 /// writes exponents[head * stride + cluster], log2 of the root mean square weight of a member, and places[cluster].
 /// mean_dots: [kHeads] log2 scores of the segment's mean key.
@@ -178,7 +181,7 @@ __device__ __forceinline__ void score_tile(const CentroidTile<kDim>& tile, const
                         mean_dot;
       const float spread = beta * kLog2E * growth(tile.facts[i].spread * q.norm2[set], sizes[i]);
       means[i] = sizes[i] > 0 ? dot + spread : kLowest;
-      exponents[(4 * set + t) * stride + g + 8 * i] = sizes[i] > 0 ? means[i] + spread : kLowest;
+      exponents[(4 * set + t) * stride + g + 8 * i] = sizes[i] > 0 ? rms_exponent(means[i], spread) : kLowest;
     }
     const float top = fmaxf(fmaxf(means[0], means[1]), sums[set].max);
     sums[set].sum = sums[set].sum * exp2_fast(sums[set].max - top) + sizes[0] * exp2_fast(means[0] - top) +

@@ -37,6 +37,12 @@ struct SelectTables {
   }
 };
 
+/// The number of rows that one unit of weight is worth: from the error that is asked for and how much worse than
+/// predicted the head's variance has been.
+__device__ __forceinline__ float tau_for_error(float target_error, float variance_ratio) {
+  return fmaxf(1.0f, sqrt_fast(variance_ratio) / (target_error * target_error));
+}
+
 /// Running sums of a segment begin here, in units of 2^-32: as core's segment_offset. `random`: 64 random bits of the
 /// step.
 __device__ __forceinline__ uint64_t segment_offset(uint64_t random, int32_t first_row) {
