@@ -16,6 +16,7 @@
 #include "tactic/kv_index.h"
 #include "tactic/kv_view.h"
 #include "tactic/options.h"
+#include "tactic/stats.h"
 
 namespace tactic::cuda {
 
@@ -70,6 +71,8 @@ struct StepRecord {
   int32_t tokens_refined;  // added by that
   float certain_mass;      // share that certain rows have of the output's weights, mean over the group's heads
   float mass_variance;     // of the total, relative, had the draws been independent; likewise
+  DenseReason dense;       // why every row was read, if so: asked for, or a row that was read is not the one that was
+                           // clustered (check_rows; only for this KV head)
 };
 
 /// The indexes of one layer for up to max_sequences sequences, in device memory.

@@ -399,6 +399,11 @@ class SegmentClustering {
       for (int i = begin + lane; i < begin + size; i += 32)
         members[i] = static_cast<uint16_t>(scratch.rows[scratch.order[i]]);
     }
+    constexpr int kBytes = stored_bytes<kDType>(kDim);
+    for (int row = threadIdx.x; row < num_rows; row += kClusterThreads) {
+      index.row_checks[row_of_head * g.max_rows + first_row + row] = static_cast<uint8_t>(
+          check_row(key(row), kBytes, first_row + row) | check_row(value(row), kBytes, first_row + row) << 4);
+    }
     if (threadIdx.x == 0)
       index.num_outliers[row_of_head * g.all_segments + slot] = static_cast<uint16_t>(s.num_outliers);
   }

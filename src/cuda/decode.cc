@@ -164,6 +164,7 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
   params.refine = impl.options.refine;
   params.beta = impl.options.beta;
   params.seed = impl.options.seed;
+  params.check_rows = impl.options.check_rows;
   params.splits = config.splits;
   params.max_own_clusters = config.own_clusters;
   params.max_own_segments = config.own_segments;

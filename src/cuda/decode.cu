@@ -77,6 +77,8 @@ class DecodeBlock {
     }
     send_output();
     BlockCluster::sync();
+    changed = p.check_rows && any_changed();
+    if (changed) start_again();
     write_output();
   }
 
@@ -93,6 +95,10 @@ class DecodeBlock {
     const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group) * kDim;
     for (int i = threadIdx.x; i < group * kDim; i += kThreads) q[i] = load_query(p.batch.q, p.batch.q_dtype, first + i);
     if (threadIdx.x < 4) buffers.counts[threadIdx.x] = 0;
+    if (threadIdx.x == 4) buffers.found_changed = 0;
+    reset_maxima();
+  }
+  __device__ void reset_maxima() {
     if (threadIdx.x < kHeads) buffers.maxima[threadIdx.x] = ordered(__float_as_int(kLowest));
   }
 
@@ -178,15 +184,18 @@ class DecodeBlock {
   __device__ int32_t num_sinks() const { return min(p.index.geometry.sink_tokens, num_indexed()); }
   // Sinks, and rows that no segment holds yet.
   __device__ int32_t exact_rows() const { return num_sinks() + max(kv_len - num_indexed(), 0); }
-  // Those, shared among the blocks, and the outliers of the own segments.
-  __device__ void attend_exact(int number, int warps) {
-    const int32_t rows = exact_rows(), sinks = num_sinks(), indexed = num_indexed();
+  // Rows [0, sinks) and from `indexed` on, `rows` in all, shared among the blocks and `warps` of each.
+  __device__ void attend_shared(int number, int warps, int32_t rows, int32_t sinks, int32_t indexed) {
     for (int tile = rank + p.splits * number; tile * 16 < rows; tile += p.splits * warps) {
       const int32_t i = tile * 16 + (lane & 15), inside = min(i, rows - 1);
       attend_tile<kDType, kDim, false>(
           state, k, v, row_tile(inside < sinks ? inside : indexed + inside - sinks, i < rows ? 0.0f : kLowest),
           fragments, key_scale, 0, [] {});
     }
+  }
+  // What is read anyway: those that no segment holds, and the outliers of the own segments.
+  __device__ void attend_exact(int number, int warps) {
+    attend_shared(number, warps, exact_rows(), num_sinks(), num_indexed());
     const uint16_t* num_outliers = p.index.num_outliers + row_of_head * p.index.geometry.all_segments;
     for (int k_own = number; k_own < own.count(); k_own += warps) {
       const OwnSegment segment = own.at(k_own);
@@ -286,11 +295,13 @@ class DecodeBlock {
     };
     int tile = kWarps - 1 - warp;
     if (tile * 16 >= rows) return false;
+    uint32_t mismatches = 0;
     TakenRow taken = take(tile), next{};
     RowTile now = tile_of(tile, taken), then{};
     for (; tile * 16 < rows; tile += kWarps) {
       // While a tile is on its way, the next one is looked up and asked for.
       const auto meanwhile = [&] {
+        if (p.check_rows) mismatches |= mismatch(taken.row, now);
         if ((tile + kWarps) * 16 >= rows) return;
         next = take(tile + kWarps);
         then = tile_of(tile + kWarps, next);
@@ -311,7 +322,34 @@ class DecodeBlock {
       taken = next;
       now = then;
     }
+    if (mismatches != 0) buffers.found_changed = 1;
     return found;
+  }
+
+  // Not 0 when the row is not the one that was clustered: the lower half of the warp looks at its key, the upper one at
+  // its value.
+  __device__ uint32_t mismatch(int32_t row, const RowTile& tile) const {
+    const bool value = lane >= 16;
+    const uint32_t stored = __ldg(p.index.row_checks + row_of_head * p.index.geometry.max_rows + row);
+    const uint32_t found = check_row(value ? v + tile.v_offset : k + tile.k_offset, stored_bytes<kDType>(kDim), row);
+    return found ^ (value ? stored >> 4 : stored & 15);
+  }
+  __device__ bool any_changed() const {
+    int32_t any = 0;
+    for (int s = 0; s < p.splits; ++s) any |= buffers.changed[s];
+    return any != 0;
+  }
+  // A changed row was read, so the index cannot be trusted: every row is read instead.
+  __device__ void start_again() {
+    BlockCluster::sync();  // all have looked before anything is written anew
+    state = {};
+    reset_maxima();
+    __syncthreads();
+    attend_shared(warp, kWarps, kv_len, kv_len, 0);
+    raise_block_maximum();
+    __syncthreads();
+    send_output();
+    BlockCluster::sync();
   }
 
   // Clusters that are marked are read whole. Their tiles are shared among the warps.
@@ -381,6 +419,8 @@ class DecodeBlock {
       }
       *BlockCluster::in_block(&buffers.block_sums[rank][h], i / kHeads) = sums;
     }
+    if (p.check_rows && threadIdx.x < p.splits)
+      *BlockCluster::in_block(&buffers.changed[rank], threadIdx.x) = buffers.found_changed;
     if (p.records != nullptr && threadIdx.x < 4) {
       *BlockCluster::in_block(&buffers.block_counts[rank][threadIdx.x], 0) = buffers.counts[threadIdx.x];
     }
@@ -449,13 +489,18 @@ class DecodeBlock {
     for (int s = 0; s < p.splits; ++s) {
       for (int i = 0; i < 4; ++i) counts[i] += buffers.block_counts[s][i];
     }
-    p.records[row_of_head] = {counts[0] + exact_rows(), counts[1], counts[2], counts[3], mass / group,
-                              variance / group};
+    if (changed) {
+      p.records[row_of_head] = {kv_len, 0, 0, 0, 1, 0, DenseReason::kRowChanged};
+    } else {
+      p.records[row_of_head] = {counts[0] + exact_rows(), counts[1],         counts[2], counts[3], mass / group,
+                                variance / group,         DenseReason::kNone};
+    }
   }
 
   const DecodeParams& p;
   const int rank, warp, lane, sequence, head, group;
   int kv_len = 0;
+  bool changed = false;
   const SequenceState state_of_sequence;
   const OwnSegments own;
   MergeBuffers<kHeads>& buffers;

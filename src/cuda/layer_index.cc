@@ -51,6 +51,7 @@ size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   view.means = take<float>(memory, at, slots * static_cast<size_t>(view.head_dim));
   view.num_outliers = take<uint16_t>(memory, at, slots);
   view.calibration = take<HeadCalibration>(memory, at, pairs);
+  view.row_checks = take<uint8_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
   view.states = take<SequenceState>(memory, at, static_cast<size_t>(max_sequences));
   return at;
 }
@@ -165,6 +166,10 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
       copy(impl.view.places + cluster, kept(places), places.size() * 4);
       copy(impl.view.members + pair * g.max_rows + segment.row_begin, kept(members), members.size() * 2);
       copy(impl.view.means + (pair * g.all_segments + slot) * impl.shape.head_dim, kept(c.mean), c.mean.size() * 4);
+      const uint8_t* checks =
+          segment.row_checks.data() + static_cast<size_t>(head) * static_cast<size_t>(segment.num_rows);
+      copy(impl.view.row_checks + pair * g.max_rows + segment.row_begin,
+           kept(std::vector<uint8_t>(checks, checks + segment.num_rows)), static_cast<size_t>(segment.num_rows));
       const auto outliers = static_cast<uint16_t>(c.outliers.size());
       copy(impl.view.num_outliers + pair * g.all_segments + slot, kept(std::vector<uint16_t>{outliers}), 2);
     }

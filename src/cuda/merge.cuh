@@ -54,6 +54,8 @@ struct alignas(16) MergeBuffers {
   BlockSums block_sums[kMaxSplits][kHeads];
   int32_t counts[4];  // of the block: exact, selected, refined clusters, refined rows
   int32_t block_counts[kMaxSplits][4];
+  int32_t found_changed;        // by the block: a row that is not the one that was clustered
+  int32_t changed[kMaxSplits];  // by the cluster's blocks
 };
 
 /// Floats as integers of the same order, for atomicMax; its own inverse.

@@ -55,6 +55,7 @@ struct IndexView {
   float* means = nullptr;                  // [sequences, heads, all segments, head_dim]
   uint16_t* num_outliers = nullptr;        // [sequences, heads, all segments]
   HeadCalibration* calibration = nullptr;  // [sequences, heads]
+  uint8_t* row_checks = nullptr;           // [sequences, heads, max_rows] as core's Segment
   SequenceState* states = nullptr;         // [sequences]
 };
 
@@ -72,6 +73,7 @@ struct DecodeParams {
   float refine = 0;
   float beta = 0;  // 0: the index's
   uint64_t seed = 0;
+  bool check_rows = false;
   int32_t splits = 0;            // blocks that share a (sequence, KV head); a thread-block cluster
   int32_t max_own_clusters = 0;  // room in each block's tables
   int32_t max_own_segments = 0;

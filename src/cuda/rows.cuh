@@ -69,6 +69,26 @@ __device__ __forceinline__ void to_floats(const uint4& halves, float (&x)[8]) {
   }
 }
 
+template <DType kDType>
+__host__ __device__ constexpr int stored_bytes(int dim) {
+  return kDType == DType::kF8E4M3 ? dim
+         : kDType == DType::kQ8_0 ? dim / 32 * 34
+         : kDType == DType::kQ4_0 ? dim / 32 * 18
+                                  : 2 * dim;
+}
+
+/// core's check_row of `bytes` bytes at an even address: eight of them, wherever they begin.
+__device__ __forceinline__ uint32_t check_row(const std::byte* data, int bytes, int32_t row) {
+  const uint64_t mix = (static_cast<uint64_t>(row) + 1) * 0x9E3779B97F4A7C15u;
+  const auto at = reinterpret_cast<uintptr_t>(data) + (((mix >> 32) * static_cast<uint64_t>(bytes - 7)) >> 32);
+  const auto* words = reinterpret_cast<const uint32_t*>(at & ~uintptr_t{3});  // no word without a byte of the row
+  const auto shift = static_cast<uint32_t>(at & 3) * 8;
+  const uint32_t first = __ldg(words), second = __ldg(words + 1), third = shift != 0 ? __ldg(words + 2) : 0;
+  const uint64_t word =
+      static_cast<uint64_t>(__funnelshift_r(second, third, shift)) << 32 | __funnelshift_r(first, second, shift);
+  return static_cast<uint32_t>(((word ^ mix) * 0xC2B2AE3D27D4EB4Fu) >> 60);
+}
+
 /// What a head's stored values are multiplied by.
 template <DType kDType>
 __device__ __forceinline__ float head_scale(const DeviceRows& rows, int head) {

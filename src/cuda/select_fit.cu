@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(kRankThreads) list_kernel(const __grid_constan
   }
   if (threadIdx.x != 0) return;
   p.counts[pair] = count;
-  if (p.records != nullptr) p.records[pair] = {exact, count - exact, 0, 0, 1, 0};
+  if (p.records != nullptr) p.records[pair] = {exact, count - exact, 0, 0, 1, 0, DenseReason::kNone};
 }
 
 }  // namespace
