@@ -65,15 +65,25 @@ struct HostTables {
 
 /// What one step read of one sequence and KV head.
 struct StepRecord {
-  int32_t tokens_exact;     // sinks, recent rows, outliers
-  int32_t tokens_selected;  // by select_sample, certain and sampled
-  int32_t clusters_refined;
-  int32_t tokens_refined;  // added by that
-  float certain_mass;      // share that certain rows have of the output's weights, mean over the group's heads
-  float mass_variance;     // of the total, relative, had the draws been independent; likewise
-  DenseReason dense;       // why every row was read, if so: asked for, or a row that was read is not the one that was
-                           // clustered (check_rows; only for this KV head)
+  int32_t kv_len;
+  int32_t tokens_exact;      // sinks, recent rows, outliers; all of them when dense
+  int32_t tokens_selected;   // by the selector, certain and sampled
+  int32_t tokens_sampled;    // of those, drawn, their clusters not having been refined
+  int32_t clusters_refined;  // sample
+  int32_t tokens_refined;    // added by that
+  int32_t tokens_probed;     // fit: keys read for it, counted for every query head
+  int32_t clusters;          // scored
+  int32_t segments;          // of those
+  float tau, beta;           // sample: the ones used
+  float certain_mass;        // share that certain rows have of the output's weights, mean over the group's heads
+  float mass_variance;       // of the total, relative, had the draws been independent; likewise
+  DenseReason dense;         // why every row was read, if so: asked for, or a row that was read is not the one that was
+                             // clustered (check_rows; only for this KV head)
 };
+
+/// The records of one sequence, [batch.num_kv_heads] in host memory, as the statistics of a step on the CPU. A step is
+/// dense when every head was. The mass's standard error is that of independent draws.
+StepStats step_stats(const StepRecord* records, const DecodeBatch& batch, const IndexOptions& options);
 
 /// The indexes of one layer for up to max_sequences sequences, in device memory.
 /// Not thread-safe. Work is ordered by the streams it is given.

@@ -400,7 +400,8 @@ class SegmentClustering {
         members[i] = static_cast<uint16_t>(scratch.rows[scratch.order[i]]);
     }
     constexpr int kBytes = stored_bytes<kDType>(kDim);
-    for (int row = threadIdx.x; row < num_rows; row += kClusterThreads) {
+    const int32_t sinks = max(0, min(g.sink_tokens - first_row, num_rows));
+    for (int row = sinks + threadIdx.x; row < num_rows; row += kClusterThreads) {
       index.row_checks[row_of_head * g.max_rows + first_row + row] = static_cast<uint8_t>(
           check_row(key(row), kBytes, first_row + row) | check_row(value(row), kBytes, first_row + row) << 4);
     }

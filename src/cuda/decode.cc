@@ -121,6 +121,7 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
   dense.splits = dense_splits(impl.device, batch.num_sequences, batch.num_kv_heads, impl.limits.max_rows);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (impl.options.select == Select::kDense) {
+    dense.records = records;
     launch_dense(dense, impl.device, cuda_stream);
     return;
   }

@@ -107,6 +107,13 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   if (shared.last == 0) return;
   __threadfence();
   if (threadIdx.x == 0) p.arrived[pair] = 0;
+  if (!kListed && p.records != nullptr && threadIdx.x == 0) {
+    StepRecord record{};
+    record.kv_len = record.tokens_exact = kv_len;
+    record.certain_mass = 1;
+    record.dense = DenseReason::kAsked;
+    p.records[pair] = record;
+  }
   for (int i = threadIdx.x; i < total; i += kThreads) {
     const int h = i / kDim;
     const float* states = p.partial_state + (pair * p.splits * group + h) * 2;

@@ -1,6 +1,7 @@
 #include "cuda/launch_config.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <string>
 
@@ -149,6 +150,7 @@ size_t lay_out_rank(RankParams& params, const IndexGeometry& g, const DecodeLimi
   params.probes = take<float>(memory, at, heads * static_cast<size_t>(params.max_probes));
   params.rows = take<int32_t>(memory, at, pairs * static_cast<size_t>(params.max_rows));
   params.counts = take<int32_t>(memory, at, pairs);
+  params.probed = take<int32_t>(memory, at, pairs);
   return at;
 }
 
@@ -228,6 +230,35 @@ void validate(const HostTables& tables, const DecodeBatch& batch, int32_t max_ro
       in_range(name_at("page_tables", at).c_str(), tables.page_tables[at], 0, int64_t{tables.num_pages} - 1);
     }
   }
+}
+
+StepStats step_stats(const StepRecord* records, const DecodeBatch& batch, const IndexOptions& options) {
+  const auto k_bytes = static_cast<int64_t>(row_bytes(batch.k.dtype, batch.head_dim)),
+             v_bytes = static_cast<int64_t>(row_bytes(batch.v.dtype, batch.head_dim));
+  StepStats stats;
+  stats.kv_len = records[0].kv_len;
+  stats.num_kv_heads = batch.num_kv_heads;
+  stats.kv_bytes_present = stats.kv_len * batch.num_kv_heads * (k_bytes + v_bytes);
+  stats.dense = records[0].dense;
+  const int32_t code_bytes = index_geometry(options, {1, batch.head_dim, batch.head_dim}, 1).code_bytes;
+  double variance = 0;
+  for (int32_t head = 0; head < batch.num_kv_heads; ++head) {
+    const StepRecord& r = records[head];
+    const int64_t listed = int64_t{r.tokens_selected} + r.tokens_refined, read = r.tokens_exact + listed;
+    stats.tokens_certain += read - r.tokens_sampled;
+    stats.tokens_sampled += r.tokens_sampled;
+    stats.refined_clusters += r.clusters_refined;
+    stats.kv_bytes += read * (k_bytes + v_bytes) + r.tokens_probed * k_bytes;
+    // Per cluster: codes, scale, spread and place. Per segment: its mean key and outliers. Per row: number and check.
+    stats.index_bytes +=
+        int64_t{r.clusters} * (code_bytes + 12) + int64_t{r.segments} * (batch.head_dim * 4 + 2) + listed * 3;
+    stats.estimated_mass += double{r.certain_mass} / batch.num_kv_heads;
+    variance += double{r.certain_mass} * r.certain_mass * r.mass_variance / batch.num_kv_heads;
+    if (r.dense == DenseReason::kNone) stats.dense = DenseReason::kNone;
+  }
+  stats.tokens_value = stats.tokens_certain + stats.tokens_sampled;
+  stats.mass_std_error = std::sqrt(variance);
+  return stats;
 }
 
 void check_shared(const std::string& what, size_t bytes, const DeviceFacts& device) {

@@ -32,7 +32,7 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows);
 /// Bytes of MergeBuffers<heads>.
 constexpr size_t merge_bytes(int32_t heads) {
   const size_t h = static_cast<size_t>(heads);
-  return 2 * kWarps * h * 8 + kMaxSplits * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 4 * 4 + kMaxSplits * 4 * 4 +
+  return 2 * kWarps * h * 8 + kMaxSplits * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 8 * 4 + kMaxSplits * 8 * 4 +
          (4 + kMaxSplits) * 4;
 }
 /// Bytes of QuantizedQueries<head_dim, heads>.

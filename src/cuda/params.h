@@ -101,6 +101,7 @@ struct RankParams {
   float* probes = nullptr;                           // [pairs, heads, max_probes]
   int32_t* rows = nullptr;                           // [pairs, max_rows] to read
   int32_t* counts = nullptr;                         // [pairs] of those
+  int32_t* probed = nullptr;                         // [pairs] keys that were read for the fit
   std::byte* sort_memory = nullptr;
   size_t sort_bytes = 0;
   StepRecord* records = nullptr;  // [pairs] or nullptr
@@ -115,6 +116,7 @@ struct DenseParams {
   float* partial_out = nullptr;    // [sequences, heads, splits, group, head_dim]
   float* partial_state = nullptr;  // [sequences, heads, splits, group, 2] max (log2) and sum
   uint32_t* arrived = nullptr;     // [sequences, heads] zero before and after each run
+  StepRecord* records = nullptr;   // [sequences, heads] or nullptr; of a list, its maker writes them
 };
 
 }  // namespace tactic::cuda

@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constan
   for (int i = threadIdx.x; i < group * kDim; i += kRankThreads)
     q[i] = load_query(p.batch.q, p.batch.q_dtype, static_cast<int64_t>(pair) * group * kDim + i) * p.batch.sm_scale;
   __syncthreads();
+  if (blockIdx.x == 0 && threadIdx.x == 0) p.probed[pair] = 0;
   if (blockIdx.x == 0 && threadIdx.x <= group)
     p.offsets[pair * group + threadIdx.x] = (pair * group + threadIdx.x) * g.max_clusters;
   const SequenceState state = p.index.states[sequence];
@@ -241,6 +242,7 @@ class HeadChoice {
     const int32_t near = n / 10 - width / 2;
     const auto far = static_cast<int32_t>(static_cast<int64_t>(n) * 6 / 10 - width / 2);
     float* probes = p.probes + blockIdx.x * p.max_probes;
+    if (threadIdx.x == 0) atomicAdd(p.probed + pair, peak + (peak < n ? 2 * width : 0));
     const double2 exact = read_exact();
     const double max = greater(exact.x, probe(peak, near, far, width, probes));
     if (!isfinite(max)) return n;
@@ -337,7 +339,16 @@ __global__ void __launch_bounds__(kRankThreads) list_kernel(const __grid_constan
   }
   if (threadIdx.x != 0) return;
   p.counts[pair] = count;
-  if (p.records != nullptr) p.records[pair] = {exact, count - exact, 0, 0, 1, 0, DenseReason::kNone};
+  if (p.records == nullptr) return;
+  StepRecord record{};
+  record.kv_len = p.batch.kv_lens[sequence];
+  record.tokens_exact = exact;
+  record.tokens_selected = count - exact;
+  record.tokens_probed = p.probed[pair];
+  record.segments = state.full_segments + state.provisional_segments;
+  record.clusters = state.full_segments * g.full_clusters + state.provisional_segments * g.provisional_clusters;
+  record.certain_mass = 1;
+  p.records[pair] = record;
 }
 
 }  // namespace

@@ -189,6 +189,43 @@ TEST(Tables, LengthsAndPagesOutOfRangeAreRefused) {
   EXPECT_EQ(message_of([&] { cuda::validate({}, batch, 1000); }), "the host's kv_lens must not be null");
 }
 
+TEST(StepStats, AddsUpTheHeadsOfASequence) {
+  DecodeBatch batch;
+  batch.num_kv_heads = 2;
+  batch.head_dim = 64;
+  batch.k.dtype = batch.v.dtype = DType::kF16;
+  cuda::StepRecord sparse{}, dense{};
+  sparse.kv_len = dense.kv_len = 1000;
+  sparse.tokens_exact = 30;
+  sparse.tokens_selected = 100;
+  sparse.tokens_sampled = 60;
+  sparse.clusters_refined = 2;
+  sparse.tokens_refined = 7;
+  sparse.tokens_probed = 11;
+  sparse.clusters = 160;
+  sparse.segments = 2;
+  sparse.certain_mass = 0.5f;
+  sparse.mass_variance = 0.04f;
+  dense.tokens_exact = 1000;
+  dense.certain_mass = 1;
+  dense.dense = DenseReason::kRowChanged;
+  const cuda::StepRecord records[] = {sparse, dense};
+  const StepStats stats = cuda::step_stats(records, batch, {});
+  EXPECT_EQ(stats.kv_len, 1000);
+  EXPECT_EQ(stats.tokens_certain, 30 + 100 + 7 - 60 + 1000);
+  EXPECT_EQ(stats.tokens_sampled, 60);
+  EXPECT_EQ(stats.tokens_value, 1137);
+  EXPECT_EQ(stats.refined_clusters, 2);
+  EXPECT_EQ(stats.kv_bytes, 1137 * 256 + 11 * 128);
+  EXPECT_EQ(stats.kv_bytes_present, 2000 * 256);
+  EXPECT_EQ(stats.index_bytes, 160 * (64 + 12) + 2 * (64 * 4 + 2) + 107 * 3);
+  EXPECT_DOUBLE_EQ(stats.estimated_mass, 0.75);
+  EXPECT_NEAR(stats.mass_std_error, std::sqrt(0.5 * 0.5 * 0.04 / 2), 1e-7);
+  EXPECT_EQ(stats.dense, DenseReason::kNone);
+  batch.num_kv_heads = 1;
+  EXPECT_EQ(cuda::step_stats(&dense, batch, {}).dense, DenseReason::kRowChanged);
+}
+
 TEST(SharedMemory, NamesWhatADeviceLacks) {
   constexpr DeviceFacts kAda{128, 101376, false};
   const size_t bytes = cuda::fixed_bytes(256, 8);

@@ -178,8 +178,10 @@ void round_queries(Problem& problem) {
 void expect_near(const Problem& expected, const std::vector<float>& out, const std::vector<float>& lse, DType dtype,
                  double noise) {
   EXPECT_LT(relative_error(out, expected.out), tolerance(dtype) + noise);
-  for (size_t i = 0; i < lse.size(); ++i)
+  for (size_t i = 0; i < lse.size(); ++i) {
+    if (lse[i] == expected.lse[i]) continue;  // minus infinity where there are no rows
     EXPECT_NEAR(lse[i], expected.lse[i], 10 * tolerance(dtype) + noise) << "head " << i;
+  }
 }
 
 ReadMass read_mass(const Problem& problem, const Selection& selection) {

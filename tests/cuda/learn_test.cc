@@ -49,23 +49,22 @@ TEST(Learn, WhatTheCpuLearns) {
         const DecodeOptions options{.tau = 1000, .refine = 1};
         cuda::Decode decode(options, device.limits);
         for (int step = 1; step <= 2; ++step) {
-          const std::vector<Calibration> before = problem.index->state().calibration;
           decode.run(device.batch, &index, nullptr);
           problem.run(options, Backend::kCpu);
           const std::vector<cuda::HeadCalibration> learned = calibration_of(index);
           for (size_t h = 0; h < 2; ++h) {
             const Calibration& expected = problem.index->state().calibration[h];
-            EXPECT_GT(expected.sum_xx, before[h].sum_xx);
+            EXPECT_GT(expected.sum_xx, 1);
             // A cluster at the limit of being read whole is in one's pairs and not in the other's.
             EXPECT_NEAR(learned[h].sum_xx, expected.sum_xx, 0.02 * expected.sum_xx);
             EXPECT_NEAR(learned[h].sum_xy, expected.sum_xy, 0.02 * std::abs(expected.sum_xy) + 0.01 * expected.sum_xx);
             EXPECT_NEAR(learned[h].beta, expected.beta(20, 0.75), 0.01);
-            // The CPU adjusts the ratio a little at every step, the device at every eighth as much as in eight.
-            const double change = std::log(expected.variance_ratio / before[h].variance_ratio);
-            const double ratio_of_steps =
-                std::log(learned[h].variance_ratio) / std::log(problem.index->state().calibration[h].variance_ratio);
-            if (step == 1 && std::abs(change) > 1e-3) {
-              EXPECT_NEAR(ratio_of_steps, (1 - std::pow(0.98, 8)) / 0.02, 0.6);
+            // The CPU adjusts the ratio a little at every step, the device at every eighth as much as in eight. A row
+            // that only one of them drew makes a fifth of the variance at most.
+            if (step == 1) {
+              const double per_step = 0.02, per_eight = 1 - std::pow(0.98, 8);
+              EXPECT_NEAR(std::log(learned[h].variance_ratio), std::log(expected.variance_ratio) * per_eight / per_step,
+                          per_eight * 0.2);
             }
           }
         }
