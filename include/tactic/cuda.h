@@ -95,7 +95,8 @@ class LayerIndex {
   LayerIndex(LayerIndex&&) noexcept;
   LayerIndex& operator=(LayerIndex&&) noexcept;
 
-  /// Takes over an index made on the CPU with the same options and segments in order. Synchronizes the stream.
+  /// Takes over an index made on the CPU with the same options and segments in order, of the same bytes (else
+  /// check_rows finds every row changed). Synchronizes the stream.
   void upload(int32_t sequence, const KvIndex& index, Stream stream);
 
   /// Clusters the rows [0, kv_len) of a sequence that are in no segment yet: what fills a segment becomes one, full

@@ -277,7 +277,27 @@ TEST(Sanitized, EveryKernel) {
   EXPECT_GT(records.values()[4].clusters_refined, 0);
   const std::vector<float> sampled = device.out(2);
   dense.run(device.batch, nullptr, nullptr);
-  EXPECT_LT(relative_error(sampled, device.out(2)), 0.4);
+  const std::vector<float> exact = device.out(2);
+  EXPECT_LT(relative_error(sampled, exact), 0.4);
+  for (const Select select : {Select::kFit, Select::kTopK}) {
+    cuda::Decode rank({.select = select, .target_mass = 0.99f, .budget = 1000}, device.limits);
+    rank.run(device.batch, &index, nullptr);
+    EXPECT_LT(relative_error(device.out(2), exact), 0.4);
+  }
+  device.batch.layer = 5;  // a position at which a step learns
+  device.batch.learn = true;
+  sample.run(device.batch, &index, nullptr);
+  // Rows that the index was not made of: every row is read.
+  DeviceBatch moved({problems[2].get(), problems[0].get(), problems[1].get()}, DeviceLayout::kTokenMajor);
+  cuda::LayerIndex other({}, {2, 64, 64}, 3, 4096);
+  CacheSpec spec = spec_of(DType::kBF16, 64, 2500, 2);
+  spec.seed = 9;
+  Problem another(spec, 4);
+  const DeviceBatch another_batch({&another}, DeviceLayout::kTokenMajor);
+  other.build(0, another_batch.batch, 2500, nullptr);
+  sample.run(moved.batch, &other, nullptr, records.get());
+  EXPECT_EQ(records.values()[0].dense, DenseReason::kRowChanged);
+  EXPECT_LT(relative_error(moved.out(0), exact), tolerance(DType::kBF16));
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
 }
 
