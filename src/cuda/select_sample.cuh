@@ -37,8 +37,7 @@ struct SelectTables {
   }
 };
 
-/// The number of rows that one unit of weight is worth: from the error that is asked for and how much worse than
-/// predicted the head's variance has been.
+/// As core's tau_of where tau is not given.
 __device__ __forceinline__ float tau_for_error(float target_error, float variance_ratio) {
   return fmaxf(1.0f, sqrt_fast(variance_ratio) / (target_error * target_error));
 }

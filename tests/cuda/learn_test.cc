@@ -24,8 +24,9 @@ TEST(Learn, TauFollowsFromTheErrorAskedFor) {
       cuda::Decode by_error({.target_error = error, .seed = 3}, device.limits);
       by_error.run(device.batch, &index, nullptr);
       const std::vector<float> out = device.out(0);
-      const float tau = static_cast<float>(std::sqrt(ratio)) / (error * error);
-      cuda::Decode by_tau({.tau = tau, .seed = 3}, device.limits);
+      SelectParams params;
+      params.variance_ratio = static_cast<float>(ratio);
+      cuda::Decode by_tau({.tau = tau_of({.target_error = error}, params), .seed = 3}, device.limits);
       by_tau.run(device.batch, &index, nullptr);
       // The same rows but for one that the last bit of tau decides.
       EXPECT_LT(relative_error(out, device.out(0)), 0.02) << error << " " << ratio;
