@@ -92,6 +92,7 @@ void encode(DType dtype, const std::vector<float>& x, std::byte* row) {
         put(row + 2 * i, &high, 2);
         break;
       }
+      case DType::kF8E4M3:  // no cache has it
       case DType::kQ8_0:
       case DType::kQ4_0:
         if (i % 32 == 0) encode_block(dtype, &x[i], row + row_bytes(dtype, static_cast<int64_t>(i)));

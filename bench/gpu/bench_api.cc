@@ -25,6 +25,8 @@ int guarded(Fn fn) {
 
 extern "C" {
 
+__attribute__((visibility("default"))) int32_t bench_record_bytes() { return sizeof(cuda::StepRecord); }
+
 struct BenchBatch {
   int32_t num_sequences, num_q_heads, num_kv_heads, head_dim, bf16;
   float sm_scale;
@@ -77,13 +79,14 @@ __attribute__((visibility("default"))) void bench_free_index(void* index) {
 
 __attribute__((visibility("default"))) void* bench_decode(float tau, float refine, int32_t sequences,
                                                           int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim,
-                                                          int32_t rows, int32_t cluster_tokens,
-                                                          float outlier_fraction) {
+                                                          int32_t rows, int32_t cluster_tokens, float outlier_fraction,
+                                                          int32_t check_rows) {
   cuda::Decode* decode = nullptr;
   DecodeOptions options;
   options.select = tau > 0 ? Select::kSample : Select::kDense;
   options.tau = tau;
   options.refine = refine;
+  options.check_rows = check_rows != 0;
   IndexOptions index;
   index.cluster_tokens = cluster_tokens;
   index.outlier_fraction = outlier_fraction;

@@ -36,7 +36,7 @@ def load(path):
     lib.bench_build.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
     lib.bench_index_bytes.restype = ctypes.c_int64
     lib.bench_index_bytes.argtypes = lib.bench_free_index.argtypes = lib.bench_free_decode.argtypes = [ctypes.c_void_p]
-    lib.bench_decode.argtypes = [ctypes.c_float, ctypes.c_float] + [ctypes.c_int32] * 6 + [ctypes.c_float]
+    lib.bench_decode.argtypes = [ctypes.c_float, ctypes.c_float] + [ctypes.c_int32] * 6 + [ctypes.c_float, ctypes.c_int32]
     lib.bench_run.argtypes = [ctypes.c_void_p] * 5
     return lib
 
@@ -147,7 +147,7 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
         except Exception as e:  # a backend that does not take the shape
             print(f"{name}: {str(e).splitlines()[0]}", flush=True)
 
-    dense = lib.bench_decode(0.0, 0.01, batch, Q_HEADS, KV_HEADS, DIM, rows, 16, 0.0)
+    dense = lib.bench_decode(0.0, 0.01, batch, Q_HEADS, KV_HEADS, DIM, rows, 16, 0.0, 0)
     outs = [torch.zeros_like(q) for _, _, q in data]   # those of sdpa belong to its graphs
     batches = [batch_at(i) for i in range(layers)]
 
@@ -180,16 +180,17 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
                   f"index {lib.bench_index_bytes(indexes[key][0]) / kv_bytes:.3%} of KV", flush=True)
             clustering[key] = statistics.median(build)
         own = indexes[key]
-        decode = lib.bench_decode(setting["tau"], setting["refine"], batch, Q_HEADS, KV_HEADS, DIM, rows, *key)
-        records = torch.zeros(batch * KV_HEADS, 6, dtype=torch.int32, device="cuda")
+        decode = lib.bench_decode(setting["tau"], setting["refine"], batch, Q_HEADS, KV_HEADS, DIM, rows, *key, int(setting["checks"]))
+        records = torch.zeros(batch * KV_HEADS, lib.bench_record_bytes() // 4, dtype=torch.int32, device="cuda")
         tokens, refined, masses = [], [], []
         for i in range(min(layers, 4)):
             run(decode, lambda j: own[j], i, torch.cuda.current_stream().cuda_stream, records.data_ptr())
             torch.cuda.synchronize()
             r = records.cpu()
-            tokens.append((r[:, 0] + r[:, 1] + r[:, 3]).float().mean().item())
-            refined.append(r[:, 2].float().mean().item())
-            masses.append(r[:, 4].view(torch.float32).mean().item())
+            # Columns of StepRecord: exact, selected and refined rows; refined clusters; certain mass.
+            tokens.append((r[:, 1] + r[:, 2] + r[:, 5]).float().mean().item())
+            refined.append(r[:, 4].float().mean().item())
+            masses.append(r[:, 11].view(torch.float32).mean().item())
         name = setting["name"]
         graphs[name] = graph_of(lambda i, s: run(decode, lambda j: own[j], i, s), layers)
         graphs[name].replay()
@@ -226,6 +227,7 @@ def main():
     parser.add_argument("--outliers", type=float, default=0.0)
     parser.add_argument("--tau", default="1000")
     parser.add_argument("--refine", type=float, default=0.01)
+    parser.add_argument("--checks", default="0", help="1: rows are compared with their check values; 0,1: both")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--memory-gib", type=float, default=40)
     parser.add_argument("--commit", default="")
@@ -240,8 +242,9 @@ def main():
         for shape in args.shapes.split(","):
             batch, rows = map(int, shape.split("x"))
             print(f"batch {batch}, kv_len {rows}", flush=True)
-            settings = [{"name": f"sample tau {tau} size {size}", "cluster_tokens": int(size), "tau": float(tau), "refine": args.refine,
-                         "outliers": args.outliers, "recent": args.recent} for size in args.sizes.split(",") for tau in args.tau.split(",")]
+            settings = [{"name": f"sample tau {tau} size {size}" + (" checks" if checks == "1" else ""), "checks": checks == "1", "cluster_tokens": int(size), "tau": float(tau), "refine": args.refine,
+                         "outliers": args.outliers, "recent": args.recent} for size in args.sizes.split(",") for tau in args.tau.split(",")
+                        for checks in args.checks.split(",")]
             run_shape(lib, batch, rows, settings, args, bandwidth, emit)
 
 

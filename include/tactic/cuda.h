@@ -16,6 +16,7 @@
 #include "tactic/kv_index.h"
 #include "tactic/kv_view.h"
 #include "tactic/options.h"
+#include "tactic/stats.h"
 
 namespace tactic::cuda {
 
@@ -23,7 +24,7 @@ namespace tactic::cuda {
 using Stream = void*;
 
 /// Rows [num_sequences, num_kv_heads, kv_len, head_dim] of K or V in device memory. Addresses and strides are multiples
-/// of 16 bytes for f16 and bf16, of 2 for q8_0 and q4_0.
+/// of 16 bytes for f16 and bf16, of 8 for f8_e4m3, of 2 for q8_0 and q4_0.
 struct DeviceRows {
   const void* data = nullptr;
   DType dtype = DType::kF16;
@@ -32,6 +33,7 @@ struct DeviceRows {
   int64_t token_stride_bytes = 0;
   int64_t page_stride_bytes = 0;  // with page tables: pages lie this far apart, whatever the sequence
   int32_t page_tokens = 0;
+  const float* head_scales = nullptr;  // f8_e4m3 only: device [num_kv_heads], what is stored times this; nullptr: 1
 };
 
 struct DecodeBatch {
@@ -49,17 +51,39 @@ struct DecodeBatch {
   float* lse = nullptr;                  // device [num_sequences, num_q_heads] natural log, or nullptr
   const uint64_t* stream_ids = nullptr;  // device [num_sequences] for the random offsets, or nullptr: 0, 1, ...
   int32_t layer = 0;
+  /// select=sample: every eighth position, what is read adjusts the index's calibration (beta, and what target_error
+  /// becomes), as on the CPU. The same step twice may then draw differently.
+  bool learn = false;
+};
+
+/// What the host knows of the lengths and pages that a batch has on the device; all in host memory.
+struct HostTables {
+  const int32_t* kv_lens = nullptr;      // [num_sequences]
+  const int32_t* page_tables = nullptr;  // [num_sequences, max_pages], or nullptr: tokens lie in order
+  int32_t num_pages = 0;                 // pages that exist
 };
 
 /// What one step read of one sequence and KV head.
 struct StepRecord {
-  int32_t tokens_exact;     // sinks, recent rows, outliers
-  int32_t tokens_selected;  // by select_sample, certain and sampled
-  int32_t clusters_refined;
-  int32_t tokens_refined;  // added by that
-  float certain_mass;      // share that certain rows have of the output's weights, mean over the group's heads
-  float mass_variance;     // of the total, relative, had the draws been independent; likewise
+  int32_t kv_len;
+  int32_t tokens_exact;      // sinks, recent rows, outliers; all of them when dense
+  int32_t tokens_selected;   // by the selector, certain and sampled
+  int32_t tokens_sampled;    // of those, drawn, their clusters not having been refined
+  int32_t clusters_refined;  // sample
+  int32_t tokens_refined;    // added by that
+  int32_t tokens_probed;     // fit: keys read for it, counted for every query head
+  int32_t clusters;          // scored
+  int32_t segments;          // of those
+  float tau, beta;           // sample: the ones used
+  float certain_mass;        // share that certain rows have of the output's weights, mean over the group's heads
+  float mass_variance;       // of the total, relative, had the draws been independent; likewise
+  DenseReason dense;         // why every row was read, if so: asked for, or a row that was read is not the one that was
+                             // clustered (check_rows; only for this KV head)
 };
+
+/// The records of one sequence, [batch.num_kv_heads] in host memory, as the statistics of a step on the CPU. A step is
+/// dense when every head was. The mass's standard error is that of independent draws.
+StepStats step_stats(const StepRecord* records, const DecodeBatch& batch, const IndexOptions& options);
 
 /// The indexes of one layer for up to max_sequences sequences, in device memory.
 /// Not thread-safe. Work is ordered by the streams it is given.
@@ -71,7 +95,8 @@ class LayerIndex {
   LayerIndex(LayerIndex&&) noexcept;
   LayerIndex& operator=(LayerIndex&&) noexcept;
 
-  /// Takes over an index made on the CPU with the same options and segments in order. Synchronizes the stream.
+  /// Takes over an index made on the CPU with the same options and segments in order, of the same bytes (else
+  /// check_rows finds every row changed). Synchronizes the stream.
   void upload(int32_t sequence, const KvIndex& index, Stream stream);
 
   /// Clusters the rows [0, kv_len) of a sequence that are in no segment yet: what fills a segment becomes one, full
@@ -108,9 +133,16 @@ class Decode {
   Decode(Decode&&) noexcept;
   Decode& operator=(Decode&&) noexcept;
 
-  /// Select::kSample with an index, dense without. `records`: device [num_sequences, num_kv_heads] or nullptr.
+  /// All but Select::kDense need the index. kSample and kDense are one tuned launch each; kFit and kTopK rank all
+  /// clusters, list the rows and read them, in several. `records`: device [num_sequences, num_kv_heads] or nullptr.
   /// Throws Error when the batch does not fit the limits, naming the value and the limit; nothing is launched then.
   void run(const DecodeBatch& batch, const LayerIndex* index, Stream stream, StepRecord* records = nullptr);
+
+  /// run() cannot look at lengths and pages, which only the device knows by then. Whoever has them on the host too can
+  /// have them checked before: throws Error, naming the value and the limit, when a length is negative or above the
+  /// limits' max_rows, or a page that a length uses is none of those that exist. A step with such numbers reads
+  /// memory that is not the cache's.
+  void plan(const DecodeBatch& batch, const HostTables& tables) const;
 
   size_t workspace_bytes() const;
 

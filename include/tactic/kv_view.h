@@ -10,13 +10,14 @@
 
 namespace tactic {
 
-/// Element type of stored rows. The quantized types are ggml's: blocks of 32 elements with one f16 scale.
-enum class DType : uint8_t { kF32, kF16, kBF16, kQ8_0, kQ4_0 };
+/// Element type of stored rows. q8_0 and q4_0 are ggml's: blocks of 32 elements with one f16 scale. f8_e4m3 (sign, four
+/// bits of exponent, three of fraction, no infinity) is read on CUDA only.
+enum class DType : uint8_t { kF32, kF16, kBF16, kQ8_0, kQ4_0, kF8E4M3 };
 
 /// Bytes of one row of `elements` elements. Quantized types need a multiple of 32.
 size_t row_bytes(DType dtype, int64_t elements);
 
-/// "f32", "f16", "bf16", "q8_0", "q4_0".
+/// "f32", "f16", "bf16", "q8_0", "q4_0", "f8_e4m3".
 const char* dtype_name(DType dtype);
 
 /// Rows [num_kv_heads, kv_len, head_dim] at any strides, optionally through pages of tokens.

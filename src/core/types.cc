@@ -14,6 +14,7 @@ size_t row_bytes(DType dtype, int64_t elements) {
     case DType::kBF16: return n * 2;
     case DType::kQ8_0: return n / 32 * 34;
     case DType::kQ4_0: return n / 32 * 18;
+    case DType::kF8E4M3: return n;
   }
   return 0;
 }
@@ -25,6 +26,7 @@ const char* dtype_name(DType dtype) {
     case DType::kBF16: return "bf16";
     case DType::kQ8_0: return "q8_0";
     case DType::kQ4_0: return "q4_0";
+    case DType::kF8E4M3: return "f8_e4m3";
   }
   return "?";
 }

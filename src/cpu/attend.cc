@@ -217,6 +217,7 @@ HWY_INLINE void dispatch(DType dtype, int32_t group_size, Fn fn) {
     case DType::kBF16: return for_slices<DType::kBF16>(group_size, fn);
     case DType::kQ8_0: return for_slices<DType::kQ8_0>(group_size, fn);
     case DType::kQ4_0: return for_slices<DType::kQ4_0>(group_size, fn);
+    case DType::kF8E4M3: return;  // no view has it
   }
 }
 

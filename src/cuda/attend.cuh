@@ -50,6 +50,17 @@ struct RowTile {
   float log_weight;
 };
 
+/// Not 0 when a tile's row is not the one that was clustered: the lower half of the warp looks at its key, the upper
+/// one at its value. checks: [rows] of the head.
+template <DType kDType, int kDim>
+__device__ __forceinline__ uint32_t mismatch(const uint8_t* checks, int32_t row, const std::byte* k, const std::byte* v,
+                                             const RowTile& tile) {
+  const bool value = (threadIdx.x & 16) != 0;
+  const uint32_t stored = __ldg(checks + row);
+  const uint32_t found = check_row(value ? v + tile.v_offset : k + tile.k_offset, stored_bytes<kDType>(kDim), row);
+  return found ^ (value ? stored >> 4 : stored & 15);
+}
+
 /// scores[j], lane (g, t): log2 score of head g and row 2 t + (j & 1) + 8 (j >> 1). `scale` includes log2(e).
 template <DType kDType, int kDim>
 __device__ __forceinline__ void load_keys(const std::byte* k, const RowTile& tile,

@@ -63,6 +63,7 @@ class SegmentClustering {
     v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? p.sequence * b.v.sequence_stride_bytes : 0) +
         head * b.v.head_stride_bytes;
     row_of_head = static_cast<int64_t>(p.sequence) * b.num_kv_heads + head;
+    k_scale = head_scale<kDType>(b.k, head);
   }
 
   __device__ void run() {
@@ -81,20 +82,16 @@ class SegmentClustering {
   }
 
  private:
-  // Eight elements of a stored row.
+  // Eight elements of a stored row, as they are stored.
   __device__ void decode(const std::byte* row, int chunk, float (&x)[8]) const {
-    const uint4 bits = Chunk<kDType>::load(row, chunk);
+    to_floats<kDType>(Chunk<kDType>::load(row, chunk), x);
+  }
+  // Eight elements of a key of the segment.
+  __device__ void decode_key(int32_t row, int chunk, float (&x)[8]) const {
+    decode(key(row), chunk, x);
+    if constexpr (kDType == DType::kF8E4M3) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t word = (&bits.x)[i];
-      float2 pair;
-      if constexpr (Chunk<kDType>::kBf16) {
-        pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
-      } else {
-        pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
-      }
-      x[2 * i] = pair.x;
-      x[2 * i + 1] = pair.y;
+      for (float& e : x) e *= k_scale;
     }
   }
   __device__ const std::byte* key(int32_t row) const { return k + row_offset(p.batch.k, pages, first_row + row); }
@@ -104,7 +101,7 @@ class SegmentClustering {
     for (int row = threadIdx.x; row < num_rows; row += kClusterThreads) {
       float k2 = 0, v2 = 0, x[8];
       for (int chunk = 0; chunk < kDim / 8; ++chunk) {
-        decode(key(row), chunk, x);
+        decode_key(row, chunk, x);
         for (const float e : x) k2 += e * e;
         decode(value(row), chunk, x);
         for (const float e : x) v2 += e * e;
@@ -201,7 +198,7 @@ class SegmentClustering {
     for (int chunk = threadIdx.x % 32; chunk < kChunks; chunk += 32) {
       float sum[8] = {}, x[8];
       for (int i = lane; i < n; i += kLanes) {
-        decode(key(scratch.rows[i]), chunk, x);
+        decode_key(scratch.rows[i], chunk, x);
         for (int j = 0; j < 8; ++j) sum[j] += x[j];
       }
       for (int j = 0; j < 8; ++j) parts[lane * kDim + chunk * 8 + j] = sum[j];
@@ -217,7 +214,7 @@ class SegmentClustering {
     for (int i = threadIdx.x; i < n; i += kClusterThreads) {
       float norm2 = 0, x[8];
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        decode(key(scratch.rows[i]), chunk, x);
+        decode_key(scratch.rows[i], chunk, x);
         for (int j = 0; j < 8; ++j) norm2 += (x[j] - s.mean[chunk * 8 + j]) * (x[j] - s.mean[chunk * 8 + j]);
       }
       scratch.k_norms2[i] = norm2;
@@ -228,7 +225,7 @@ class SegmentClustering {
   __device__ void copy_row(int32_t c, int32_t kept) {
     float x[8];
     for (int chunk = threadIdx.x; chunk < kDim / 8; chunk += kClusterThreads) {
-      decode(key(scratch.rows[kept]), chunk, x);
+      decode_key(scratch.rows[kept], chunk, x);
       for (int j = 0; j < 8; ++j) scratch.centroids[c * kDim + chunk * 8 + j] = x[j] - s.mean[chunk * 8 + j];
     }
   }
@@ -240,7 +237,7 @@ class SegmentClustering {
       const double u = static_cast<double>(hash64(seed ^ hash64(static_cast<uint64_t>(c))) >> 11) * 0x1p-53;
       const auto row = static_cast<int64_t>((c + u) * static_cast<double>(n) / p.num_clusters);
       float x[8] = {};
-      if (n > 0) decode(key(scratch.rows[min(static_cast<int64_t>(n - 1), row)]), chunk, x);
+      if (n > 0) decode_key(scratch.rows[min(static_cast<int64_t>(n - 1), row)], chunk, x);
       for (int j = 0; j < 8; ++j)
         scratch.centroids[c * kDim + chunk * 8 + j] = n > 0 ? x[j] - s.mean[chunk * 8 + j] : 0;
     }
@@ -266,7 +263,7 @@ class SegmentClustering {
         for (int i = threadIdx.x; i < kRowTile * (kDim / 8); i += kClusterThreads) {
           const int row = i % kRowTile, chunk = i / kRowTile;
           float x[8] = {};
-          if (i0 + row < n) decode(key(scratch.rows[i0 + row]), chunk, x);
+          if (i0 + row < n) decode_key(scratch.rows[i0 + row], chunk, x);
           for (int j = 0; j < 8; ++j) s.x[chunk * 8 + j][row] = x[j] - s.mean[chunk * 8 + j];
         }
         __syncthreads();
@@ -343,7 +340,7 @@ class SegmentClustering {
       for (int chunk = lane; chunk < kDim / 8; chunk += 32) {
         float sum[8] = {}, x[8];
         for (int i = begin; i < end; ++i) {
-          decode(key(scratch.rows[scratch.order[i]]), chunk, x);
+          decode_key(scratch.rows[scratch.order[i]], chunk, x);
           for (int j = 0; j < 8; ++j) sum[j] += x[j] - s.mean[chunk * 8 + j];
         }
         for (int j = 0; j < 8; ++j)
@@ -386,7 +383,7 @@ class SegmentClustering {
       for (int chunk = lane; chunk < kDim / 8; chunk += 32) {
         float x[8];
         for (int i = begin; i < begin + size; ++i) {
-          decode(key(scratch.rows[scratch.order[i]]), chunk, x);
+          decode_key(scratch.rows[scratch.order[i]], chunk, x);
           for (int j = 0; j < 8; ++j) {
             const float off = x[j] - s.mean[chunk * 8 + j] - scale * codes[chunk * 8 + j];
             spread += off * off;
@@ -402,6 +399,12 @@ class SegmentClustering {
       for (int i = begin + lane; i < begin + size; i += 32)
         members[i] = static_cast<uint16_t>(scratch.rows[scratch.order[i]]);
     }
+    constexpr int kBytes = stored_bytes<kDType>(kDim);
+    const int32_t sinks = max(0, min(g.sink_tokens - first_row, num_rows));
+    for (int row = sinks + threadIdx.x; row < num_rows; row += kClusterThreads) {
+      index.row_checks[row_of_head * g.max_rows + first_row + row] = static_cast<uint8_t>(
+          check_row(key(row), kBytes, first_row + row) | check_row(value(row), kBytes, first_row + row) << 4);
+    }
     if (threadIdx.x == 0)
       index.num_outliers[row_of_head * g.all_segments + slot] = static_cast<uint16_t>(s.num_outliers);
   }
@@ -414,6 +417,7 @@ class SegmentClustering {
   const int32_t* pages;
   const std::byte *k, *v;
   int64_t row_of_head;
+  float k_scale;  // of what is stored
   int32_t n = 0;
 };
 
@@ -424,6 +428,14 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_kernel(const __grid_c
 }
 
 }  // namespace
+
+size_t cluster_shared_bytes(int32_t head_dim) {
+  return head_dim == 64    ? sizeof(ClusterShared<64>)
+         : head_dim == 80  ? sizeof(ClusterShared<80>)
+         : head_dim == 96  ? sizeof(ClusterShared<96>)
+         : head_dim == 128 ? sizeof(ClusterShared<128>)
+                           : sizeof(ClusterShared<256>);
+}
 
 size_t cluster_scratch_bytes(int32_t rows, int32_t clusters, int32_t head_dim) {
   return (static_cast<size_t>(clusters) * head_dim + 5 * static_cast<size_t>(rows) + clusters + 1 + 31) / 32 * 128;

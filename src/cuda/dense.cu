@@ -1,5 +1,5 @@
-// Dense decode attention: every row, exact up to rounding. The rows of a (sequence, KV head) are shared by several
-// blocks; the last one to finish folds their partial outputs, always in the same order.
+// Dense decode attention: every row, or every row of a list, exact up to rounding. The rows of a (sequence, KV head)
+// are shared by several blocks; the last one to finish folds their partial outputs, always in the same order.
 #include "cuda/launch.h"
 #include "cuda/merge.cuh"
 
@@ -16,7 +16,7 @@ struct DenseShared {
   int last;
 };
 
-template <DType kDType, int kDim, int kHeads>
+template <DType kDType, int kDim, int kHeads, bool kListed>
 __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constant__ DenseParams p) {
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<DenseShared<kDim, kHeads>*>(memory);
@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, split = blockIdx.x % p.splits;
   const int64_t pair = blockIdx.x / p.splits;
   const int sequence = static_cast<int>(pair) / b.num_kv_heads, head = static_cast<int>(pair) % b.num_kv_heads;
-  const int group = b.num_q_heads / b.num_kv_heads, kv_len = __ldg(b.kv_lens + sequence);
+  const int group = b.num_q_heads / b.num_kv_heads,
+            kv_len = kListed ? __ldg(p.counts + pair) : __ldg(b.kv_lens + sequence);
   const int64_t first_head = static_cast<int64_t>(sequence) * b.num_q_heads + head * group;
   for (int i = threadIdx.x; i < group * kDim; i += kThreads)
     shared.q[i] = load_query(b.q, b.q_dtype, first_head * kDim + i);
@@ -41,10 +42,12 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
 
   // A block has every splits-th run of 16 rows a warp: neighbouring blocks read neighbouring memory.
   AttendState<kDim> state;
-  const float scale = b.sm_scale * kLog2E;
+  const float scale = b.sm_scale * kLog2E * head_scale<kDType>(b.k, head);
   const int tiles = (kv_len + 15) / 16, step = p.splits * kWarps;
   const auto tile_at = [&](int tile) {
-    const int row = tile * 16 + (lane & 15), inside = min(row, kv_len - 1);
+    const int row = tile * 16 + (lane & 15);
+    int inside = min(row, kv_len - 1);
+    if constexpr (kListed) inside = __ldg(p.rows + pair * p.max_rows + inside);
     return RowTile{row_offset(b.k, pages, inside), row_offset(b.v, pages, inside), row < kv_len ? 0.0f : kLowest};
   };
   uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
@@ -104,6 +107,13 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   if (shared.last == 0) return;
   __threadfence();
   if (threadIdx.x == 0) p.arrived[pair] = 0;
+  if (!kListed && p.records != nullptr && threadIdx.x == 0) {
+    StepRecord record{};
+    record.kv_len = record.tokens_exact = kv_len;
+    record.certain_mass = 1;
+    record.dense = DenseReason::kAsked;
+    p.records[pair] = record;
+  }
   for (int i = threadIdx.x; i < total; i += kThreads) {
     const int h = i / kDim;
     const float* states = p.partial_state + (pair * p.splits * group + h) * 2;
@@ -114,14 +124,16 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
       sum += factor * __ldcg(states + s * group * 2 + 1);
       value += factor * __ldcg(p.partial_out + (pair * p.splits + s) * total + i);
     }
-    store_output(b.out, b.q_dtype, first_head * kDim + i, kv_len > 0 ? value / sum : 0.0f);
+    store_output(b.out, b.q_dtype, first_head * kDim + i,
+                 kv_len > 0 ? head_scale<kDType>(b.v, head) * value / sum : 0.0f);
     if (b.lse != nullptr && i % kDim == 0) b.lse[first_head + h] = kv_len > 0 ? (top + log2f(sum)) * kLn2 : -INFINITY;
   }
 }
 
 template <DType kDType, int kDim, int kHeads>
 void launch(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream) {
-  const auto kernel = dense_kernel<kDType, kDim, kHeads>;
+  const auto kernel =
+      params.rows != nullptr ? dense_kernel<kDType, kDim, kHeads, true> : dense_kernel<kDType, kDim, kHeads, false>;
   launch_step(kernel, params, sizeof(DenseShared<kDim, kHeads>), 1, device, stream, "dense");
 }
 

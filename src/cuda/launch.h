@@ -13,6 +13,14 @@ void check(cudaError_t status, const char* what);
 void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream);
 void launch_dense(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream);
 
+/// After launch_decode of the same params: what the step read goes into the index's calibration. `facts` are set.
+void launch_learn(const DecodeParams& params, cudaStream_t stream);
+
+/// Bytes that sorting the clusters of so many query heads needs besides its arrays.
+size_t rank_sort_bytes(int32_t heads, int32_t max_clusters);
+/// Lists the rows that select_fit or select_topk reads.
+void launch_rank(const RankParams& params, cudaStream_t stream);
+
 /// Launches kernel(params): params.splits blocks for each (sequence, KV head), in clusters of `cluster_blocks`, allowed
 /// to begin before the kernel in front of it has ended.
 template <class Kernel, class Params>
@@ -50,10 +58,12 @@ struct ClusterParams {
   float* scratch = nullptr;  // [heads, num_segments, scratch_floats]
   size_t scratch_floats = 0;
 };
+/// Shared memory of a block of it.
+size_t cluster_shared_bytes(int32_t head_dim);
 size_t cluster_scratch_bytes(int32_t rows, int32_t clusters, int32_t head_dim);
 void launch_cluster(const ClusterParams& params, cudaStream_t stream);
 
-/// Calls fn.operator()<dtype, head_dim, heads>() for the batch's.
+/// Calls fn.operator()<dtype, head_dim, heads>() for the batch's, which is_compiled().
 template <class Fn>
 void dispatch(const DecodeBatch& batch, Fn fn) {
   const bool few = batch.num_q_heads / batch.num_kv_heads <= 4;
@@ -75,6 +85,7 @@ void dispatch(const DecodeBatch& batch, Fn fn) {
   switch (batch.k.dtype) {
     case DType::kBF16: return by_dim.template operator()<DType::kBF16>();
     case DType::kF16: return by_dim.template operator()<DType::kF16>();
+    case DType::kF8E4M3: return by_dim.template operator()<DType::kF8E4M3>();
 #ifndef TACTIC_CUDA_FEW
     case DType::kQ8_0: return by_dim.template operator()<DType::kQ8_0>();
     case DType::kQ4_0: return by_dim.template operator()<DType::kQ4_0>();

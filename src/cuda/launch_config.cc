@@ -1,6 +1,8 @@
 #include "cuda/launch_config.h"
 
 #include <algorithm>
+#include <cmath>
+#include <iterator>
 #include <string>
 
 #include "core/index_state.h"
@@ -19,11 +21,26 @@ void in_range(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) fail(name, value, "in " + std::to_string(low) + ".." + std::to_string(high));
 }
 
+#ifdef TACTIC_CUDA_FEW
+constexpr DType kTypes[] = {DType::kF16, DType::kBF16, DType::kF8E4M3};
+constexpr int32_t kDims[] = {64, 128};
+#else
+constexpr DType kTypes[] = {DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kQ8_0, DType::kQ4_0};
+constexpr int32_t kDims[] = {64, 80, 96, 128, 256};
+#endif
+
+// "a, b or c"
+template <class Values, class Name>
+std::string list_of(const Values& values, Name name) {
+  std::string text;
+  const size_t n = std::size(values);
+  for (size_t i = 0; i < n; ++i) text += (i == 0 ? "" : i + 1 < n ? ", " : " or ") + std::string(name(values[i]));
+  return text;
+}
+
 void check_dim(int32_t head_dim) {
-  for (const int32_t dim : {64, 80, 96, 128, 256}) {
-    if (head_dim == dim) return;
-  }
-  fail("head_dim", head_dim, "64, 80, 96, 128 or 256");
+  if (std::count(std::begin(kDims), std::end(kDims), head_dim) == 0)
+    fail("head_dim", head_dim, list_of(kDims, [](int32_t dim) { return std::to_string(dim); }));
 }
 
 int32_t padded_count(int32_t rows, int32_t cluster_tokens) {
@@ -31,6 +48,11 @@ int32_t padded_count(int32_t rows, int32_t cluster_tokens) {
 }
 
 }  // namespace
+
+bool is_compiled(DType dtype, int32_t head_dim) {
+  return std::count(std::begin(kTypes), std::end(kTypes), dtype) > 0 &&
+         std::count(std::begin(kDims), std::end(kDims), head_dim) > 0;
+}
 
 IndexGeometry index_geometry(const IndexOptions& options, const KvShape& shape, int32_t max_rows) {
   validate(options);
@@ -110,6 +132,28 @@ int32_t dense_splits(const DeviceFacts& device, int32_t num_sequences, int32_t n
   return static_cast<int32_t>(std::min({by_device, by_rows, int64_t{256}}));
 }
 
+size_t lay_out_rank(RankParams& params, const IndexGeometry& g, const DecodeLimits& limits, std::byte* memory) {
+  const auto pairs = static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.num_kv_heads),
+             heads = static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.num_q_heads),
+             clusters = static_cast<size_t>(g.max_clusters);
+  in_range("clusters of all query heads", static_cast<int64_t>(heads * clusters), 0, INT32_MAX);
+  params.max_rows = g.max_rows;
+  params.max_probes = std::max(256, g.max_rows / 50 + 2 * (g.max_rows / 100) + 32);
+  size_t at = 0;
+  params.keys = take<uint32_t>(memory, at, heads * clusters);
+  params.sorted_keys = take<uint32_t>(memory, at, heads * clusters);
+  params.numbers = take<int32_t>(memory, at, heads * clusters);
+  params.order = take<int32_t>(memory, at, heads * clusters);
+  params.before = take<int32_t>(memory, at, heads * clusters);
+  params.offsets = take<int32_t>(memory, at, heads + 1);
+  params.taken = take<int32_t>(memory, at, pairs * clusters);
+  params.probes = take<float>(memory, at, heads * static_cast<size_t>(params.max_probes));
+  params.rows = take<int32_t>(memory, at, pairs * static_cast<size_t>(params.max_rows));
+  params.counts = take<int32_t>(memory, at, pairs);
+  params.probed = take<int32_t>(memory, at, pairs);
+  return at;
+}
+
 void validate(const DecodeLimits& limits) {
   in_range("max_sequences", limits.max_sequences, 1, 1 << 16);
   in_range("num_kv_heads", limits.num_kv_heads, 1, 65535);
@@ -130,18 +174,31 @@ void validate(const DecodeBatch& batch, const DecodeLimits& limits) {
   equal("num_q_heads", batch.num_q_heads, limits.num_q_heads);
   equal("num_kv_heads", batch.num_kv_heads, limits.num_kv_heads);
   equal("head_dim", batch.head_dim, limits.head_dim);
-  if (batch.k.dtype != batch.v.dtype)
-    throw Error(std::string("v's type (") + dtype_name(batch.v.dtype) + ") must be k's " + dtype_name(batch.k.dtype));
-  if (batch.k.dtype == DType::kF32) throw Error("k's type (f32) must be f16, bf16, q8_0 or q4_0");
+  validate_rows(batch);
   if (batch.q_dtype != DType::kF32 && batch.q_dtype != DType::kF16 && batch.q_dtype != DType::kBF16) {
     throw Error(std::string("q's type (") + dtype_name(batch.q_dtype) + ") must be f32, f16 or bf16");
+  }
+  if (batch.kv_lens == nullptr || batch.q == nullptr || batch.out == nullptr)
+    throw Error("kv_lens, q and out must not be null");
+}
+
+void validate_rows(const DecodeBatch& batch) {
+  check_dim(batch.head_dim);
+  if (batch.k.dtype != batch.v.dtype)
+    throw Error(std::string("v's type (") + dtype_name(batch.v.dtype) + ") must be k's " + dtype_name(batch.k.dtype));
+  if (!is_compiled(batch.k.dtype, batch.head_dim)) {
+    throw Error(std::string("k's type (") + dtype_name(batch.k.dtype) + ") must be " + list_of(kTypes, dtype_name));
   }
   const bool quantized = batch.k.dtype == DType::kQ8_0 || batch.k.dtype == DType::kQ4_0;
   if (quantized && batch.head_dim % 32 != 0)
     fail("head_dim", batch.head_dim, std::string("a multiple of 32 for ") + dtype_name(batch.k.dtype));
-  const int64_t unit = quantized ? 2 : 16;
+  const bool f8 = batch.k.dtype == DType::kF8E4M3;
+  const int64_t unit = quantized ? 2 : f8 ? 8 : 16;
   for (const auto& [name, rows] : {std::pair{"k", batch.k}, std::pair{"v", batch.v}}) {
     if (rows.data == nullptr) throw Error(std::string(name) + " must not be null");
+    if (rows.head_scales != nullptr && !f8) {
+      throw Error(std::string(name) + " head_scales must be null for " + dtype_name(rows.dtype));
+    }
     for (const auto& [what, stride] :
          {std::pair{" address", static_cast<int64_t>(reinterpret_cast<intptr_t>(rows.data))},
           std::pair{" sequence_stride_bytes", rows.sequence_stride_bytes},
@@ -153,9 +210,61 @@ void validate(const DecodeBatch& batch, const DecodeLimits& limits) {
     if (batch.page_tables != nullptr && rows.page_tokens < 1)
       fail((std::string(name) + " page_tokens").c_str(), rows.page_tokens, "at least 1");
   }
-  if (batch.kv_lens == nullptr || batch.q == nullptr || batch.out == nullptr)
-    throw Error("kv_lens, q and out must not be null");
   if (batch.page_tables != nullptr) in_range("max_pages", batch.max_pages, 1, 1 << 30);
+}
+
+void validate(const HostTables& tables, const DecodeBatch& batch, int32_t max_rows) {
+  if (tables.kv_lens == nullptr) throw Error("the host's kv_lens must not be null");
+  if ((tables.page_tables == nullptr) != (batch.page_tables == nullptr))
+    throw Error("the host must have page_tables when the batch has them, and only then");
+  const auto name_at = [](const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; };
+  for (int64_t s = 0; s < batch.num_sequences; ++s) {
+    const int64_t kv_len = tables.kv_lens[s];
+    in_range(name_at("kv_lens", s).c_str(), kv_len, 0, max_rows);
+    if (tables.page_tables == nullptr) continue;
+    const int64_t page_tokens = std::min(batch.k.page_tokens, batch.v.page_tokens),
+                  pages = (kv_len + page_tokens - 1) / page_tokens;
+    in_range(("pages of " + name_at("kv_lens", s)).c_str(), pages, 0, batch.max_pages);
+    for (int64_t i = 0; i < pages; ++i) {
+      const int64_t at = s * batch.max_pages + i;
+      in_range(name_at("page_tables", at).c_str(), tables.page_tables[at], 0, int64_t{tables.num_pages} - 1);
+    }
+  }
+}
+
+StepStats step_stats(const StepRecord* records, const DecodeBatch& batch, const IndexOptions& options) {
+  const auto k_bytes = static_cast<int64_t>(row_bytes(batch.k.dtype, batch.head_dim)),
+             v_bytes = static_cast<int64_t>(row_bytes(batch.v.dtype, batch.head_dim));
+  StepStats stats;
+  stats.kv_len = records[0].kv_len;
+  stats.num_kv_heads = batch.num_kv_heads;
+  stats.kv_bytes_present = stats.kv_len * batch.num_kv_heads * (k_bytes + v_bytes);
+  stats.dense = records[0].dense;
+  const int32_t code_bytes = index_geometry(options, {1, batch.head_dim, batch.head_dim}, 1).code_bytes;
+  double variance = 0;
+  for (int32_t head = 0; head < batch.num_kv_heads; ++head) {
+    const StepRecord& r = records[head];
+    const int64_t listed = int64_t{r.tokens_selected} + r.tokens_refined, read = r.tokens_exact + listed;
+    stats.tokens_certain += read - r.tokens_sampled;
+    stats.tokens_sampled += r.tokens_sampled;
+    stats.refined_clusters += r.clusters_refined;
+    stats.kv_bytes += read * (k_bytes + v_bytes) + r.tokens_probed * k_bytes;
+    // Per cluster: codes, scale, spread and place. Per segment: its mean key and outliers. Per row: number and check.
+    stats.index_bytes +=
+        int64_t{r.clusters} * (code_bytes + 12) + int64_t{r.segments} * (batch.head_dim * 4 + 2) + listed * 3;
+    stats.estimated_mass += double{r.certain_mass} / batch.num_kv_heads;
+    variance += double{r.certain_mass} * r.certain_mass * r.mass_variance / batch.num_kv_heads;
+    if (r.dense == DenseReason::kNone) stats.dense = DenseReason::kNone;
+  }
+  stats.tokens_value = stats.tokens_certain + stats.tokens_sampled;
+  stats.mass_std_error = std::sqrt(variance);
+  return stats;
+}
+
+void check_shared(const std::string& what, size_t bytes, const DeviceFacts& device) {
+  if (bytes <= device.shared_bytes_per_block) return;
+  throw Error(what + " needs " + std::to_string(bytes) + " bytes of shared memory per block, the device has " +
+              std::to_string(device.shared_bytes_per_block));
 }
 
 }  // namespace tactic::cuda

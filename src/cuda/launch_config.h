@@ -2,6 +2,8 @@
 // alone. Pure host functions; what sizes memory, launches and tests all read them here.
 #pragma once
 
+#include <string>
+
 #include "cuda/params.h"
 
 namespace tactic::cuda {
@@ -10,6 +12,7 @@ inline constexpr int kWarps = 12;  // of a block of decode and dense
 inline constexpr int kThreads = kWarps * 32;
 inline constexpr int kMaxSplits = 8;  // the largest thread-block cluster that every device can place
 inline constexpr int kMaxGroup = 8;   // query heads of a KV head
+inline constexpr double kPriorWeight = 20, kPriorSlope = 0.75;  // of beta, as on the CPU
 
 struct DeviceFacts {
   int32_t num_sms = 0;
@@ -29,7 +32,8 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows);
 /// Bytes of MergeBuffers<heads>.
 constexpr size_t merge_bytes(int32_t heads) {
   const size_t h = static_cast<size_t>(heads);
-  return 2 * kWarps * h * 8 + kMaxSplits * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 4 * 4 + kMaxSplits * 4 * 4;
+  return 2 * kWarps * h * 8 + kMaxSplits * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 8 * 4 + kMaxSplits * 8 * 4 +
+         (4 + kMaxSplits) * 4;
 }
 /// Bytes of QuantizedQueries<head_dim, heads>.
 constexpr size_t quantized_bytes(int32_t head_dim, int32_t heads) {
@@ -56,9 +60,30 @@ DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geome
 /// Blocks per (sequence, KV head) of the dense step: one wave of blocks, but at least four tiles for each warp.
 int32_t dense_splits(const DeviceFacts& device, int32_t num_sequences, int32_t num_kv_heads, int64_t max_rows);
 
+/// The next array in `memory`, or nullptr while only the size is asked for.
+template <class T>
+T* take(std::byte* memory, size_t& at, size_t count) {
+  T* p = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + at);
+  at += (count * sizeof(T) + 255) / 256 * 256;
+  return p;
+}
+
+/// Arrays of a rank within `memory` for up to so many sequences; returns their size without the sorting's own. `g`:
+/// of the largest index.
+size_t lay_out_rank(RankParams& params, const IndexGeometry& g, const DecodeLimits& limits, std::byte* memory);
+
+/// Whether this build has kernels for rows of this type and length.
+bool is_compiled(DType dtype, int32_t head_dim);
+
 /// Throws Error when the batch does not fit the limits or its pointers and strides are not as the header says.
 void validate(const DecodeBatch& batch, const DecodeLimits& limits);
+/// What K and V alone must be, for whoever reads only those.
+void validate_rows(const DecodeBatch& batch);
+/// Lengths in 0..max_rows, and every page that they use among those that exist.
+void validate(const HostTables& tables, const DecodeBatch& batch, int32_t max_rows);
 /// Throws Error for limits that no device serves.
 void validate(const DecodeLimits& limits);
+/// Throws Error when a block does not get that much shared memory on the device. `what` needs it.
+void check_shared(const std::string& what, size_t bytes, const DeviceFacts& device);
 
 }  // namespace tactic::cuda

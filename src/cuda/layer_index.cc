@@ -37,13 +37,6 @@ namespace {
 // Clustering works through this many segments at a time, so that its scratch memory stays small.
 constexpr int32_t kSegmentsAtOnce = 64;
 
-template <class T>
-T* take(std::byte* memory, size_t& at, size_t count) {
-  T* p = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + at);
-  at += (count * sizeof(T) + 255) / 256 * 256;
-  return p;
-}
-
 // Arrays of the view within `memory`; returns their size.
 size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   const IndexGeometry& g = view.geometry;
@@ -57,7 +50,8 @@ size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   view.members = take<uint16_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
   view.means = take<float>(memory, at, slots * static_cast<size_t>(view.head_dim));
   view.num_outliers = take<uint16_t>(memory, at, slots);
-  view.betas = take<float>(memory, at, pairs);
+  view.calibration = take<HeadCalibration>(memory, at, pairs);
+  view.row_checks = take<uint8_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
   view.states = take<SequenceState>(memory, at, static_cast<size_t>(max_sequences));
   return at;
 }
@@ -90,6 +84,7 @@ LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_
   Impl& impl = *impl_;
   if (max_sequences < 1 || max_sequences > 1 << 16)
     throw Error("max_sequences (" + std::to_string(max_sequences) + ") must be in 1..65536");
+  impl.device = device_facts();
   impl.options = options;
   impl.shape = shape;
   impl.max_sequences = max_sequences;
@@ -102,9 +97,13 @@ LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_
         ("index of " + std::to_string(impl.bytes) + " bytes").c_str());
   lay_out(impl.view, max_sequences, impl.memory);
   check(cudaMemset(impl.memory, 0, impl.bytes), "index");
-  const std::vector<float> betas(static_cast<size_t>(max_sequences) * static_cast<size_t>(shape.num_kv_heads),
-                                 Calibration{}.beta(1, 0.75));
-  check(cudaMemcpy(impl.view.betas, betas.data(), betas.size() * sizeof(float), cudaMemcpyHostToDevice), "index");
+  HeadCalibration unknown;
+  unknown.beta = kPriorSlope;
+  const std::vector<HeadCalibration> calibration(
+      static_cast<size_t>(max_sequences) * static_cast<size_t>(shape.num_kv_heads), unknown);
+  check(cudaMemcpy(impl.view.calibration, calibration.data(), calibration.size() * sizeof(HeadCalibration),
+                   cudaMemcpyHostToDevice),
+        "index");
 }
 
 LayerIndex::~LayerIndex() = default;
@@ -167,13 +166,21 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
       copy(impl.view.places + cluster, kept(places), places.size() * 4);
       copy(impl.view.members + pair * g.max_rows + segment.row_begin, kept(members), members.size() * 2);
       copy(impl.view.means + (pair * g.all_segments + slot) * impl.shape.head_dim, kept(c.mean), c.mean.size() * 4);
+      const uint8_t* checks =
+          segment.row_checks.data() + static_cast<size_t>(head) * static_cast<size_t>(segment.num_rows);
+      copy(impl.view.row_checks + pair * g.max_rows + segment.row_begin,
+           kept(std::vector<uint8_t>(checks, checks + segment.num_rows)), static_cast<size_t>(segment.num_rows));
       const auto outliers = static_cast<uint16_t>(c.outliers.size());
       copy(impl.view.num_outliers + pair * g.all_segments + slot, kept(std::vector<uint16_t>{outliers}), 2);
     }
   }
-  std::vector<float> betas;
-  for (const Calibration& known : from.calibration) betas.push_back(known.beta(20, 0.75));
-  copy(impl.view.betas + int64_t{sequence} * impl.shape.num_kv_heads, kept(betas), betas.size() * 4);
+  std::vector<HeadCalibration> calibration;
+  for (const Calibration& known : from.calibration) {
+    calibration.push_back({known.beta(kPriorWeight, kPriorSlope), static_cast<float>(known.variance_ratio),
+                           static_cast<float>(known.sum_xx), static_cast<float>(known.sum_xy)});
+  }
+  copy(impl.view.calibration + int64_t{sequence} * impl.shape.num_kv_heads, kept(calibration),
+       calibration.size() * sizeof(HeadCalibration));
   set_state(impl, sequence, state, stream);
   check(cudaStreamSynchronize(stream), "upload");
 }
@@ -184,6 +191,14 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
   const IndexGeometry& g = impl.view.geometry;
   if (kv_len < 0 || kv_len > g.max_rows)
     throw Error("kv_len (" + std::to_string(kv_len) + ") must be in 0.." + std::to_string(g.max_rows));
+  validate_rows(batch);
+  if (batch.head_dim != impl.shape.head_dim || batch.num_kv_heads != impl.shape.num_kv_heads) {
+    throw Error("the index is of " + std::to_string(impl.shape.num_kv_heads) + " KV heads and head_dim " +
+                std::to_string(impl.shape.head_dim) + ", the batch of " + std::to_string(batch.num_kv_heads) + " and " +
+                std::to_string(batch.head_dim));
+  }
+  check_shared("clustering keys of head_dim " + std::to_string(batch.head_dim) + " (upload() takes a CPU's index)",
+               cluster_shared_bytes(batch.head_dim), impl.device);
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const SequenceState old = impl.states[static_cast<size_t>(sequence)], now = state_at(g, kv_len);
   ClusterParams params;

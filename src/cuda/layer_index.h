@@ -8,6 +8,7 @@
 namespace tactic::cuda {
 
 struct LayerIndex::Impl {
+  DeviceFacts device;
   IndexOptions options;
   KvShape shape;
   int32_t max_sequences = 0;

@@ -45,6 +45,8 @@ struct BlockSums {
   float max, sum, sampled, variance;
 };
 
+enum Count { kOutliers, kSelected, kSampled, kRefinedClusters, kRefinedRows, kCounts = 8 };
+
 template <int kHeads>
 struct alignas(16) MergeBuffers {
   float2 warp_states[2 * kWarps][kHeads];   // max and sum
@@ -52,8 +54,10 @@ struct alignas(16) MergeBuffers {
   int32_t maxima[kHeads];                   // of the block, as ordered()
   BlockSums warp_sums[kWarps][kHeads];
   BlockSums block_sums[kMaxSplits][kHeads];
-  int32_t counts[4];  // of the block: exact, selected, refined clusters, refined rows
-  int32_t block_counts[kMaxSplits][4];
+  int32_t counts[kCounts];  // of the block
+  int32_t block_counts[kMaxSplits][kCounts];
+  int32_t found_changed;        // by the block: a row that is not the one that was clustered
+  int32_t changed[kMaxSplits];  // by the cluster's blocks
 };
 
 /// Floats as integers of the same order, for atomicMax; its own inverse.
@@ -86,6 +90,31 @@ __device__ __forceinline__ void share_states(MergeBuffers<kHeads>& buffers, int 
   for (int other = lane / kHeads; other < splits; other += 32 / kHeads) {
     *BlockCluster::in_block(&buffers.block_states[rank][lane % kHeads], other) = {total.max, total.sum};
   }
+}
+
+/// The cluster's sums of head h, relative to its maximum; factors[s]: what block s's sums and outputs are multiplied
+/// by.
+template <int kHeads>
+__device__ __forceinline__ BlockSums cluster_sums(const MergeBuffers<kHeads>& buffers, int splits, int h,
+                                                  float (&factors)[kMaxSplits]) {
+  BlockSums blocks[kMaxSplits], total{kLowest, 0, 0, 0};
+#pragma unroll
+  for (int s = 0; s < kMaxSplits; ++s) {
+    if (s < splits) {
+      blocks[s] = buffers.block_sums[s][h];
+    } else {
+      blocks[s] = {kLowest, 0, 0, 0};
+    }
+    total.max = fmaxf(total.max, blocks[s].max);
+  }
+#pragma unroll
+  for (int s = 0; s < kMaxSplits; ++s) {
+    factors[s] = s < splits ? exp2_fast(blocks[s].max - total.max) : 0;
+    total.sum += factors[s] * blocks[s].sum;
+    total.sampled += factors[s] * blocks[s].sampled;
+    total.variance += factors[s] * factors[s] * blocks[s].variance;
+  }
+  return total;
 }
 
 /// A warp's output, rescaled to the block's maximum of each head: values [kHeads, kDim] in shared memory, and its sums.

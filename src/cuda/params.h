@@ -37,6 +37,13 @@ struct ClusterFacts {
   float spread;  // mean squared distance of the members to it, per dimension
 };
 
+/// What steps have learned about a head's estimates: as core's Calibration.
+struct HeadCalibration {
+  float beta = 0;
+  float variance_ratio = 1;
+  float sum_xx = 0, sum_xy = 0;
+};
+
 struct IndexView {
   IndexGeometry geometry;
   int32_t num_kv_heads = 0, head_dim = 0;
@@ -44,19 +51,29 @@ struct IndexView {
   ClusterFacts* facts = nullptr;  // [sequences, heads, max_clusters]
   uint32_t* places =
       nullptr;  // [sequences, heads, max_clusters] first member (from the segment's first row) << 16 | members
-  uint16_t* members = nullptr;       // [sequences, heads, max_rows] rows relative to the segment's first
-  float* means = nullptr;            // [sequences, heads, all segments, head_dim]
-  uint16_t* num_outliers = nullptr;  // [sequences, heads, all segments]
-  float* betas = nullptr;            // [sequences, heads]
-  SequenceState* states = nullptr;   // [sequences]
+  uint16_t* members = nullptr;             // [sequences, heads, max_rows] rows relative to the segment's first
+  float* means = nullptr;                  // [sequences, heads, all segments, head_dim]
+  uint16_t* num_outliers = nullptr;        // [sequences, heads, all segments]
+  HeadCalibration* calibration = nullptr;  // [sequences, heads]
+  uint8_t* row_checks = nullptr;           // [sequences, heads, max_rows] as core's Segment
+  SequenceState* states = nullptr;         // [sequences]
+};
+
+/// What `learn` must know of a step, per sequence and KV head.
+struct StepFacts {
+  float shifts[8];  // as select_segment wants them
+  float tau, beta;
+  float measured_variance;  // of all weights, relative, had the draws been independent; mean over the group
 };
 
 struct DecodeParams {
   DecodeBatch batch;
   IndexView index;
-  float tau = 0, refine = 0;
+  float tau = 0, target_error = 0;  // tau 0: from target_error
+  float refine = 0;
   float beta = 0;  // 0: the index's
   uint64_t seed = 0;
+  bool check_rows = false;
   int32_t splits = 0;            // blocks that share a (sequence, KV head); a thread-block cluster
   int32_t max_own_clusters = 0;  // room in each block's tables
   int32_t max_own_segments = 0;
@@ -64,14 +81,42 @@ struct DecodeParams {
   std::byte* workspace = nullptr;  // the tables, where they do not fit into shared memory
   size_t block_workspace_bytes = 0;
   StepRecord* records = nullptr;  // [sequences, num_kv_heads] or nullptr
+  StepFacts* facts = nullptr;     // [sequences, num_kv_heads] or nullptr: nothing is learned
+};
+
+/// A pair is a sequence and KV head, a head here a query head of its group.
+struct RankParams {
+  DecodeBatch batch;
+  IndexView index;
+  float target_mass = 0;  // fit; 0: topk
+  int32_t budget = 0;     // topk
+  int32_t max_rows = 0;   // per pair
+  int32_t max_probes = 0;
+  // Workspace:
+  uint32_t *keys = nullptr, *sorted_keys = nullptr;  // [pairs, heads, max_clusters]
+  int32_t *numbers = nullptr, *order = nullptr;      // [pairs, heads, max_clusters] clusters, and by falling score
+  int32_t* before = nullptr;                         // [pairs, heads, max_clusters] tokens ahead of each in the order
+  int32_t* offsets = nullptr;                        // [pairs * heads + 1] of each order
+  int32_t* taken = nullptr;                          // [pairs, max_clusters] first members that are read
+  float* probes = nullptr;                           // [pairs, heads, max_probes]
+  int32_t* rows = nullptr;                           // [pairs, max_rows] to read
+  int32_t* counts = nullptr;                         // [pairs] of those
+  int32_t* probed = nullptr;                         // [pairs] keys that were read for the fit
+  std::byte* sort_memory = nullptr;
+  size_t sort_bytes = 0;
+  StepRecord* records = nullptr;  // [pairs] or nullptr
 };
 
 struct DenseParams {
   DecodeBatch batch;
+  const int32_t* rows = nullptr;    // [pairs, max_rows] to read, or nullptr: all of them
+  const int32_t* counts = nullptr;  // [pairs] of those
+  int32_t max_rows = 0;
   int32_t splits = 0;
   float* partial_out = nullptr;    // [sequences, heads, splits, group, head_dim]
   float* partial_state = nullptr;  // [sequences, heads, splits, group, 2] max (log2) and sum
   uint32_t* arrived = nullptr;     // [sequences, heads] zero before and after each run
+  StepRecord* records = nullptr;   // [sequences, heads] or nullptr; of a list, its maker writes them
 };
 
 }  // namespace tactic::cuda

@@ -1,6 +1,8 @@
 // Where a stored row lies in device memory, and eight of its elements as halves in registers.
 #pragma once
 
+#include <cuda_fp8.h>
+
 #include "cuda/device.cuh"
 #include "cuda/params.h"
 
@@ -32,6 +34,70 @@ struct Chunk<DType::kBF16> {
     return load_stream(row + chunk * 16);
   }
 };
+
+/// Eight bytes. Every value is one of f16 too.
+template <>
+struct Chunk<DType::kF8E4M3> {
+  static constexpr bool kBf16 = false;
+  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) {
+    uint2 codes;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(codes.x), "=r"(codes.y)
+                 : "l"(row + chunk * 8));
+    return {halves(codes.x & 0xFFFFu), halves(codes.x >> 16), halves(codes.y & 0xFFFFu), halves(codes.y >> 16)};
+  }
+  static __device__ __forceinline__ uint32_t halves(uint32_t pair) {
+    const __half2_raw x = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+    return x.x | static_cast<uint32_t>(x.y) << 16;
+  }
+};
+
+/// Eight halves as floats.
+template <DType kDType>
+__device__ __forceinline__ void to_floats(const uint4& halves, float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t word = (&halves.x)[i];
+    float2 pair;
+    if constexpr (Chunk<kDType>::kBf16) {
+      pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
+    } else {
+      pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+    }
+    x[2 * i] = pair.x;
+    x[2 * i + 1] = pair.y;
+  }
+}
+
+template <DType kDType>
+__host__ __device__ constexpr int stored_bytes(int dim) {
+  return kDType == DType::kF8E4M3 ? dim
+         : kDType == DType::kQ8_0 ? dim / 32 * 34
+         : kDType == DType::kQ4_0 ? dim / 32 * 18
+                                  : 2 * dim;
+}
+
+/// core's check_row of `bytes` bytes at an even address: eight of them, wherever they begin.
+__device__ __forceinline__ uint32_t check_row(const std::byte* data, int bytes, int32_t row) {
+  const uint64_t mix = (static_cast<uint64_t>(row) + 1) * 0x9E3779B97F4A7C15u;
+  const auto at = reinterpret_cast<uintptr_t>(data) + (((mix >> 32) * static_cast<uint64_t>(bytes - 7)) >> 32);
+  const auto* words = reinterpret_cast<const uint32_t*>(at & ~uintptr_t{3});  // no word without a byte of the row
+  const auto shift = static_cast<uint32_t>(at & 3) * 8;
+  const uint32_t first = __ldg(words), second = __ldg(words + 1), third = shift != 0 ? __ldg(words + 2) : 0;
+  const uint64_t word =
+      static_cast<uint64_t>(__funnelshift_r(second, third, shift)) << 32 | __funnelshift_r(first, second, shift);
+  return static_cast<uint32_t>(((word ^ mix) * 0xC2B2AE3D27D4EB4Fu) >> 60);
+}
+
+/// What a head's stored values are multiplied by.
+template <DType kDType>
+__device__ __forceinline__ float head_scale(const DeviceRows& rows, int head) {
+  if constexpr (kDType == DType::kF8E4M3) {
+    return rows.head_scales != nullptr ? __ldg(rows.head_scales + head) : 1.0f;
+  } else {
+    return 1.0f;
+  }
+}
 
 /// Blocks of 32 elements: an f16 scale and 32 signed bytes. Rows lie at even addresses.
 template <>

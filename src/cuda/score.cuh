@@ -5,6 +5,8 @@
 #pragma once
 
 #include "core/steps.h"
+#include "cuda/device.cuh"
+#include "cuda/launch_config.h"
 #include "cuda/segments.h"
 
 namespace tactic::cuda {
@@ -58,6 +60,17 @@ __device__ __forceinline__ void quantize_query(const float* q, int head, Quantiz
     out.step[head] = largest / 127.0f;
     out.norm2[head] = norm2;
   }
+}
+
+/// Some warps score clusters, the last ones read sinks, recent rows and outliers meanwhile: about as many as have that
+/// share of the bytes, a tile of rows being four times a tile of centroids, when half a provisional segment is recent.
+__device__ __forceinline__ int num_score_warps(const OwnSegments& own, int splits) {
+  const IndexGeometry& g = own.geometry;
+  const int tiles = own.clusters() / 16;
+  const int exact_tiles =
+      (g.provisional_tokens / 2 + g.sink_tokens) / 16 / splits + 1 + (g.has_outliers ? own.count() : 0);
+  const int exact_warps = static_cast<int>(__fdividef(kWarps * 4.0f * exact_tiles, 4.0f * exact_tiles + tiles) + 0.5f);
+  return tiles > 0 ? kWarps - min(max(exact_warps, 1), kWarps - 1) : 0;
 }
 
 /// What a warp needs of them for its integer products, four heads to a set. Lane (g, t) holds the high (g even) or low
@@ -152,6 +165,9 @@ __device__ __forceinline__ float growth(float s2, float size) {
   return s2 <= cap2 ? 0.5f * s2 : sqrt_fast(cap2 * s2) - 0.5f * cap2;
 }
 
+/// log2 of the root mean square weight of a cluster's member from that of the mean weight and the spread term in it.
+__device__ __forceinline__ float rms_exponent(float mean, float spread) { return mean + spread; }
+
 /// Scores the tile: adds the estimates of all that its clusters hold to `sums` (lane (g, t): head 4 set + t), and
 /// writes exponents[head * stride + cluster], log2 of the root mean square weight of a member, and places[cluster].
 /// mean_dots: [kHeads] log2 scores of the segment's mean key.
@@ -178,7 +194,7 @@ __device__ __forceinline__ void score_tile(const CentroidTile<kDim>& tile, const
                         mean_dot;
       const float spread = beta * kLog2E * growth(tile.facts[i].spread * q.norm2[set], sizes[i]);
       means[i] = sizes[i] > 0 ? dot + spread : kLowest;
-      exponents[(4 * set + t) * stride + g + 8 * i] = sizes[i] > 0 ? means[i] + spread : kLowest;
+      exponents[(4 * set + t) * stride + g + 8 * i] = sizes[i] > 0 ? rms_exponent(means[i], spread) : kLowest;
     }
     const float top = fmaxf(fmaxf(means[0], means[1]), sums[set].max);
     sums[set].sum = sums[set].sum * exp2_fast(sums[set].max - top) + sizes[0] * exp2_fast(means[0] - top) +

@@ -71,4 +71,43 @@ struct OwnSegments {
   }
 };
 
+/// Segment `number` of a sequence, the full ones first.
+struct SegmentPlace {
+  int32_t slot, first_row, num_rows;
+
+  TACTIC_HOST_DEVICE SegmentPlace(const IndexGeometry& g, const SequenceState& state, int32_t number) {
+    const int32_t full = state.full_segments, provisional = number - full;
+    slot = provisional < 0 ? number : g.max_segments + provisional;
+    first_row =
+        provisional < 0 ? number * g.segment_tokens : full * g.segment_tokens + provisional * g.provisional_tokens;
+    num_rows = provisional < 0 ? g.segment_tokens : g.provisional_tokens;
+  }
+};
+
+/// The segment that holds a cluster; slot -1: the sequence has no such cluster.
+struct ClusterPlace {
+  int32_t slot = -1, first_row = 0;
+
+  TACTIC_HOST_DEVICE ClusterPlace(const IndexGeometry& g, const SequenceState& state, int32_t cluster) {
+    const bool full = cluster < g.provisional_begin;
+    const int32_t number = full ? cluster / g.full_clusters : (cluster - g.provisional_begin) / g.provisional_clusters;
+    if (number >= (full ? state.full_segments : state.provisional_segments)) return;
+    const SegmentPlace segment(g, state, full ? number : state.full_segments + number);
+    slot = segment.slot;
+    first_row = segment.first_row;
+  }
+};
+
+/// Rows that are read anyway, besides outliers: sinks, and those that no segment holds yet.
+struct ExactRows {
+  int32_t sinks, indexed, count;
+
+  TACTIC_HOST_DEVICE ExactRows(const IndexGeometry& g, const SequenceState& state, int32_t kv_len) {
+    indexed = state.full_segments * g.segment_tokens + state.provisional_segments * g.provisional_tokens;
+    sinks = g.sink_tokens < indexed ? g.sink_tokens : indexed;
+    count = sinks + (kv_len > indexed ? kv_len - indexed : 0);
+  }
+  TACTIC_HOST_DEVICE int32_t row(int32_t i) const { return i < sinks ? i : indexed + i - sinks; }
+};
+
 }  // namespace tactic::cuda

@@ -37,6 +37,11 @@ struct SelectTables {
   }
 };
 
+/// As core's tau_of where tau is not given.
+__device__ __forceinline__ float tau_for_error(float target_error, float variance_ratio) {
+  return fmaxf(1.0f, sqrt_fast(variance_ratio) / (target_error * target_error));
+}
+
 /// Running sums of a segment begin here, in units of 2^-32: as core's segment_offset. `random`: 64 random bits of the
 /// step.
 __device__ __forceinline__ uint64_t segment_offset(uint64_t random, int32_t first_row) {
@@ -54,12 +59,13 @@ __device__ __forceinline__ T warp_inclusive_sum(T x) {
   return x;
 }
 
-/// One warp, one segment: fills begins, probabilities and counts of its clusters; returns the rows taken.
+/// One warp, one segment: fills begins, probabilities and counts of its clusters; returns the rows taken, and
+/// adds to `sampled` those that this lane's clusters took by chance.
 /// shifts[h]: log2 of the normalizer of head h over tau, and of sqrt(group size).
 template <int kHeads>
 __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, const OwnSegment& segment,
                                                   const uint16_t* members, uint64_t offset, int group_size,
-                                                  const float (&shifts)[kHeads]) {
+                                                  const float (&shifts)[kHeads], uint32_t& sampled) {
   constexpr int kPerLane = 4;  // neighbouring clusters, so that a segment needs one scan
   const int lane = threadIdx.x & 31;
   uint64_t sum = offset;
@@ -99,6 +105,7 @@ __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, co
       const uint64_t next = fixed[i] == kCertain ? begin : begin + static_cast<uint64_t>(fixed[i]) * sizes[i];
       counts[i] = fixed[i] == kCertain ? sizes[i] : static_cast<uint32_t>((next >> 32) - (begin >> 32));
       count += counts[i];
+      if (fixed[i] != kCertain) sampled += counts[i];
       begin = next;
     }
     const uint32_t counted = warp_inclusive_sum(count);
@@ -118,6 +125,19 @@ __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, co
     taken += shuffle(counted, 31);
   }
   return static_cast<int32_t>(taken);
+}
+
+/// One warp: segment_counts from rows of each segment to running sums; returns the total.
+__device__ __forceinline__ int32_t count_taken(const SelectTables& tables, int32_t segments) {
+  const int lane = threadIdx.x & 31;
+  int32_t before = 0;
+  for (int first = 0; first < segments; first += 32) {
+    const int32_t taken = first + lane < segments ? tables.segment_counts[first + lane] : 0;
+    const int32_t sum = warp_inclusive_sum(taken);
+    if (first + lane < segments) tables.segment_counts[first + lane] = before + sum - taken;
+    before += shuffle(sum, 31);
+  }
+  return before;
 }
 
 /// Number `take` of the rows taken of a cluster: which member. The smallest j with begin + (j + 1) p >= the whole

@@ -20,6 +20,17 @@ using cuda::OwnSegments;
 
 constexpr DeviceFacts kHopper{132, 232448, true}, kAmpere{108, 166912, false};
 
+// What fn's error says.
+template <class Fn>
+std::string message_of(Fn fn) {
+  try {
+    fn();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "no error";
+}
+
 IndexGeometry geometry(int32_t max_rows, const IndexOptions& options = {}) {
   return cuda::index_geometry(options, {8, 128, 128}, max_rows);
 }
@@ -33,23 +44,21 @@ TEST(Geometry, HoldsEveryRowAndCluster) {
     EXPECT_EQ(g.max_clusters, g.max_segments * 128 + 8 * 64);
     EXPECT_EQ(g.code_bytes, 128);
   }
-  EXPECT_EQ(cuda::index_geometry({}, {8, 80, 80}, 1).code_bytes, 128);
+  if (cuda::is_compiled(DType::kF16, 80)) {
+    EXPECT_EQ(cuda::index_geometry({}, {8, 80, 80}, 1).code_bytes, 128);
+  }
   EXPECT_EQ(cuda::index_geometry({}, {8, 64, 64}, 1).code_bytes, 64);
 }
 
 TEST(Geometry, NamesWhatIsOutOfRange) {
-  const auto message = [](auto fn) {
-    try {
-      fn();
-    } catch (const Error& e) {
-      return std::string(e.what());
-    }
-    return std::string("no error");
-  };
-  EXPECT_EQ(message([] { cuda::index_geometry({}, {8, 72, 72}, 1); }), "head_dim (72) must be 64, 80, 96, 128 or 256");
-  EXPECT_EQ(message([] { cuda::index_geometry({}, {8, 64, 128}, 1); }), "v_head_dim (128) must be head_dim (64)");
-  EXPECT_EQ(message([] { cuda::index_geometry({}, {8, 64, 64}, 0); }), "max_rows (0) must be in 1..1073741824");
-  EXPECT_EQ(message([] {
+  EXPECT_EQ(message_of([] {
+              cuda::index_geometry({}, {8, 72, 72}, 1);
+            }),
+            std::string("head_dim (72) must be ") +
+                (cuda::is_compiled(DType::kF16, 80) ? "64, 80, 96, 128 or 256" : "64 or 128"));
+  EXPECT_EQ(message_of([] { cuda::index_geometry({}, {8, 64, 128}, 1); }), "v_head_dim (128) must be head_dim (64)");
+  EXPECT_EQ(message_of([] { cuda::index_geometry({}, {8, 64, 64}, 0); }), "max_rows (0) must be in 1..1073741824");
+  EXPECT_EQ(message_of([] {
               cuda::index_geometry({.clustering = Clustering::kWhole}, {8, 64, 64}, 1);
             }),
             "clustering=whole is not available on CUDA");
@@ -101,7 +110,7 @@ TEST(DecodeConfig, TablesGoToTheWorkspaceWhereSharedMemoryIsTooSmall) {
   for (const DeviceFacts& device : {kHopper, kAmpere}) {
     for (const int32_t rows : {2048, 131072, 1 << 20, 1 << 24}) {
       for (const int32_t batch : {1, 8, 64}) {
-        for (const int32_t dim : {64, 256}) {
+        for (const int32_t dim : {64, 128, 256}) {
           for (const int32_t group : {4, 8}) {
             const DecodeConfig config = cuda::decode_config(device, geometry(rows), batch, 8, dim, group);
             EXPECT_LE(config.shared_bytes, device.shared_bytes_per_block)
@@ -132,12 +141,7 @@ TEST(Batch, NamesWhatDoesNotFit) {
   const auto message = [&](auto change) {
     DecodeBatch bad = good;
     change(bad);
-    try {
-      cuda::validate(bad, limits);
-    } catch (const Error& e) {
-      return std::string(e.what());
-    }
-    return std::string("no error");
+    return message_of([&] { cuda::validate(bad, limits); });
   };
   EXPECT_EQ(message([](DecodeBatch& b) { b.num_sequences = 5; }), "num_sequences (5) must be in 1..4");
   EXPECT_EQ(message([](DecodeBatch& b) { b.num_q_heads = 16; }), "num_q_heads (16) must be the limits' 32");
@@ -145,12 +149,90 @@ TEST(Batch, NamesWhatDoesNotFit) {
             "k token_stride_bytes (2050) must be a multiple of 16");
   EXPECT_EQ(message([](DecodeBatch& b) { b.v.dtype = DType::kBF16; }), "v's type (bf16) must be k's f16");
   EXPECT_EQ(message([](DecodeBatch& b) { b.k.dtype = b.v.dtype = DType::kF32; }),
-            "k's type (f32) must be f16, bf16, q8_0 or q4_0");
+            std::string("k's type (f32) must be ") +
+                (cuda::is_compiled(DType::kQ8_0, 64) ? "f16, bf16, f8_e4m3, q8_0 or q4_0" : "f16, bf16 or f8_e4m3"));
   EXPECT_EQ(message([](DecodeBatch& b) { b.q_dtype = DType::kQ8_0; }), "q's type (q8_0) must be f32, f16 or bf16");
   EXPECT_EQ(message([](DecodeBatch& b) { b.page_tables = b.kv_lens; }), "k page_tokens (0) must be at least 1");
   EXPECT_EQ(message([](DecodeBatch& b) { b.v.data = nullptr; }), "v must not be null");
+  static constexpr float kScale = 1;
+  EXPECT_EQ(message([](DecodeBatch& b) { b.k.head_scales = &kScale; }), "k head_scales must be null for f16");
+  EXPECT_EQ(message([](DecodeBatch& b) {
+              b.k.dtype = b.v.dtype = DType::kF8E4M3;
+              b.k.head_scales = &kScale;
+              b.k.token_stride_bytes = 136;
+            }),
+            "no error");
   EXPECT_THROW(cuda::validate(DecodeLimits{1, 30, 8, 128, 1, {}}), Error);
   EXPECT_THROW(cuda::validate(DecodeLimits{1, 72, 8, 128, 1, {}}), Error);
+}
+
+TEST(Tables, LengthsAndPagesOutOfRangeAreRefused) {
+  DecodeBatch batch;
+  batch.num_sequences = 2;
+  batch.max_pages = 3;
+  batch.k.page_tokens = batch.v.page_tokens = 16;
+  const std::vector<int32_t> lens{33, 0}, pages{4, 0, 2, -7, 99, -7};  // the second sequence uses none of its pages
+  batch.page_tables = pages.data();
+  const auto message = [&](std::vector<int32_t> kv_lens, std::vector<int32_t> table, int32_t num_pages = 5) {
+    return message_of([&] { cuda::validate({kv_lens.data(), table.data(), num_pages}, batch, 1000); });
+  };
+  EXPECT_EQ(message(lens, pages), "no error");
+  EXPECT_EQ(message({33, 1}, pages), "page_tables[3] (-7) must be in 0..4");
+  EXPECT_EQ(message(lens, pages, 4), "page_tables[0] (4) must be in 0..3");
+  EXPECT_EQ(message({33, -1}, pages), "kv_lens[1] (-1) must be in 0..1000");
+  EXPECT_EQ(message({1001, 0}, pages), "kv_lens[0] (1001) must be in 0..1000");
+  EXPECT_EQ(message({49, 0}, pages), "pages of kv_lens[0] (4) must be in 0..3");
+  EXPECT_EQ(message_of([&] {
+              cuda::validate({lens.data(), nullptr, 5}, batch, 1000);
+            }),
+            "the host must have page_tables when the batch has them, and only then");
+  EXPECT_EQ(message_of([&] { cuda::validate({}, batch, 1000); }), "the host's kv_lens must not be null");
+}
+
+TEST(StepStats, AddsUpTheHeadsOfASequence) {
+  DecodeBatch batch;
+  batch.num_kv_heads = 2;
+  batch.head_dim = 64;
+  batch.k.dtype = batch.v.dtype = DType::kF16;
+  cuda::StepRecord sparse{}, dense{};
+  sparse.kv_len = dense.kv_len = 1000;
+  sparse.tokens_exact = 30;
+  sparse.tokens_selected = 100;
+  sparse.tokens_sampled = 60;
+  sparse.clusters_refined = 2;
+  sparse.tokens_refined = 7;
+  sparse.tokens_probed = 11;
+  sparse.clusters = 160;
+  sparse.segments = 2;
+  sparse.certain_mass = 0.5f;
+  sparse.mass_variance = 0.04f;
+  dense.tokens_exact = 1000;
+  dense.certain_mass = 1;
+  dense.dense = DenseReason::kRowChanged;
+  const cuda::StepRecord records[] = {sparse, dense};
+  const StepStats stats = cuda::step_stats(records, batch, {});
+  EXPECT_EQ(stats.kv_len, 1000);
+  EXPECT_EQ(stats.tokens_certain, 30 + 100 + 7 - 60 + 1000);
+  EXPECT_EQ(stats.tokens_sampled, 60);
+  EXPECT_EQ(stats.tokens_value, 1137);
+  EXPECT_EQ(stats.refined_clusters, 2);
+  EXPECT_EQ(stats.kv_bytes, 1137 * 256 + 11 * 128);
+  EXPECT_EQ(stats.kv_bytes_present, 2000 * 256);
+  EXPECT_EQ(stats.index_bytes, 160 * (64 + 12) + 2 * (64 * 4 + 2) + 107 * 3);
+  EXPECT_DOUBLE_EQ(stats.estimated_mass, 0.75);
+  EXPECT_NEAR(stats.mass_std_error, std::sqrt(0.5 * 0.5 * 0.04 / 2), 1e-7);
+  EXPECT_EQ(stats.dense, DenseReason::kNone);
+  batch.num_kv_heads = 1;
+  EXPECT_EQ(cuda::step_stats(&dense, batch, {}).dense, DenseReason::kRowChanged);
+}
+
+TEST(SharedMemory, NamesWhatADeviceLacks) {
+  constexpr DeviceFacts kAda{128, 101376, false};
+  const size_t bytes = cuda::fixed_bytes(256, 8);
+  EXPECT_EQ(message_of([&] { cuda::check_shared("head_dim 256", bytes, kAda); }),
+            text("head_dim 256 needs ", bytes, " bytes of shared memory per block, the device has 101376"));
+  cuda::check_shared("head_dim 128", cuda::fixed_bytes(128, 8), kAda);
+  cuda::check_shared("head_dim 256", bytes, kAmpere);
 }
 
 }  // namespace

@@ -5,70 +5,10 @@
 namespace tactic::test {
 namespace {
 
-constexpr DType kTypes[] = {DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0};
-constexpr int32_t kDims[] = {64, 80, 96, 128, 256};
-constexpr DeviceLayout kLayouts[] = {DeviceLayout::kTokenMajor, DeviceLayout::kHeadMajor, DeviceLayout::kPages1,
-                                     DeviceLayout::kPages16, DeviceLayout::kPages64};
-
-// Weights and queries are rounded to the type that the tensor cores multiply: 2^-11 or 2^-8.
-double tolerance(DType dtype) { return dtype == DType::kBF16 ? 1e-2 : 1.5e-3; }
-
-CacheSpec spec_of(DType dtype, int32_t dim, int64_t kv_len, int32_t heads = 2) {
-  CacheSpec spec;
-  spec.k_dtype = spec.v_dtype = dtype;
-  spec.head_dim = spec.v_head_dim = dim;
-  spec.kv_len = kv_len;
-  spec.num_kv_heads = heads;
-  return spec;
-}
-
-// Queries as bf16 holds them, so that no backend rounds them.
-void round_queries(Problem& problem) {
-  for (float& x : problem.q) {
-    const float big = x * 65537;
-    x = big - (big - x);
-  }
-}
-
-// `noise`: what rounding ties may do, which make a step draw another row than the reference does.
-void expect_near(const Problem& expected, const std::vector<float>& out, const std::vector<float>& lse, DType dtype,
-                 double noise = 0) {
-  EXPECT_LT(relative_error(out, expected.out), tolerance(dtype) + noise);
-  for (size_t i = 0; i < lse.size(); ++i)
-    EXPECT_NEAR(lse[i], expected.lse[i], 10 * tolerance(dtype) + noise) << "head " << i;
-}
-
-// What the device reports of a step, from the rows that the reference read: the mass of the certain ones within the
-// output, and the variance of the total under independent draws, means over the query heads. (The reference's own
-// figures are the measured ones.)
-struct ReadMass {
-  double certain = 0, variance = 0;
-};
-ReadMass read_mass(const Problem& problem, const Selection& selection) {
-  ReadMass mass;
-  const auto dim = static_cast<size_t>(problem.cache.spec().head_dim);
-  const size_t heads = problem.lse.size(), group = heads / selection.heads.size();
-  for (size_t h = 0; h < heads; ++h) {
-    const HeadSelection& rows = selection.heads[h / group];
-    for (size_t i = 0; i < rows.tokens.size(); ++i) {
-      const std::vector<float> key = problem.cache.key(static_cast<int32_t>(h / group), rows.tokens[i]);
-      double score = rows.log_weights[i];
-      for (size_t d = 0; d < dim; ++d) score += double{problem.query.sm_scale} * problem.q[h * dim + d] * key[d];
-      const double weight = std::exp(score - problem.lse[h]);
-      if (rows.log_weights[i] == 0) {
-        mass.certain += weight / static_cast<double>(heads);
-      } else {
-        mass.variance += weight * weight * (1 - std::exp(-rows.log_weights[i])) / static_cast<double>(heads);
-      }
-    }
-  }
-  return mass;
-}
-
 TEST(Dense, EqualsTheReference) {
   for (const DType dtype : kTypes) {
     for (const int32_t dim : kDims) {
-      if (!fits(dtype, dim)) continue;
+      if (!fits(dtype, dim) || !cuda::is_compiled(dtype, dim)) continue;
       for (const int32_t group : {1, 3, 4, 8}) {
         for (const int64_t kv_len : {1, 31, 127, 4099}) {
           const DeviceLayout layout = kLayouts[static_cast<size_t>(kv_len + group) % std::size(kLayouts)];
@@ -90,7 +30,7 @@ TEST(Dense, EqualsTheReference) {
 TEST(Decode, EqualsTheReferenceOnAnUploadedIndex) {
   for (const DType dtype : kTypes) {
     for (const int32_t dim : kDims) {
-      if (!fits(dtype, dim)) continue;
+      if (!fits(dtype, dim) || !cuda::is_compiled(dtype, dim)) continue;
       for (const int32_t group : {1, 4, 7}) {
         for (const int64_t kv_len : {700, 5000}) {
           for (const float tau : {50.0f, 600.0f}) {
@@ -130,6 +70,42 @@ TEST(Decode, EqualsTheReferenceOnAnUploadedIndex) {
             expect_near(problem, device.out(0), device.lse(0), dtype, 2 * std::sqrt(read.variance));
           }
         }
+      }
+    }
+  }
+}
+
+// The reference reads the same numbers as f16.
+TEST(F8, EqualsTheReferenceOnTheNumbersItStandsFor) {
+  const F8Scales scales{{0.75f, 1.25f}, {0.625f, 1.75f}};
+  for (const int32_t dim : kDims) {
+    if (!cuda::is_compiled(DType::kF8E4M3, dim)) continue;
+    for (const int32_t group : {1, 4, 8}) {
+      for (const DeviceLayout layout :
+           {kLayouts[static_cast<size_t>(group) % 5], kLayouts[static_cast<size_t>(group + dim / 16) % 5]}) {
+        SCOPED_TRACE(text("d", dim, " g", group, " layout ", static_cast<int>(layout)));
+        Problem problem(spec_of(DType::kF16, dim, 3001), group);
+        round_to_f8(problem.cache, scales);
+        round_queries(problem);
+        problem.build_index();
+        problem.query.position = 3000;
+        DeviceBatch device({&problem}, layout, &scales);
+        cuda::Decode dense({.select = Select::kDense}, device.limits);
+        dense.run(device.batch, nullptr, nullptr);
+        problem.run({.select = Select::kDense}, Backend::kReference);
+        expect_near(problem, device.out(0), device.lse(0), DType::kF16);
+
+        const DecodeOptions options{.tau = 200, .refine = 0.02f, .check_rows = false};
+        cuda::LayerIndex index({}, {2, dim, dim}, 1, 3001);
+        index.upload(0, *problem.index, nullptr);
+        cuda::Decode decode(options, device.limits);
+        device.poison_out();
+        decode.run(device.batch, &index, nullptr);
+        Selection selection;
+        problem.query.selection = &selection;
+        problem.run(options, Backend::kReference);
+        expect_near(problem, device.out(0), device.lse(0), DType::kF16,
+                    2 * std::sqrt(read_mass(problem, selection).variance));
       }
     }
   }
@@ -301,15 +277,39 @@ TEST(Sanitized, EveryKernel) {
   EXPECT_GT(records.values()[4].clusters_refined, 0);
   const std::vector<float> sampled = device.out(2);
   dense.run(device.batch, nullptr, nullptr);
-  EXPECT_LT(relative_error(sampled, device.out(2)), 0.4);
+  const std::vector<float> exact = device.out(2);
+  EXPECT_LT(relative_error(sampled, exact), 0.4);
+  for (const Select select : {Select::kFit, Select::kTopK}) {
+    cuda::Decode rank({.select = select, .target_mass = 0.99f, .budget = 1000}, device.limits);
+    rank.run(device.batch, &index, nullptr);
+    EXPECT_LT(relative_error(device.out(2), exact), 0.4);
+  }
+  device.batch.layer = 5;  // a position at which a step learns
+  device.batch.learn = true;
+  sample.run(device.batch, &index, nullptr);
+  // Rows that the index was not made of: every row is read.
+  DeviceBatch moved({problems[2].get(), problems[0].get(), problems[1].get()}, DeviceLayout::kTokenMajor);
+  cuda::LayerIndex other({}, {2, 64, 64}, 3, 4096);
+  CacheSpec spec = spec_of(DType::kBF16, 64, 2500, 2);
+  spec.seed = 9;
+  Problem another(spec, 4);
+  const DeviceBatch another_batch({&another}, DeviceLayout::kTokenMajor);
+  other.build(0, another_batch.batch, 2500, nullptr);
+  sample.run(moved.batch, &other, nullptr, records.get());
+  EXPECT_EQ(records.values()[0].dense, DenseReason::kRowChanged);
+  EXPECT_LT(relative_error(moved.out(0), exact), tolerance(DType::kBF16));
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
 }
 
 TEST(Cluster, AsGoodAsOnTheCpu) {
-  for (const DType dtype : {DType::kF16, DType::kBF16, DType::kQ8_0}) {
-    Problem problem(spec_of(dtype, 128, 4096 + 256, 2), 4);
+  const F8Scales scales{{0.75f, 1.25f}, {0.625f, 1.75f}};
+  for (const DType dtype : {DType::kF16, DType::kBF16, DType::kQ8_0, DType::kF8E4M3}) {
+    if (!cuda::is_compiled(dtype, 128)) continue;
+    const bool f8 = dtype == DType::kF8E4M3;
+    Problem problem(spec_of(f8 ? DType::kF16 : dtype, 128, 4096 + 256, 2), 4);
+    if (f8) round_to_f8(problem.cache, scales);
     problem.build_index();
-    DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+    DeviceBatch device({&problem}, DeviceLayout::kTokenMajor, f8 ? &scales : nullptr);
     double error[2] = {};
     for (const bool built : {false, true}) {
       cuda::LayerIndex index({}, {2, 128, 128}, 1, 8192);
@@ -320,7 +320,7 @@ TEST(Cluster, AsGoodAsOnTheCpu) {
       }
       problem.run({.select = Select::kDense}, Backend::kReference);
       for (uint64_t seed = 0; seed < 20; ++seed) {
-        cuda::Decode decode({.tau = 300, .seed = seed}, device.limits);
+        cuda::Decode decode({.tau = 300, .check_rows = false, .seed = seed}, device.limits);
         decode.run(device.batch, &index, nullptr);
         error[built] += relative_error(device.out(0), problem.out) / 20;
       }

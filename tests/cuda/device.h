@@ -43,10 +43,18 @@ class Device {
 
 enum class DeviceLayout : uint8_t { kTokenMajor, kHeadMajor, kPages1, kPages16, kPages64 };
 
+/// Scales of KV heads for rows stored as f8_e4m3. Their products with such numbers are numbers of f16.
+struct F8Scales {
+  std::vector<float> k, v;  // [num_kv_heads]
+};
+/// Every row of an f16 cache becomes one that f8_e4m3 with these scales can hold.
+void round_to_f8(Cache& cache, const F8Scales& scales);
+
 /// The rows of several problems (one sequence each, of one shape) in device memory, and room for their answers.
 class DeviceBatch {
  public:
-  DeviceBatch(const std::vector<Problem*>& problems, DeviceLayout layout);
+  /// `f8`: the caches are round_to_f8(), and the device has them so.
+  DeviceBatch(const std::vector<Problem*>& problems, DeviceLayout layout, const F8Scales* f8 = nullptr);
 
   cuda::DecodeBatch batch;
   cuda::DecodeLimits limits;
@@ -61,8 +69,34 @@ class DeviceBatch {
   size_t out_size_;
   std::vector<Device<std::byte>> rows_;
   std::vector<Device<int32_t>> tables_;
+  std::vector<Device<float>> scales_;
   Device<int32_t> lens_;
   Device<float> q_, out_, lse_;
 };
+
+constexpr DType kTypes[] = {DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0};
+constexpr int32_t kDims[] = {64, 80, 96, 128, 256};
+constexpr DeviceLayout kLayouts[] = {DeviceLayout::kTokenMajor, DeviceLayout::kHeadMajor, DeviceLayout::kPages1,
+                                     DeviceLayout::kPages16, DeviceLayout::kPages64};
+
+/// Weights and queries are rounded to the type that the tensor cores multiply: 2^-11 or 2^-8.
+double tolerance(DType dtype);
+
+CacheSpec spec_of(DType dtype, int32_t dim, int64_t kv_len, int32_t heads = 2);
+
+/// Queries as bf16 holds them, so that no backend rounds them.
+void round_queries(Problem& problem);
+
+/// `noise`: what rounding ties may do, which make a step draw another row than the reference does.
+void expect_near(const Problem& expected, const std::vector<float>& out, const std::vector<float>& lse, DType dtype,
+                 double noise = 0);
+
+/// What the device reports of a step, from the rows that the reference read: the mass of the certain ones within the
+/// output, and the variance of the total under independent draws, means over the query heads. (The reference's own
+/// figures are the measured ones.)
+struct ReadMass {
+  double certain = 0, variance = 0;
+};
+ReadMass read_mass(const Problem& problem, const Selection& selection);
 
 }  // namespace tactic::test
