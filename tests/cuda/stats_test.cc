@@ -1,4 +1,6 @@
 // On a GPU: what a step reports, as statistics of the CPU.
+#include <cmath>
+
 #include "cuda/device.h"
 #include "cuda/launch_config.h"
 
@@ -21,7 +23,8 @@ void expect_same(const StepStats& got, const StepStats& expected, double slack) 
   // Codes are padded to 64 bytes here, and places take four bytes.
   EXPECT_NEAR(static_cast<double>(got.index_bytes), static_cast<double>(expected.index_bytes),
               (slack + 0.05) * static_cast<double>(expected.index_bytes));
-  EXPECT_NEAR(got.estimated_mass, expected.estimated_mass, 0.03);
+  // The draws may differ; each errs by its standard error, all heads alike at worst.
+  EXPECT_NEAR(got.estimated_mass, expected.estimated_mass, 4 * std::sqrt(2) * expected.mass_std_error + 1e-3);
 }
 
 TEST(Stats, AreTheReferences) {

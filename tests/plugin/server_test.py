@@ -1,9 +1,11 @@
-"""llama-server with three slots: sparse answers against exact ones, greedy, three requests at a time.
+"""llama-server with three slots: sparse answers against exact ones, greedy, three requests at a time. They may part where
+exact attention finds two tokens about as likely; a stale index parts them anywhere.
 
 server_test.py LLAMA_SERVER MODEL; the plug-in comes through GGML_BACKEND_PATH.
 """
 import concurrent.futures
 import json
+import math
 import os
 import random
 import socket
@@ -15,6 +17,7 @@ import urllib.request
 
 INDEX = "min_context=0,segment=256,provisional=64"
 TOKENS = 24
+NEAR_TIE = 0.7  # exact attention found the other token at least half as likely
 
 
 def records(seed, count):
@@ -65,7 +68,7 @@ class Server:
 
     def complete(self, prompt, slot):
         return self.request("/completion", {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "seed": 1, "id_slot": slot,
-                                            "cache_prompt": True, "return_tokens": True, "ignore_eos": True})["tokens"]
+                                            "cache_prompt": True, "n_probs": 20, "ignore_eos": True})["completion_probabilities"]
 
     def complete_all(self, texts, slots):
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -94,19 +97,26 @@ def answers(binary, model, options):
         return result, server.stop()
 
 
+def agreement(exact, sparse):
+    """Tokens until the answers part, and how much less likely (in log-probability) exact attention found the other's token there."""
+    for i, (a, b) in enumerate(zip(exact, sparse)):
+        if a["id"] != b["id"]:
+            known = {t["id"]: t["logprob"] for t in a["top_logprobs"]}
+            return i, a["logprob"] - known.get(b["id"], -math.inf)
+    return len(exact), 0
+
+
 def main():
     binary, model = sys.argv[1:3]
     exact, _ = answers(binary, model, INDEX + ",select=dense")
-    sparse, stats = answers(binary, model, INDEX + ",error=0.01")
+    sparse, stats = answers(binary, model, INDEX + ",error=0.02")
     failed = False
     for name in exact:
-        same = total = 0
         for a, b in zip(exact[name], sparse[name]):
             assert len(a) == len(b) == TOKENS, (name, a, b)
-            same += sum(x == y for x, y in zip(a, b))
-            total += len(a)
-        print(f"  {name:24} {same} of {total} tokens as with exact attention")
-        failed |= same < 0.75 * total
+            same, gap = agreement(a, b)
+            print(f"  {name:24} {same} of {TOKENS} tokens as with exact attention" + (f", then one it gave {gap:.2f} less" if gap else ""))
+            failed |= same < 1 or gap > NEAR_TIE
     sparse_steps = sum(s["dense_queries"] < s["queries"] for s in stats)
     together = max(s["queries"] for s in stats) // 30
     read = sum(s["read_fraction"] for s in stats) / len(stats)
