@@ -41,6 +41,9 @@ struct Segment {
   std::vector<uint8_t> row_checks;  // [num_kv_heads, num_rows] low four bits: check_row of K, high four: of V
 };
 
+/// The starting value of beta, and the weight that measured pairs must reach before they outvote it.
+inline constexpr double kPriorSlope = 0.75, kPriorWeight = 20;
+
 /// Running least squares of the true log mean weight of a cluster against the spread term (docs/method.md,
 /// calibration).
 struct Calibration {
@@ -51,9 +54,9 @@ struct Calibration {
   std::vector<double> usual_variance;  // [group_size] running mean of the drawn rows' variance relative to their
                                        // squared sum; empty: unknown
 
-  /// The slope, held near `prior` until pairs of total weight `prior_weight` are in.
-  float beta(double prior_weight, double prior) const {
-    const double slope = (sum_xy + prior_weight * prior) / (sum_xx + prior_weight);
+  /// The slope, held near kPriorSlope until pairs of total weight kPriorWeight are in.
+  float beta() const {
+    const double slope = (sum_xy + kPriorWeight * kPriorSlope) / (sum_xx + kPriorWeight);
     return static_cast<float>(slope < 0 ? 0 : slope > 2 ? 2 : slope);
   }
 };

@@ -12,49 +12,47 @@ namespace {
 constexpr double kForget = 0.98;
 constexpr double kUsualRate = 0.05;
 constexpr float kHeavy = 0.01f;   // share of a head
-constexpr size_t kExpected = 32;  // rows that a step names for the next, at most
+constexpr size_t kExpected = 32;  // rows that a step names for the next, at most; the first of them
 
 void sort_unique(std::vector<int32_t>& rows) {
   std::sort(rows.begin(), rows.end());
   rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
 }
 
-// Calls found(row) for the rows of `list` from `begin` on that weigh more than kHeavy in some head, weights being those
-// of the rows themselves and not of what they were drawn to speak for.
+// Calls found(i) for the rows of `list` that weigh more than kHeavy in some head, weights being those of the rows
+// themselves and not of what they were drawn to speak for.
 template <class Fn>
-void for_heavy_rows(const Task& task, const RowList& list, int64_t begin, const std::vector<float>* log_weights,
-                    Fn found) {
+void for_heavy_rows(const Task& task, const RowList& list, const std::vector<float>* log_weights, Fn found) {
   for (int32_t g = 0; g < task.group_size; ++g) {
     const float* weights = list.weights.data() + g * list.stride;
     const float limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
-    for (int64_t i = begin; i < list.size(); ++i) {
+    for (int64_t i = 0; i < list.size(); ++i) {
       if (weights[i] <= limit) continue;
-      const auto at = static_cast<size_t>(i);
-      if (log_weights == nullptr || weights[i] * std::exp(-(*log_weights)[at]) > limit) found(list.tokens[at]);
+      if (log_weights == nullptr || weights[i] * std::exp(-(*log_weights)[static_cast<size_t>(i)]) > limit) found(i);
     }
   }
 }
 
-// Rows that weigh much although their clusters were not read whole at first.
-void find_heavy(const Task& task) {
-  std::vector<int32_t> rows;
-  const auto push = [&](int32_t row) { rows.push_back(row); };
-  for_heavy_rows(task, task.selected, task.selection.num_certain, &task.selection.log_weights, push);
-  for_heavy_rows(task, task.refined, 0, nullptr, push);
-  sort_unique(rows);
-  for (const int32_t row : rows) found_heavy(task.query->index->state(), task.head, row);
-}
-
-// The rows after those that weigh much are expected to weigh much in the next step.
-void expect_followers(const Task& task, Calibration& known) {
-  std::vector<int32_t>& rows = known.expected;
-  rows.clear();
-  for_heavy_rows(task, task.exact, 0, nullptr, [&](int32_t row) { rows.push_back(row + 1); });
-  for_heavy_rows(task, task.selected, 0, &task.selection.log_weights, [&](int32_t row) { rows.push_back(row + 1); });
-  for_heavy_rows(task, task.refined, 0, nullptr, [&](int32_t row) { rows.push_back(row + 1); });
-  std::erase_if(rows, [&](int32_t row) { return !task.filter.reads_indexed(row); });
-  sort_unique(rows);
-  if (rows.size() > kExpected) rows.resize(kExpected);
+// Heavy rows whose clusters were not meant to be read whole are suspects; the rows after all heavy ones are expected to
+// weigh much in the next step.
+void find_heavy(const Task& task, Calibration& known) {
+  std::vector<int32_t>& expected = known.expected;
+  std::vector<int32_t> surprises;
+  expected.clear();
+  const auto look = [&](const RowList& list, const std::vector<float>* log_weights, int64_t first_surprise) {
+    for_heavy_rows(task, list, log_weights, [&](int64_t i) {
+      const int32_t row = list.tokens[static_cast<size_t>(i)];
+      if (i >= first_surprise) surprises.push_back(row);
+      if (task.filter.reads_indexed(row + 1)) expected.push_back(row + 1);
+    });
+  };
+  look(task.exact, nullptr, task.exact.size());
+  look(task.selected, &task.selection.log_weights, task.selection.num_certain);
+  look(task.refined, nullptr, 0);
+  sort_unique(expected);
+  if (expected.size() > kExpected) expected.resize(kExpected);
+  sort_unique(surprises);
+  for (const int32_t row : surprises) found_heavy(task.query->index->state(), task.head, row);
 }
 
 }  // namespace
@@ -76,8 +74,7 @@ void learn(Task& task, const DecodeOptions& options) {
     double& usual = known.usual_variance[g];
     usual += (usual > 0 ? kUsualRate : 1.0) * (task.relative_variance[g] - usual);
   }
-  find_heavy(task);
-  expect_followers(task, known);
+  find_heavy(task, known);
   // Whole clusters give pairs of spread term and true log mean weight; they are read anyway, but logarithms cost.
   if ((static_cast<uint64_t>(task.query->position) + static_cast<uint64_t>(task.query->layer)) % 8 != 0) return;
   known.sum_xx *= kForget;

@@ -12,10 +12,6 @@ namespace tactic::cpu {
 
 namespace {
 
-// The weight that measured pairs must reach before they outvote the starting value.
-constexpr double kPriorWeight = 20;
-constexpr double kPriorSlope = 0.75;
-
 const Segment* find_segment(const IndexState& index, int64_t row) {
   auto at = std::upper_bound(index.segments.begin(), index.segments.end(), row,
                              [](int64_t r, const Segment& segment) { return r < segment.row_begin; });
@@ -92,7 +88,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       params.group_size = task.group_size;
       params.q_norms2 = task.q_norms2.data();
       params.exact = task.exact_state.data();
-      task.beta = params.beta = options.beta > 0 ? options.beta : known.beta(kPriorWeight, kPriorSlope);
+      task.beta = params.beta = options.beta > 0 ? options.beta : known.beta();
       params.variance_ratio = static_cast<float>(known.variance_ratio);
       select_sample(task.clusters, params, options, task.inclusion);
       draw(index, task.head, task.filter, task.clusters, task.inclusion,

@@ -12,7 +12,6 @@ inline constexpr int kWarps = 12;  // of a block of decode and dense
 inline constexpr int kThreads = kWarps * 32;
 inline constexpr int kMaxSplits = 8;  // the largest thread-block cluster that every device can place
 inline constexpr int kMaxGroup = 8;   // query heads of a KV head
-inline constexpr double kPriorWeight = 20, kPriorSlope = 0.75;  // of beta, as on the CPU
 
 struct DeviceFacts {
   int32_t num_sms = 0;

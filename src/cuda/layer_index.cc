@@ -176,8 +176,8 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
   }
   std::vector<HeadCalibration> calibration;
   for (const Calibration& known : from.calibration) {
-    calibration.push_back({known.beta(kPriorWeight, kPriorSlope), static_cast<float>(known.variance_ratio),
-                           static_cast<float>(known.sum_xx), static_cast<float>(known.sum_xy)});
+    calibration.push_back({known.beta(), static_cast<float>(known.variance_ratio), static_cast<float>(known.sum_xx),
+                           static_cast<float>(known.sum_xy)});
   }
   copy(impl.view.calibration + int64_t{sequence} * impl.shape.num_kv_heads, kept(calibration),
        calibration.size() * sizeof(HeadCalibration));

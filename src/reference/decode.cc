@@ -112,7 +112,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   int64_t probed = 0;
   Inclusion inclusion;
   const Calibration& known = index.calibration[head];
-  const float beta = options.beta > 0 ? options.beta : known.beta(20, 0.75);
+  const float beta = options.beta > 0 ? options.beta : known.beta();
   const SelectParams params{group_size, q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio)};
   if (options.select == Select::kSample) {
     select_sample(scores, params, options, inclusion);

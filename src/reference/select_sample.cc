@@ -4,16 +4,12 @@
 #include <limits>
 
 #include "core/random.h"
+#include "core/read_on.h"
 #include "reference/steps.h"
 
 namespace tactic::reference {
 
 namespace {
-
-double growth(double s2, double size) {
-  const double cap2 = 2 * std::log(std::max(size, 2.0));
-  return s2 <= cap2 ? s2 / 2 : std::sqrt(cap2 * s2) - cap2 / 2;
-}
 
 // Root mean square over the heads of a member's estimated weight; a NaN or infinity if any estimate is.
 std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams& params,
@@ -25,7 +21,8 @@ std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams&
     double max = params.exact[g].max;
     for (int32_t c = 0; c < n; ++c) {
       if (scores.sizes[c] == 0) continue;
-      spread[c] = params.beta * growth(static_cast<double>(scores.spreads[c]) * params.q_norms2[g], scores.sizes[c]);
+      spread[c] =
+          params.beta * spread_growth(static_cast<double>(scores.spreads[c]) * params.q_norms2[g], scores.sizes[c]);
       mean[c] = scores.dots[static_cast<size_t>(g) * n + c] + spread[c];
       max = std::max(max, mean[c]);
     }

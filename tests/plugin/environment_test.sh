@@ -2,17 +2,9 @@
 # What a user can get wrong, through the host's own programs: environment_test.sh PLUGIN LLAMA_BIN_DIR
 set -euo pipefail
 plugin=$1 bin=$2
-[ -n "${TACTIC_TEST_MODEL:-}" ] || { echo "TACTIC_TEST_MODEL is not set"; exit 77; }
-export GGML_BACKEND_PATH=$plugin OMP_WAIT_POLICY=passive
-unset TACTIC TACTIC_STATS TACTIC_TEST_ABI_MISMATCH
-work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-failures=0
-
-fail() {
-  printf 'environment_test: %s\n' "$*" >&2
-  tail -15 "$work/err" >&2
-  failures=$((failures + 1))
-}
+test_name=environment_test
+source "$(dirname "$0")/../shell.sh"
+export GGML_BACKEND_PATH=$plugin
 
 ask() {  # NAME [VARIABLE=VALUE...]: a short greedy answer; its text in $work/out, the log in $work/err
   local name=$1; shift

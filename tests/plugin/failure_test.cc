@@ -2,31 +2,8 @@
 // is the plug-in's too, and runs out on demand.
 #include <gmock/gmock.h>
 
-#include <atomic>
-#include <cstdlib>
-#include <new>
-
+#include "failing_new.h"
 #include "graph_layer.h"
-
-namespace {
-
-std::atomic<int64_t> allocations_left = INT64_MAX;  // the one after them fails
-std::atomic<int64_t> allocations_failed = 0;
-
-}  // namespace
-
-// Not inlined: the compiler would take malloc for the counterpart of delete.
-[[gnu::noinline]] void* operator new(size_t bytes) {
-  if (allocations_left.fetch_sub(1) == 0) {
-    ++allocations_failed;
-    throw std::bad_alloc();
-  }
-  void* const memory = std::malloc(bytes > 0 ? bytes : 1);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace tactic::test {
 namespace {

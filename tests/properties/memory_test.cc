@@ -1,26 +1,7 @@
 // Memory that runs out at any allocation: the caller gets the exception, from whatever thread, and what was there
 // before still answers right.
-#include <atomic>
-#include <cstdlib>
-#include <new>
-
+#include "failing_new.h"
 #include "support.h"
-
-namespace {
-
-std::atomic<int64_t> allocations_left = INT64_MAX;  // the one after them fails
-
-}  // namespace
-
-// Not inlined: the compiler would take malloc for the counterpart of delete.
-[[gnu::noinline]] void* operator new(size_t bytes) {
-  if (allocations_left.fetch_sub(1) == 0) throw std::bad_alloc();
-  void* const memory = std::malloc(bytes > 0 ? bytes : 1);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace tactic::test {
 namespace {

@@ -3,17 +3,9 @@
 # A mistake is one line on stderr that begins with "tactic:" and an exit status of 1 (of the grammar: 2), never a crash.
 set -euo pipefail
 tactic=$1
-[ -n "${TACTIC_TEST_MODEL:-}" ] || { echo "TACTIC_TEST_MODEL is not set"; exit 77; }
-export OMP_WAIT_POLICY=passive
-unset TACTIC TACTIC_STATS TACTIC_PLUGIN GGML_BACKEND_PATH
-work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-failures=0
+test_name=command_test
+source "$(dirname "$0")/../shell.sh"
 
-fail() {
-  printf 'command_test: %s\n' "$*" >&2
-  tail -5 "$work/err" >&2
-  failures=$((failures + 1))
-}
 call() {  # STATUS [ARGUMENT...]
   local status=$1 got=0; shift
   timeout 120 "$tactic" "$@" > "$work/out" 2> "$work/err" < /dev/null || got=$?
