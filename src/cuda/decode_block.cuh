@@ -3,6 +3,7 @@
 // shared memory.
 #pragma once
 
+#include "cuda/mean_keys.cuh"
 #include "cuda/merge.cuh"
 #include "cuda/select_sample.cuh"
 
@@ -26,7 +27,7 @@ class DecodeBlock {
         quantized(*reinterpret_cast<QuantizedQueries<kDim, kHeads>*>(shared + sizeof(MergeBuffers<kHeads>))),
         q(reinterpret_cast<float*>(&quantized + 1)),
         values(q + kHeads * kDim),
-        from_blocks(values + kWarps * kHeads * kDim),
+        from_blocks(values + kWarps * kHeads * kValueStride),
         tables(params.workspace != nullptr
                    ? params.workspace + blockIdx.x * params.block_workspace_bytes
                    : reinterpret_cast<std::byte*>(from_blocks + kHeads * kDim + kMaxSplits * kHeads * 4),
@@ -53,19 +54,19 @@ class DecodeBlock {
     const int score_warps = num_score_warps(own, p.splits);
     if (warp < score_warps && warp < tiles) load_tile(warp, now);
     if (warp < score_warps && warp + score_warps < tiles) load_tile(warp + score_warps, next);
-    float mean[kMeanLoads];
-    const int k_own = warp - first_mean_warp(score_warps);
-    if (warp < score_warps && k_own >= 0 && k_own < own.count()) load_mean(k_own, mean);
-    for (int i = threadIdx.x; i < own.count() * kMeanLoads; i += kThreads) {
-      prefetch(p.index.means + (row_of_head * p.index.geometry.all_segments + own.at(i / kMeanLoads).slot) * kDim +
-               i % kMeanLoads * 32);
+    MeanKeys<kDim, kHeads> means(p.index, own, row_of_head, warp, score_warps);
+    if (warp < score_warps) {
+      means.load();
+    } else {
+      prefetch_outliers(warp - score_warps, kWarps - score_warps);
     }
+    means.prefetch_all();
     wait_for_previous_kernel();
     load_queries();
     __syncthreads();
-    score_and_attend_exact(score_warps, now, next, mean);
+    score_and_attend_exact(score_warps, now, next, means);
     float shifts[kHeads];
-    const float limit = exchange_estimates(shifts);
+    const float limit = exchange_estimates(warp < score_warps, shifts);
     let_next_kernel_start();
     select(shifts);
     const bool heavy = attend_selected(limit);
@@ -85,6 +86,8 @@ class DecodeBlock {
   }
 
  private:
+  static constexpr int kValueStride = value_stride(kDim);
+
   __device__ void load_tile(int tile, CentroidTile<kDim>& out) const {
     const IndexGeometry& g = p.index.geometry;
     const int64_t first_cluster = row_of_head * g.max_clusters;
@@ -98,44 +101,19 @@ class DecodeBlock {
     for (int i = threadIdx.x; i < group * kDim; i += kThreads) q[i] = load_query(p.batch.q, p.batch.q_dtype, first + i);
     if (threadIdx.x < kCounts) buffers.counts[threadIdx.x] = 0;
     if (threadIdx.x == kCounts) buffers.found_changed = 0;
+    if (threadIdx.x == kThreads - 1) {
+      const HeadCalibration& known = p.index.calibration[row_of_head];
+      buffers.beta = p.beta > 0 ? p.beta : known.beta;
+      buffers.variance_ratio = p.tau > 0 ? 1.0f : known.variance_ratio;
+    }
     reset_maxima();
   }
   __device__ void reset_maxima() {
     if (threadIdx.x < kHeads) buffers.maxima[threadIdx.x] = ordered(__float_as_int(kLowest));
   }
 
-  static constexpr int kMeanLoads = (kDim + 31) / 32;
-  // The first warps quantize the queries, a head each, while others score the mean keys of segments.
-  __device__ static int first_mean_warp(int score_warps) { return score_warps >= 2 * kHeads ? kHeads : 0; }
-
-  __device__ void load_mean(int k_own, float (&mean)[kMeanLoads]) const {
-    const float* from = p.index.means + (row_of_head * p.index.geometry.all_segments + own.at(k_own).slot) * kDim;
-#pragma unroll
-    for (int i = 0; i < kMeanLoads; ++i) mean[i] = 32 * i + lane < kDim ? __ldg(from + 32 * i + lane) : 0.0f;
-  }
-
-  // Scores of the own segments' mean keys, a segment a warp. `mean`: of the first, loaded already.
-  __device__ void score_means(int score_warps, float (&mean)[kMeanLoads]) {
-    const int first = first_mean_warp(score_warps), step = score_warps - first;
-    for (int k_own = warp - first; k_own >= 0 && k_own < own.count(); k_own += step) {
-      float next[kMeanLoads] = {};
-      if (k_own + step < own.count()) load_mean(k_own + step, next);
-      float dots[kHeads] = {};
-#pragma unroll
-      for (int i = 0; i < kMeanLoads; ++i) {
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-          if (h < group && 32 * i + lane < kDim) dots[h] += mean[i] * q[h * kDim + 32 * i + lane];
-        }
-        mean[i] = next[i];
-      }
-      const float dot = sum_by_head<kHeads>(dots);
-      if (lane % (32 / kHeads) == 0) tables.mean_dots[k_own * kHeads + lane / (32 / kHeads)] = dot * scale;
-    }
-  }
-
   __device__ void score_and_attend_exact(int score_warps, CentroidTile<kDim>& now, CentroidTile<kDim>& next,
-                                         float (&mean)[kMeanLoads]) {
+                                         MeanKeys<kDim, kHeads>& means) {
     const int tiles = own.clusters() / 16;
     // Fragments are made late: registers are short while tiles of centroids are on their way.
     if (warp >= score_warps) {
@@ -145,7 +123,7 @@ class DecodeBlock {
     }
     for (int h = warp; h < kHeads; h += score_warps)
       quantize_query<kDim, kHeads>(h < group ? q + h * kDim : nullptr, h, quantized);
-    score_means(score_warps, mean);
+    means.score(q, group, scale, tables.mean_dots);
     asm volatile("bar.sync 1, %0;" ::"r"(score_warps * 32) : "memory");
     const float weight = beta();
     CentroidQuery<kDim, kHeads> query;
@@ -163,10 +141,8 @@ class DecodeBlock {
     }
     make_query_fragments<Chunk<kDType>::kBf16, kDim>(q, group, fragments);
   }
-  __device__ float beta() const { return p.beta > 0 ? p.beta : p.index.calibration[row_of_head].beta; }
-  __device__ float tau() const {
-    return p.tau > 0 ? p.tau : tau_for_error(p.target_error, p.index.calibration[row_of_head].variance_ratio);
-  }
+  __device__ float beta() const { return buffers.beta; }
+  __device__ float tau() const { return p.tau > 0 ? p.tau : tau_for_error(p.target_error, buffers.variance_ratio); }
   __device__ RowTile row_tile(int32_t row, float log_weight) const {
     return {row_offset(p.batch.k, pages, row), row_offset(p.batch.v, pages, row), log_weight};
   }
@@ -179,6 +155,27 @@ class DecodeBlock {
       attend_tile<kDType, kDim, false>(state, k, v,
                                        row_tile(rows.row(min(i, rows.count - 1)), i < rows.count ? 0.0f : kLowest),
                                        fragments, key_scale, 0, [] {});
+    }
+  }
+  // Outliers are rows of the index, which no kernel before this one changes: they come to L2 ahead of the queries.
+  __device__ void prefetch_outliers(int number, int warps) const {
+    if (!p.index.geometry.has_outliers || pages != nullptr) return;
+    const uint16_t* num_outliers = p.index.num_outliers + row_of_head * p.index.geometry.all_segments;
+    for (int k_own = number; k_own < own.count(); k_own += warps) {
+      const OwnSegment segment = own.at(k_own);
+      const int32_t n = __ldg(num_outliers + segment.slot);
+      if ((lane & 15) >= n) continue;
+      prefetch_row(
+          row_tile(segment.first_row + __ldg(members + segment.first_row + segment.num_rows - n + (lane & 15)), 0));
+    }
+  }
+  // Two lanes a row, each a half.
+  __device__ void prefetch_row(const RowTile& tile) const {
+    constexpr int kBytes = kDType == DType::kF8E4M3 ? kDim : 2 * kDim;
+    const int half = (lane >> 4) * 128;
+    if (half < kBytes) {
+      prefetch(k + tile.k_offset + half);
+      prefetch(v + tile.v_offset + half);
     }
   }
   // What is read anyway: those that no segment holds, and the outliers of the own segments.
@@ -210,20 +207,23 @@ class DecodeBlock {
 
   // shifts[h]: log2 of the estimated sum of all weights of head h, over tau and sqrt(group). Returns, for head g of
   // lane (g, t), log2 of the weight from which on a sampled row refines its cluster.
-  __device__ float exchange_estimates(float (&shifts)[kHeads]) {
+  __device__ float exchange_estimates(bool scored, float (&shifts)[kHeads]) {
+    if (scored) {
 #pragma unroll
-    for (int set = 0; set < kHeads / 4; ++set) {
+      for (int set = 0; set < kHeads / 4; ++set) {
 #pragma unroll
-      for (int step = 4; step < 32; step *= 2) {
-        const float max = shuffle_xor(estimates[set].max, step), sum = shuffle_xor(estimates[set].sum, step);
-        estimates[set].add(max, sum);
+        for (int step = 4; step < 32; step *= 2) {
+          const float max = shuffle_xor(estimates[set].max, step), sum = shuffle_xor(estimates[set].sum, step);
+          estimates[set].add(max, sum);
+        }
+        if (lane < 4) buffers.warp_states[warp][4 * set + lane] = {estimates[set].max, estimates[set].sum};
       }
-      if (lane < 4) buffers.warp_states[2 * warp][4 * set + lane] = {estimates[set].max, estimates[set].sum};
+    } else {
+      put_state(buffers.warp_states[warp]);
     }
-    put_state(buffers.warp_states[2 * warp + 1]);
     __syncthreads();
     BlockCluster::wait();  // all blocks of the cluster run, so that their memory may be written
-    share_states(buffers, 2 * kWarps, rank, p.splits);
+    share_states(buffers, rank, p.splits);
     BlockCluster::sync();
     const RunningSum total = fold_states<kHeads>(buffers.block_states, p.splits);
     const float normalizer = total.max + log2_fast(total.sum);
@@ -293,12 +293,7 @@ class DecodeBlock {
         if ((tile + kWarps) * 16 >= rows) return;
         next = take(tile + kWarps);
         then = tile_of(tile + kWarps, next);
-        constexpr int kBytes = kDType == DType::kF8E4M3 ? kDim : 2 * kDim;
-        const int half = (lane >> 4) * 128;
-        if (half < kBytes) {
-          prefetch(k + then.k_offset + half);
-          prefetch(v + then.v_offset + half);
-        }
+        prefetch_row(then);
       };
       const uint32_t heavy = attend_tile<kDType, kDim, true>(state, k, v, now, fragments, key_scale, limit, meanwhile);
       const uint32_t all = __reduce_or_sync(kAllLanes, heavy);
@@ -377,14 +372,15 @@ class DecodeBlock {
   __device__ void send_output() {
     const int g = lane >> 2;
     const float maximum = __int_as_float(ordered(buffers.maxima[g % kHeads]));
-    store_warp<kDim, kHeads>(state, maximum, values + warp * kHeads * kDim, buffers.warp_sums[warp]);
+    store_warp<kDim, kHeads>(state, maximum, values + warp * kHeads * kValueStride, buffers.warp_sums[warp]);
     __syncthreads();
     const int total = group * kDim, slice = slice_size();
     for (int i = 2 * threadIdx.x; i < total; i += 2 * kThreads) {
       float2 sum{};
+      const float* from = values + i / kDim * kValueStride + i % kDim;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float2 x = *reinterpret_cast<const float2*>(values + w * kHeads * kDim + i);
+        const float2 x = *reinterpret_cast<const float2*>(from + w * kHeads * kValueStride);
         sum.x += x.x;
         sum.y += x.y;
       }
@@ -482,7 +478,7 @@ class DecodeBlock {
   MergeBuffers<kHeads>& buffers;
   QuantizedQueries<kDim, kHeads>& quantized;
   float* const q;            // [kHeads, kDim]
-  float* const values;       // [kWarps, kHeads, kDim]
+  float* const values;       // [kWarps, kHeads, kValueStride]
   float* const from_blocks;  // [splits, slice]
   const SelectTables tables;
   const int32_t* pages;

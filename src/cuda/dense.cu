@@ -10,7 +10,7 @@ namespace {
 template <int kDim, int kHeads>
 struct DenseShared {
   float q[kHeads * kDim];
-  float values[kWarps * kHeads * kDim];
+  float values[kWarps * kHeads * value_stride(kDim)];
   float2 states[kWarps][kHeads];
   BlockSums sums[kWarps][kHeads];
   int last;
@@ -84,14 +84,14 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   float maximum = kLowest;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, shared.states[w][g % kHeads].x);
-  store_warp<kDim, kHeads>(state, maximum, shared.values + warp * kHeads * kDim, shared.sums[warp]);
+  store_warp<kDim, kHeads>(state, maximum, shared.values + warp * kHeads * value_stride(kDim), shared.sums[warp]);
   __syncthreads();
   const int total = group * kDim;
   const int64_t slot = pair * p.splits + split;
   for (int i = threadIdx.x; i < total; i += kThreads) {
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += shared.values[w * kHeads * kDim + i];
+    for (int w = 0; w < kWarps; ++w) sum += shared.values[(w * kHeads + i / kDim) * value_stride(kDim) + i % kDim];
     p.partial_out[slot * total + i] = sum;
   }
   if (warp == 0 && t == 0 && g < group) {

@@ -88,8 +88,9 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows) {
 }
 
 size_t fixed_bytes(int32_t head_dim, int32_t heads) {
-  const size_t floats = static_cast<size_t>(heads) * static_cast<size_t>(head_dim) * (1 + kWarps + 1) +
-                        static_cast<size_t>(kMaxSplits * heads * 4);
+  const size_t floats =
+      static_cast<size_t>(heads) * static_cast<size_t>(head_dim * 2 + value_stride(head_dim) * kWarps) +
+      static_cast<size_t>(kMaxSplits * heads * 4);
   return merge_bytes(heads) + quantized_bytes(head_dim, heads) + floats * 4;
 }
 

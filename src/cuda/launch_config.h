@@ -31,13 +31,15 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows);
 /// Bytes of MergeBuffers<heads>.
 constexpr size_t merge_bytes(int32_t heads) {
   const size_t h = static_cast<size_t>(heads);
-  return 2 * kWarps * h * 8 + kMaxSplits * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 8 * 4 + kMaxSplits * 8 * 4 +
+  return kWarps * h * 8 + kMaxSplits * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 8 * 4 + kMaxSplits * 8 * 4 +
          (4 + kMaxSplits) * 4;
 }
 /// Bytes of QuantizedQueries<head_dim, heads>.
 constexpr size_t quantized_bytes(int32_t head_dim, int32_t heads) {
   return static_cast<size_t>(heads) * static_cast<size_t>(2 * ((head_dim + 63) / 64 * 64) + 8);
 }
+/// Floats from one head's partial output to the next in shared memory, so that a warp's stores meet in no bank.
+constexpr int32_t value_stride(int32_t head_dim) { return head_dim + 4; }
 /// Shared memory of a block of `decode` besides its tables.
 size_t fixed_bytes(int32_t head_dim, int32_t heads);
 /// Bytes of SelectTables; the clusters are a multiple of 16.

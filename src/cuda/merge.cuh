@@ -49,7 +49,7 @@ enum Count { kOutliers, kSelected, kSampled, kRefinedClusters, kRefinedRows, kCo
 
 template <int kHeads>
 struct alignas(16) MergeBuffers {
-  float2 warp_states[2 * kWarps][kHeads];   // max and sum
+  float2 warp_states[kWarps][kHeads];       // max and sum
   float2 block_states[kMaxSplits][kHeads];  // written by the cluster's blocks
   int32_t maxima[kHeads];                   // of the block, as ordered()
   BlockSums warp_sums[kWarps][kHeads];
@@ -58,6 +58,7 @@ struct alignas(16) MergeBuffers {
   int32_t block_counts[kMaxSplits][kCounts];
   int32_t found_changed;        // by the block: a row that is not the one that was clustered
   int32_t changed[kMaxSplits];  // by the cluster's blocks
+  float beta, variance_ratio;   // of the head, read with the queries
 };
 
 /// Floats as integers of the same order, for atomicMax; its own inverse.
@@ -80,12 +81,11 @@ __device__ __forceinline__ RunningSum fold_states(const float2 (*states)[kHeads]
   return total;
 }
 
-/// After a block barrier behind the writes of warp_states: warp 0 folds the first n of them and sends them to every
-/// block.
+/// After a block barrier behind the writes of warp_states: warp 0 folds them and sends them to every block.
 template <int kHeads>
-__device__ __forceinline__ void share_states(MergeBuffers<kHeads>& buffers, int n, int rank, int splits) {
+__device__ __forceinline__ void share_states(MergeBuffers<kHeads>& buffers, int rank, int splits) {
   if (threadIdx.x >= 32) return;
-  const RunningSum total = fold_states<kHeads>(buffers.warp_states, n);
+  const RunningSum total = fold_states<kHeads>(buffers.warp_states, kWarps);
   const int lane = threadIdx.x & 31;
   for (int other = lane / kHeads; other < splits; other += 32 / kHeads) {
     *BlockCluster::in_block(&buffers.block_states[rank][lane % kHeads], other) = {total.max, total.sum};
@@ -117,7 +117,8 @@ __device__ __forceinline__ BlockSums cluster_sums(const MergeBuffers<kHeads>& bu
   return total;
 }
 
-/// A warp's output, rescaled to the block's maximum of each head: values [kHeads, kDim] in shared memory, and its sums.
+/// A warp's output, rescaled to the block's maximum of each head: values [kHeads, value_stride(kDim)] in shared memory,
+/// and its sums.
 /// maxima: lane (g, t) has that of head g.
 template <int kDim, int kHeads>
 __device__ __forceinline__ void store_warp(const AttendState<kDim>& state, float maximum, float* values,
@@ -135,17 +136,22 @@ __device__ __forceinline__ void store_warp(const AttendState<kDim>& state, float
   if (t == 0 && g < kHeads) sums[g] = {maximum, sum, sampled, variance};
   const float f0 = shuffle(factor, 8 * t), f1 = shuffle(factor, 8 * t + 4);
   if (2 * t >= kHeads) return;
+  const bool odd = (t & 1) != 0;  // such lanes write their halves in the other order, so that no two meet in a bank
 #pragma unroll
   for (int p = 0; p < AttendState<kDim>::kParts; ++p) {
     if (kDim % 64 != 0 && 64 * p + 8 * g >= kDim) continue;
-    float4* first = reinterpret_cast<float4*>(values + 2 * t * kDim + 64 * p + 8 * g);
-    float4* second = reinterpret_cast<float4*>(values + (2 * t + 1) * kDim + 64 * p + 8 * g);
+    float* to = values + 2 * t * value_stride(kDim) + 64 * p + 8 * g;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const auto& a = state.acc[p][2 * i];
-      const auto& b = state.acc[p][2 * i + 1];
-      first[i] = {a[0] * f0, a[2] * f0, b[0] * f0, b[2] * f0};
-      second[i] = {a[1] * f1, a[3] * f1, b[1] * f1, b[3] * f1};
+      const int half = odd ? 1 - i : i;
+      float a[4], b[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        a[j] = odd ? state.acc[p][2 * (1 - i)][j] : state.acc[p][2 * i][j];
+        b[j] = odd ? state.acc[p][2 * (1 - i) + 1][j] : state.acc[p][2 * i + 1][j];
+      }
+      *reinterpret_cast<float4*>(to + 4 * half) = {a[0] * f0, a[2] * f0, b[0] * f0, b[2] * f0};
+      *reinterpret_cast<float4*>(to + value_stride(kDim) + 4 * half) = {a[1] * f1, a[3] * f1, b[1] * f1, b[3] * f1};
     }
   }
 }

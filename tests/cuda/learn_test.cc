@@ -54,7 +54,7 @@ TEST(Learn, WhatTheCpuLearns) {
           problem.run(options, Backend::kCpu);
           const std::vector<cuda::HeadCalibration> learned = calibration_of(index);
           for (size_t h = 0; h < 2; ++h) {
-            const Calibration& expected = problem.index->state().calibration[h];
+            Calibration& expected = problem.index->state().calibration[h];
             EXPECT_GT(expected.sum_xx, 1);
             // A cluster at the limit of being read whole is in one's pairs and not in the other's.
             EXPECT_NEAR(learned[h].sum_xx, expected.sum_xx, 0.02 * expected.sum_xx);
@@ -67,6 +67,7 @@ TEST(Learn, WhatTheCpuLearns) {
               EXPECT_NEAR(std::log(learned[h].variance_ratio), std::log(expected.variance_ratio) * per_eight / per_step,
                           per_eight * 0.2);
             }
+            expected.expected.clear();  // a device does not read ahead of heads that copy
           }
         }
         device.set_lens({6000});  // not a multiple
