@@ -75,6 +75,33 @@ def make_layer(batch, rows, seed):
     return k, v, q.reshape(batch, Q_HEADS, DIM).to(torch.bfloat16)
 
 
+class FlashInfer:
+    """FlashInfer's batch decode over pages of 64 rows in order, planned once for all layers. Its kernels are compiled at first use,
+    or taken from modules compiled beforehand."""
+    PAGE = 64
+    scratch = None
+
+    def __init__(self, batch, rows, tensor_cores):
+        import flashinfer
+        if FlashInfer.scratch is None:
+            FlashInfer.scratch = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+        pages = rows // self.PAGE
+        if pages * self.PAGE != rows:
+            raise ValueError(f"{rows} rows are not whole pages of {self.PAGE}")
+        ints = {"dtype": torch.int32, "device": "cuda"}
+        self.wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            FlashInfer.scratch, "NHD", use_cuda_graph=True, use_tensor_cores=tensor_cores, backend="fa2" if tensor_cores else "auto",
+            paged_kv_indptr_buffer=torch.empty(batch + 1, **ints), paged_kv_indices_buffer=torch.empty(batch * pages, **ints),
+            paged_kv_last_page_len_buffer=torch.empty(batch, **ints))
+        self.wrapper.plan(torch.arange(batch + 1, dtype=torch.int32) * pages, torch.arange(batch * pages, **ints),
+                          torch.full((batch,), self.PAGE, dtype=torch.int32), Q_HEADS, KV_HEADS, DIM, self.PAGE, pos_encoding_mode="NONE",
+                          sm_scale=DIM ** -0.5, q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16)
+        torch.cuda.synchronize()
+
+    def run(self, k, v, q, out):
+        self.wrapper.run(q, (k.view(-1, self.PAGE, KV_HEADS, DIM), v.view(-1, self.PAGE, KV_HEADS, DIM)), out=out)
+
+
 def graph_of(step, layers):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -101,6 +128,20 @@ def time_all(graphs, layers, repeats):
             if r >= 2:
                 times[name].append(a.elapsed_time(b) * 1e3 / layers)
     return times
+
+
+def trace_errors(path):
+    """Errors over all traces of a file, by tau, cluster size and outliers."""
+    found = {}
+    for line in open(path):
+        row = json.loads(line)
+        if row.get("trace") != "all traces" or not row["setting"].startswith("sample,"):
+            continue
+        options = dict(part.split("=") for part in row["setting"].split(",")[1:])
+        if set(options) == {"tau", "cluster", "outliers"}:
+            found[float(options["tau"]), int(options["cluster"]), float(options["outliers"])] = {
+                "trace_error": row["mean_error"], "trace_p99_error": row["p99_error"], "trace_tokens": row["tokens_per_kv_head"]}
+    return found
 
 
 def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
@@ -145,6 +186,20 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
             graphs[name] = graph_of(sdpa(backend), layers)
             facts[name] = {"bytes": kv_bytes}
         except Exception as e:  # a backend that does not take the shape
+            print(f"{name}: {str(e).splitlines()[0]}", flush=True)
+
+    kept = []   # what graphs read and write
+    for tensor_cores in (False, True) if args.flashinfer else ():
+        name = "flashinfer" + (" tensor cores" if tensor_cores else "")
+        try:
+            baseline = FlashInfer(batch, rows, tensor_cores)
+            outs = [torch.zeros_like(q) for _, _, q in data]
+            kept.append((baseline, outs))
+            graphs[name] = graph_of(lambda i, s: baseline.run(*data[i], outs[i]), layers)
+            graphs[name].replay()
+            torch.cuda.synchronize()
+            facts[name] = {"bytes": kv_bytes, "error": error()}
+        except Exception as e:  # not installed, no compiler, or a shape that it does not take
             print(f"{name}: {str(e).splitlines()[0]}", flush=True)
 
     dense = lib.bench_decode(0.0, 0.01, batch, Q_HEADS, KV_HEADS, DIM, rows, 16, 0.0, 0)
@@ -197,12 +252,12 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
         torch.cuda.synchronize()
         clusters = indexed / key[0]
         selected = statistics.mean(tokens)
-        facts[name] = {"bytes": int(batch * KV_HEADS * (selected * (DIM * 4 + 2) + clusters * (DIM + 12))), "error": error(), "tokens": selected,
+        facts[name] = {"bytes": int(batch * KV_HEADS * (selected * (DIM * 4 + 2) + clusters * (DIM + 12 + (2 * DIM + 16) / 16))), "error": error(), "tokens": selected,
                        "refined": statistics.mean(refined), "certain_mass": statistics.mean(masses), "clustering_ms": clustering[key] * 1e3, **setting}
 
     times = time_all(graphs, layers, args.repeats)
     medians = {name: statistics.median(t) for name, t in times.items()}
-    best = min((m, n) for n, m in medians.items() if n.startswith("sdpa"))
+    best = min((m, n) for n, m in medians.items() if n.startswith(("sdpa", "flashinfer")))
     for name, t in times.items():
         row = {"bench": "decode", "device": torch.cuda.get_device_name(), "commit": args.commit, "batch": batch, "kv_len": rows, "layers": layers,
                "select": name, "us": medians[name], "us_min": min(t), "us_max": max(t), "speedup": best[0] / medians[name], "best_dense": best[1],
@@ -228,10 +283,13 @@ def main():
     parser.add_argument("--tau", default="1000")
     parser.add_argument("--refine", type=float, default=0.01)
     parser.add_argument("--checks", default="0", help="1: rows are compared with their check values; 0,1: both")
+    parser.add_argument("--trace-rows", help="rows of tactic eval trace of the same settings, sample,tau=T,cluster=S,outliers=O, on real keys")
+    parser.add_argument("--flashinfer", action="store_true", help="FlashInfer's batch decode among the baselines")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--memory-gib", type=float, default=40)
     parser.add_argument("--commit", default="")
     args = parser.parse_args()
+    on_traces = trace_errors(args.trace_rows) if args.trace_rows else {}
     lib = load(args.library)
     bandwidth = measured_bandwidth()
     print(f"{torch.cuda.get_device_name()}, reads {bandwidth * 1e-12:.2f} TB/s, torch {torch.__version__}", flush=True)
@@ -243,7 +301,7 @@ def main():
             batch, rows = map(int, shape.split("x"))
             print(f"batch {batch}, kv_len {rows}", flush=True)
             settings = [{"name": f"sample tau {tau} size {size}" + (" checks" if checks == "1" else ""), "checks": checks == "1", "cluster_tokens": int(size), "tau": float(tau), "refine": args.refine,
-                         "outliers": args.outliers, "recent": args.recent} for size in args.sizes.split(",") for tau in args.tau.split(",")
+                         "outliers": args.outliers, "recent": args.recent, **on_traces.get((float(tau), int(size), args.outliers), {})} for size in args.sizes.split(",") for tau in args.tau.split(",")
                         for checks in args.checks.split(",")]
             run_shape(lib, batch, rows, settings, args, bandwidth, emit)
 

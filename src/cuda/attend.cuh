@@ -15,6 +15,22 @@ template <int kDim>
 struct QueryFragments {
   static constexpr int kLoads = (kDim + 31) / 32;
   uint4 parts[kLoads];
+
+  __device__ __forceinline__ uint4 part(int i) const { return parts[i]; }
+};
+
+/// The same in shared memory, [kLoads][32 lanes], where registers are too few.
+template <int kDim>
+struct SharedFragments {
+  uint4* parts;
+
+  __device__ __forceinline__ uint4 part(int i) const { return parts[32 * i + (threadIdx.x & 31)]; }
+  /// Elements d to d + 3 of a head below 8, d being a multiple of 4.
+  template <bool kBf16>
+  __device__ __forceinline__ void store(int head, int d, const float (&x)[4]) const {
+    auto* to = reinterpret_cast<uint2*>(parts + 32 * (d / 32) + 4 * head + d % 32 / 8) + d % 8 / 4;
+    *to = {pack<kBf16>(x[0], x[1]), pack<kBf16>(x[2], x[3])};
+  }
 };
 
 /// q: [group_size, kDim] f32 in shared memory.
@@ -92,19 +108,19 @@ __device__ __forceinline__ void load_values(const std::byte* v, const RowTile& t
   }
 }
 
-template <DType kDType, int kDim>
-__device__ __forceinline__ void score_rows(const QueryFragments<kDim>& q,
-                                           const uint4 (&low)[QueryFragments<kDim>::kLoads],
+template <DType kDType, int kDim, class Fragments>
+__device__ __forceinline__ void score_rows(const Fragments& q, const uint4 (&low)[QueryFragments<kDim>::kLoads],
                                            const uint4 (&high)[QueryFragments<kDim>::kLoads], float scale,
                                            float (&scores)[4]) {
   constexpr bool kBf16 = Chunk<kDType>::kBf16;
   float c_low[4] = {}, c_high[4] = {};
 #pragma unroll
   for (int i = 0; i < QueryFragments<kDim>::kLoads; ++i) {
-    mma_top<kBf16>(c_low, q.parts[i].x, q.parts[i].y, low[i].x, low[i].y);
-    mma_top<kBf16>(c_high, q.parts[i].x, q.parts[i].y, high[i].x, high[i].y);
-    mma_top<kBf16>(c_low, q.parts[i].z, q.parts[i].w, low[i].z, low[i].w);
-    mma_top<kBf16>(c_high, q.parts[i].z, q.parts[i].w, high[i].z, high[i].w);
+    const uint4 part = q.part(i);
+    mma_top<kBf16>(c_low, part.x, part.y, low[i].x, low[i].y);
+    mma_top<kBf16>(c_high, part.x, part.y, high[i].x, high[i].y);
+    mma_top<kBf16>(c_low, part.z, part.w, low[i].z, low[i].w);
+    mma_top<kBf16>(c_high, part.z, part.w, high[i].z, high[i].w);
   }
   scores[0] = c_low[0] * scale;
   scores[1] = c_low[1] * scale;
@@ -162,7 +178,7 @@ __device__ __forceinline__ void raise_max(AttendState<kDim>& state, const float 
 /// the rows are on their way.
 template <DType kDType, int kDim, bool kSampled, class Meanwhile>
 __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const std::byte* k, const std::byte* v,
-                                                const RowTile& tile, const QueryFragments<kDim>& q, float scale,
+                                                const RowTile& tile, const SharedFragments<kDim>& q, float scale,
                                                 float limit, Meanwhile meanwhile) {
   uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
   load_keys<kDType, kDim>(k, tile, low, high);
@@ -201,7 +217,7 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
 template <DType kDType, int kDim>
 __device__ __forceinline__ void attend_rest(AttendState<kDim>& state, const std::byte* k, const std::byte* v,
                                             const RowTile& tile, bool inside, bool taken, float log_weight,
-                                            const QueryFragments<kDim>& q, float scale) {
+                                            const SharedFragments<kDim>& q, float scale) {
   uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
   load_keys<kDType, kDim>(k, tile, low, high);
   load_values<kDType, kDim>(v, tile, values);

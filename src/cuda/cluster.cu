@@ -1,5 +1,6 @@
 // cluster: k-means over the keys of a segment and KV head, one block each: the same initial keys, outliers and tie
 // rules as on the CPU. Sums are taken in a fixed order, so that the same rows give the same bits.
+#include "cuda/centroid_tile.h"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
 
@@ -208,9 +209,18 @@ class SegmentClustering {
       float sum = 0;
       for (int i = 0; i < kLanes; ++i) sum += parts[i * kDim + d];
       s.mean[d] = n > 0 ? sum / static_cast<float>(n) : 0;
-      p.index.means[(row_of_head * p.index.geometry.all_segments + slot) * kDim + d] = s.mean[d];
     }
     __syncthreads();
+    if (threadIdx.x < 32) {
+      float largest = 0;
+      for (int d = threadIdx.x; d < kDim; d += 32) largest = fmaxf(largest, fabsf(s.mean[d]));
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, shuffle_xor(largest, step));
+      for (int c = 0; c < padded_clusters(); c += kTileClusters) {
+        const TileView tile = tile_of(p.index, row_of_head, first_cluster() + c);
+        for (int d = threadIdx.x; d < kDim; d += 32) tile.set_mean(d, s.mean[d], largest);
+      }
+    }
     for (int i = threadIdx.x; i < n; i += kClusterThreads) {
       float norm2 = 0, x[8];
       for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -362,11 +372,8 @@ class SegmentClustering {
     const IndexView& index = p.index;
     const IndexGeometry& g = index.geometry;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int padded = p.provisional ? g.provisional_clusters : g.full_clusters;
-    const int64_t first = row_of_head * g.max_clusters + (p.provisional ? g.provisional_begin : 0) +
-                          static_cast<int64_t>(number) * padded;
     uint16_t* members = index.members + row_of_head * g.max_rows + first_row;
-    for (int c = warp; c < padded; c += kClusterThreads / 32) {
+    for (int c = warp; c < padded_clusters(); c += kClusterThreads / 32) {
       const int32_t begin = c < p.num_clusters ? scratch.starts[c] : 0,
                     size = c < p.num_clusters ? scratch.starts[c + 1] - begin : 0;
       const float* centroid = scratch.centroids + static_cast<int64_t>(c) * kDim;
@@ -375,9 +382,9 @@ class SegmentClustering {
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, shuffle_xor(largest, step));
       const float scale = largest / 127;
-      int8_t* codes = index.codes + (first + c) * g.code_bytes;
+      const TileView tile = tile_of(index, row_of_head, first_cluster() + c);
       for (int d = lane; d < g.code_bytes; d += 32)
-        codes[d] = d < kDim && scale > 0 ? static_cast<int8_t>(rintf(centroid[d] / scale)) : 0;
+        tile.code(c, d) = d < kDim && scale > 0 ? static_cast<int8_t>(rintf(centroid[d] / scale)) : 0;
       __syncwarp();
       float spread = 0;
       for (int chunk = lane; chunk < kDim / 8; chunk += 32) {
@@ -385,7 +392,7 @@ class SegmentClustering {
         for (int i = begin; i < begin + size; ++i) {
           decode_key(scratch.rows[scratch.order[i]], chunk, x);
           for (int j = 0; j < 8; ++j) {
-            const float off = x[j] - s.mean[chunk * 8 + j] - scale * codes[chunk * 8 + j];
+            const float off = x[j] - s.mean[chunk * 8 + j] - scale * tile.code(c, chunk * 8 + j);
             spread += off * off;
           }
         }
@@ -393,8 +400,8 @@ class SegmentClustering {
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) spread += shuffle_xor(spread, step);
       if (lane == 0) {
-        index.facts[first + c] = {size > 0 ? scale : 0.0f, size > 0 ? spread / static_cast<float>(size) / kDim : 0.0f};
-        index.places[first + c] = static_cast<uint32_t>(begin) << 16 | static_cast<uint32_t>(size);
+        tile.facts(c) = {size > 0 ? scale : 0.0f, size > 0 ? spread / static_cast<float>(size) / kDim : 0.0f};
+        tile.place(c) = static_cast<uint32_t>(begin) << 16 | static_cast<uint32_t>(size);
       }
       for (int i = begin + lane; i < begin + size; i += 32)
         members[i] = static_cast<uint16_t>(scratch.rows[scratch.order[i]]);
@@ -407,6 +414,14 @@ class SegmentClustering {
     }
     if (threadIdx.x == 0)
       index.num_outliers[row_of_head * g.all_segments + slot] = static_cast<uint16_t>(s.num_outliers);
+  }
+
+  __device__ int32_t padded_clusters() const {
+    return p.provisional ? p.index.geometry.provisional_clusters : p.index.geometry.full_clusters;
+  }
+  // Of the segment, among the sequence's; a multiple of 16.
+  __device__ int32_t first_cluster() const {
+    return (p.provisional ? p.index.geometry.provisional_begin : 0) + number * padded_clusters();
   }
 
   const ClusterParams& p;

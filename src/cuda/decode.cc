@@ -90,7 +90,7 @@ Decode::Decode(const DecodeOptions& options, const DecodeLimits& limits) : impl_
   impl.max_segments = geometry.max_segments;
   const std::string what =
       "head_dim " + std::to_string(limits.head_dim) + " with " + std::to_string(group) + " query heads per KV head";
-  check_shared(what, fixed_bytes(limits.head_dim, head_bucket(group)), impl.device);
+  check_shared(what, fixed_bytes(limits.head_dim, head_bucket(group), 1), impl.device);
   if (options.select == Select::kSample) {
     impl.reserve(impl.lay_out_sample(geometry, nullptr));
     impl.lay_out_sample(geometry, impl.workspace);
@@ -168,7 +168,7 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
   params.check_rows = impl.options.check_rows;
   params.splits = config.splits;
   params.max_own_clusters = config.own_clusters;
-  params.max_own_segments = config.own_segments;
+  params.stages = config.stages;
   params.shared_bytes = config.shared_bytes;
   params.records = records;
   params.workspace = config.block_workspace_bytes > 0 ? impl.tables : nullptr;

@@ -12,6 +12,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   DecodeBlock<kDType, kDim, kHeads, kChecked>(params, shared).run();
 }
 
+__global__ void __launch_bounds__(kThreads, 1) empty_kernel() {}
+
 template <DType kDType, int kDim, int kHeads>
 void launch(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream) {
   const auto kernel =
@@ -22,6 +24,24 @@ void launch(const DecodeParams& params, const DeviceFacts& device, cudaStream_t 
 }
 
 }  // namespace
+
+void count_clusters(DeviceFacts& facts) {
+  const char* what = "clusters of the device";
+  const auto bytes = static_cast<int>(facts.shared_bytes_per_block);
+  check(cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+  for (int32_t blocks = 1; blocks <= kMaxSplits; ++blocks) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = {static_cast<unsigned>(blocks), 1, 1};
+    config.blockDim = {kThreads, 1, 1};
+    config.dynamicSmemBytes = facts.shared_bytes_per_block;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaOccupancyMaxActiveClusters(&facts.clusters_of[blocks], empty_kernel, &config), what);
+  }
+}
 
 void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream) {
   dispatch(params.batch,

@@ -3,9 +3,10 @@
 // shared memory.
 #pragma once
 
-#include "cuda/mean_keys.cuh"
 #include "cuda/merge.cuh"
+#include "cuda/report.cuh"
 #include "cuda/select_sample.cuh"
+#include "cuda/staging.cuh"
 
 namespace tactic::cuda {
 
@@ -25,13 +26,12 @@ class DecodeBlock {
         own(params.index.geometry, state_of_sequence, rank, params.splits),
         buffers(*reinterpret_cast<MergeBuffers<kHeads>*>(shared)),
         quantized(*reinterpret_cast<QuantizedQueries<kDim, kHeads>*>(shared + sizeof(MergeBuffers<kHeads>))),
-        q(reinterpret_cast<float*>(&quantized + 1)),
-        values(q + kHeads * kDim),
-        from_blocks(values + kWarps * kHeads * kValueStride),
-        tables(params.workspace != nullptr
-                   ? params.workspace + blockIdx.x * params.block_workspace_bytes
-                   : reinterpret_cast<std::byte*>(from_blocks + kHeads * kDim + kMaxSplits * kHeads * 4),
-               params.max_own_clusters, params.max_own_segments, kHeads) {
+        fragments{reinterpret_cast<uint4*>(&quantized + 1)},
+        from_blocks(reinterpret_cast<float*>(&quantized + 1) + QueryFragments<kDim>::kLoads * 32 * 4),
+        values(from_blocks + kHeads * kDim + kMaxSplits * kHeads * 4),
+        tables(params.workspace != nullptr ? params.workspace + blockIdx.x * params.block_workspace_bytes
+                                           : shared + fixed_bytes(kDim, kHeads, params.stages),
+               params.max_own_clusters, kHeads) {
     const DecodeBatch& b = p.batch;
     pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(sequence) * b.max_pages;
     k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? sequence * b.k.sequence_stride_bytes : 0) +
@@ -47,40 +47,51 @@ class DecodeBlock {
   }
 
   __device__ void run() {
-    BlockCluster::arrive();
-    const int tiles = own.clusters() / 16;
+    if (threadIdx.x == 0) {
+      Mailbox::open(&buffers.mailboxes[0], p.splits * kHeads * sizeof(float2));
+      Mailbox::open(&buffers.mailboxes[1], output_bytes());
+    }
+    __syncwarp();
+    Mailbox::arrive();
     // What the kernel before this one writes must be waited for; the index was last changed by a copy, which is done.
-    CentroidTile<kDim> now, next;
     const int score_warps = num_score_warps(own, p.splits);
-    if (warp < score_warps && warp < tiles) load_tile(warp, now);
-    if (warp < score_warps && warp + score_warps < tiles) load_tile(warp + score_warps, next);
-    MeanKeys<kDim, kHeads> means(p.index, own, row_of_head, warp, score_warps);
+    TileRing<kDim> ring(reinterpret_cast<CentroidTile<kDim>*>(values) + warp * p.stages, buffers.staged[warp],
+                        p.stages);
     if (warp < score_warps) {
-      means.load();
+      for (int i = 0; i < p.stages; ++i) ring.ask(tile(warp + i * score_warps));
     } else {
       prefetch_outliers(warp - score_warps, kWarps - score_warps);
     }
-    means.prefetch_all();
+    prefetch_queries();
+    Mailbox::wait();
     wait_for_previous_kernel();
     load_queries();
     __syncthreads();
-    score_and_attend_exact(score_warps, now, next, means);
-    float shifts[kHeads];
-    const float limit = exchange_estimates(warp < score_warps, shifts);
-    let_next_kernel_start();
-    select(shifts);
-    const bool heavy = attend_selected(limit);
-    raise_block_maximum();
-    if (__syncthreads_or(heavy) != 0) {
-      refine();
+    if (warp < score_warps) score(ring, score_warps);
+    float limit = 0;
+    // One loop, so that its instructions, which take longer to come than to run, come once.
+#pragma unroll 1
+    for (Phase phase = Phase::kExact;;) {
+      const bool heavy = attend(phase, score_warps, limit);
+      if (phase == Phase::kExact) {
+        float shifts[kHeads];
+        limit = exchange_estimates(warp < score_warps, shifts);
+        let_next_kernel_start();
+        select(shifts);
+        phase = Phase::kSelected;
+        continue;
+      }
       raise_block_maximum();
-      __syncthreads();
-    }
-    send_output();
-    BlockCluster::sync();
-    if constexpr (kChecked) {
-      changed = any_changed();
-      if (changed) start_again();
+      if (__syncthreads_or(heavy) != 0) {
+        refine();
+        raise_block_maximum();
+        __syncthreads();
+      }
+      send_output();
+      Mailbox::receive(&buffers.mailboxes[1], phase == Phase::kAll);
+      if (!kChecked || phase == Phase::kAll || !any_changed()) break;
+      start_again();
+      phase = Phase::kAll;
     }
     write_output();
   }
@@ -88,23 +99,42 @@ class DecodeBlock {
  private:
   static constexpr int kValueStride = value_stride(kDim);
 
-  __device__ void load_tile(int tile, CentroidTile<kDim>& out) const {
-    const IndexGeometry& g = p.index.geometry;
-    const int64_t first_cluster = row_of_head * g.max_clusters;
-    const OwnSegment segment = own.at(own.segment_of(tile * 16));
-    load_centroids<kDim>(p.index.codes + first_cluster * g.code_bytes, p.index.facts + first_cluster,
-                         p.index.places + first_cluster, segment.cluster + tile * 16 - segment.local_cluster, out);
+  /// What is read: rows that no segment holds, and outliers; rows that select took; every row.
+  enum class Phase { kExact, kSelected, kAll };
+
+  // Where a tile of the block's clusters lies in the index; nullptr beyond the last.
+  __device__ const std::byte* tile(int number) const {
+    const int32_t first = number * kTileClusters;
+    if (first >= own.clusters()) return nullptr;
+    const OwnSegment segment = own.at(own.segment_of(first));
+    return tile_of(p.index, row_of_head, segment.cluster + first - segment.local_cluster).data;
   }
+  // Into L2, as these are the first that everyone waits for. Whether they are written yet does not matter.
+  __device__ void prefetch_queries() const {
+    const int bytes = group * kDim * (p.batch.q_dtype == DType::kF32 ? 4 : 2), lines = (bytes + 127) / 128;
+    const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group);
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < lines)
+      prefetch(static_cast<const std::byte*>(p.batch.q) + first * (bytes / group) + min(128 * i, bytes - 1));
+    if (i == lines) prefetch(p.batch.kv_lens + sequence);
+    if (i == lines + 1) prefetch(p.index.calibration + row_of_head);
+  }
+  // Quantized and as fragments, a warp a head.
   __device__ void load_queries() {
     kv_len = p.batch.kv_lens[sequence];
-    const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group) * kDim;
-    for (int i = threadIdx.x; i < group * kDim; i += kThreads) q[i] = load_query(p.batch.q, p.batch.q_dtype, first + i);
-    if (threadIdx.x < kCounts) buffers.counts[threadIdx.x] = 0;
-    if (threadIdx.x == kCounts) buffers.found_changed = 0;
-    if (threadIdx.x == kThreads - 1) {
-      const HeadCalibration& known = p.index.calibration[row_of_head];
-      buffers.beta = p.beta > 0 ? p.beta : known.beta;
-      buffers.variance_ratio = p.tau > 0 ? 1.0f : known.variance_ratio;
+    if (warp < kMaxGroup) {
+      const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group + warp) * kDim;
+      quantize_query<Chunk<kDType>::kBf16, kDim, kHeads>(
+          [&](int d) { return warp < group ? load_query(p.batch.q, p.batch.q_dtype, first + d) : 0.0f; }, warp,
+          quantized, fragments);
+    } else if (warp == kWarps - 1) {
+      if (lane < kCounts) buffers.counts[lane] = 0;
+      if (lane == kCounts) buffers.found_changed = 0;
+      if (lane == 31) {
+        const HeadCalibration& known = p.index.calibration[row_of_head];
+        buffers.beta = p.beta > 0 ? p.beta : known.beta;
+        buffers.variance_ratio = p.tau > 0 ? 1.0f : known.variance_ratio;
+      }
     }
     reset_maxima();
   }
@@ -112,34 +142,19 @@ class DecodeBlock {
     if (threadIdx.x < kHeads) buffers.maxima[threadIdx.x] = ordered(__float_as_int(kLowest));
   }
 
-  __device__ void score_and_attend_exact(int score_warps, CentroidTile<kDim>& now, CentroidTile<kDim>& next,
-                                         MeanKeys<kDim, kHeads>& means) {
-    const int tiles = own.clusters() / 16;
-    // Fragments are made late: registers are short while tiles of centroids are on their way.
-    if (warp >= score_warps) {
-      make_query_fragments<Chunk<kDType>::kBf16, kDim>(q, group, fragments);
-      attend_exact(warp - score_warps, kWarps - score_warps);
-      return;
-    }
-    for (int h = warp; h < kHeads; h += score_warps)
-      quantize_query<kDim, kHeads>(h < group ? q + h * kDim : nullptr, h, quantized);
-    means.score(q, group, scale, tables.mean_dots);
-    asm volatile("bar.sync 1, %0;" ::"r"(score_warps * 32) : "memory");
+  __device__ void score(TileRing<kDim>& ring, int score_warps) {
     const float weight = beta();
     CentroidQuery<kDim, kHeads> query;
     load_centroid_query<kDim, kHeads>(quantized, p.batch.sm_scale, query);
-    const auto score = [&](int tile, const CentroidTile<kDim>& loaded) {
-      score_tile<kDim, kHeads>(loaded, query, tables.mean_dots + own.segment_of(tile * 16) * kHeads, weight,
-                               tables.exponents + tile * 16, tables.stride, tables.places + tile * 16, estimates);
-    };
-    for (int tile = warp; tile < tiles; tile += 2 * score_warps) {
-      score(tile, now);
-      if (tile + 2 * score_warps < tiles) load_tile(tile + 2 * score_warps, now);
-      if (tile + score_warps >= tiles) break;
-      score(tile + score_warps, next);
-      if (tile + 3 * score_warps < tiles) load_tile(tile + 3 * score_warps, next);
+#pragma unroll 1
+    for (int number = warp; number * kTileClusters < own.clusters(); number += score_warps) {
+      const int c = number * kTileClusters;
+      score_tile<kDim, kHeads>(ring.take(), query, weight, tables.exponents + c, tables.stride, tables.places + c,
+                               estimates, [&] {
+                                 __syncwarp();
+                                 ring.ask(tile(number + p.stages * score_warps));
+                               });
     }
-    make_query_fragments<Chunk<kDType>::kBf16, kDim>(q, group, fragments);
   }
   __device__ float beta() const { return buffers.beta; }
   __device__ float tau() const { return p.tau > 0 ? p.tau : tau_for_error(p.target_error, buffers.variance_ratio); }
@@ -147,26 +162,16 @@ class DecodeBlock {
     return {row_offset(p.batch.k, pages, row), row_offset(p.batch.v, pages, row), log_weight};
   }
 
-  __device__ ExactRows exact_rows() const { return {p.index.geometry, state_of_sequence, kv_len}; }
-  // Rows shared among the blocks and `warps` of each.
-  __device__ void attend_shared(int number, int warps, const ExactRows& rows) {
-    for (int tile = rank + p.splits * number; tile * 16 < rows.count; tile += p.splits * warps) {
-      const int32_t i = tile * 16 + (lane & 15);
-      attend_tile<kDType, kDim, false>(state, k, v,
-                                       row_tile(rows.row(min(i, rows.count - 1)), i < rows.count ? 0.0f : kLowest),
-                                       fragments, key_scale, 0, [] {});
-    }
+  __device__ ExactRows exact_rows(Phase phase = Phase::kExact) const {
+    return {p.index.geometry, phase == Phase::kAll ? SequenceState{} : state_of_sequence, kv_len};
   }
   // Outliers are rows of the index, which no kernel before this one changes: they come to L2 ahead of the queries.
   __device__ void prefetch_outliers(int number, int warps) const {
     if (!p.index.geometry.has_outliers || pages != nullptr) return;
-    const uint16_t* num_outliers = p.index.num_outliers + row_of_head * p.index.geometry.all_segments;
     for (int k_own = number; k_own < own.count(); k_own += warps) {
       const OwnSegment segment = own.at(k_own);
-      const int32_t n = __ldg(num_outliers + segment.slot);
-      if ((lane & 15) >= n) continue;
-      prefetch_row(
-          row_tile(segment.first_row + __ldg(members + segment.first_row + segment.num_rows - n + (lane & 15)), 0));
+      const int32_t n = num_outliers(segment);
+      if ((lane & 15) < n) prefetch_row(row_tile(outlier_row(segment, n, lane & 15), 0));
     }
   }
   // Two lanes a row, each a half.
@@ -178,22 +183,58 @@ class DecodeBlock {
       prefetch(v + tile.v_offset + half);
     }
   }
-  // What is read anyway: those that no segment holds, and the outliers of the own segments.
-  __device__ void attend_exact(int number, int warps) {
-    attend_shared(number, warps, exact_rows());
-    const uint16_t* num_outliers = p.index.num_outliers + row_of_head * p.index.geometry.all_segments;
-    for (int k_own = number; k_own < own.count(); k_own += warps) {
-      const OwnSegment segment = own.at(k_own);
-      const int32_t n = __ldg(num_outliers + segment.slot);
-      if (lane == 0 && n > 0) atomicAdd(&buffers.counts[kOutliers], n);
-      for (int first = 0; first < n; first += 16) {
-        const int32_t i = first + (lane & 15);
-        const int32_t row =
-            segment.first_row + __ldg(members + segment.first_row + segment.num_rows - n + min(i, n - 1));
-        attend_tile<kDType, kDim, false>(state, k, v, row_tile(row, i < n ? 0.0f : kLowest), fragments, key_scale, 0,
-                                         [] {});
-      }
+  // Where a warp is among the tiles of 16 rows that it reads in a phase: at a tile of a list, then at outliers of own
+  // segments. Few registers, as this is live while rows are on their way.
+  struct Cursor {
+    int tile;
+    int k_own = -1, at = -16, outliers = 0;
+  };
+  // A warp's place among those that read in a phase, and their number.
+  __device__ int reader(Phase phase, int score_warps) const {
+    return phase == Phase::kExact ? warp - score_warps : phase == Phase::kSelected ? kWarps - 1 - warp : warp;
+  }
+  __device__ int num_readers(Phase phase, int score_warps) const {
+    return phase == Phase::kExact ? kWarps - score_warps : kWarps;
+  }
+  // Exact rows are shared among the blocks, selected ones are the block's own.
+  __device__ int num_listed(Phase phase) const {
+    return phase == Phase::kSelected ? buffers.counts[kSelected] : exact_rows(phase).count;
+  }
+  __device__ bool advance(Phase phase, int score_warps, Cursor& c) {
+    const int readers = num_readers(phase, score_warps);
+    c.tile += phase == Phase::kSelected ? readers : p.splits * readers;
+    if (c.tile * 16 < num_listed(phase)) return true;
+    if (phase != Phase::kExact || !p.index.geometry.has_outliers) return false;
+    c.at += 16;
+    while (c.at >= c.outliers) {
+      c.k_own += c.k_own < 0 ? 1 + reader(phase, score_warps) : readers;
+      if (c.k_own >= own.count()) return false;
+      c.at = 0;
+      c.outliers = num_outliers(own.at(c.k_own));
+      if (lane == 0 && c.outliers > 0) atomicAdd(&buffers.counts[kOutliers], c.outliers);
     }
+    return true;
+  }
+  // The row of lane & 15; log weight kLowest: none.
+  __device__ TakenRow row_at(Phase phase, const Cursor& c) const {
+    const int32_t i = c.tile * 16 + (lane & 15);
+    if (phase == Phase::kSelected) {
+      const int32_t rows = buffers.counts[kSelected];
+      TakenRow taken = taken_row(tables, own, members, min(i, rows - 1));
+      if (i >= rows) taken.log_weight = kLowest;
+      return taken;
+    }
+    const ExactRows rows = exact_rows(phase);
+    if (c.tile * 16 < rows.count) return {0, rows.row(min(i, rows.count - 1)), i < rows.count ? 0.0f : kLowest};
+    const int32_t outlier = c.at + (lane & 15);
+    return {0, outlier_row(own.at(c.k_own), c.outliers, min(outlier, c.outliers - 1)),
+            outlier < c.outliers ? 0.0f : kLowest};
+  }
+  __device__ int32_t num_outliers(const OwnSegment& segment) const {
+    return __ldg(p.index.num_outliers + row_of_head * p.index.geometry.all_segments + segment.slot);
+  }
+  __device__ int32_t outlier_row(const OwnSegment& segment, int32_t outliers, int32_t i) const {
+    return segment.first_row + __ldg(members + segment.first_row + segment.num_rows - outliers + i);
   }
 
   // The state of what this warp attended to, by head, as the buffers want it.
@@ -222,9 +263,8 @@ class DecodeBlock {
       put_state(buffers.warp_states[warp]);
     }
     __syncthreads();
-    BlockCluster::wait();  // all blocks of the cluster run, so that their memory may be written
     share_states(buffers, rank, p.splits);
-    BlockCluster::sync();
+    Mailbox::receive(&buffers.mailboxes[0], 0);
     const RunningSum total = fold_states<kHeads>(buffers.block_states, p.splits);
     const float normalizer = total.max + log2_fast(total.sum);
     const float rows = tau();
@@ -272,28 +312,28 @@ class DecodeBlock {
   }
 
   // Returns whether this warp found a sampled row that is too heavy, whose cluster it marked.
-  __device__ bool attend_selected(float limit) {
-    const int32_t rows = buffers.counts[kSelected];
-    bool found = false;
-    const auto take = [&](int tile) { return taken_row(tables, own, members, min(tile * 16 + (lane & 15), rows - 1)); };
-    const auto tile_of = [&](int tile, const TakenRow& taken) {
-      return row_tile(taken.row, tile * 16 + (lane & 15) < rows ? taken.log_weight : kLowest);
-    };
-    int tile = kWarps - 1 - warp;
-    if (tile * 16 >= rows) return false;
-    uint32_t mismatches = 0;
-    TakenRow taken = take(tile), next{};
-    RowTile now = tile_of(tile, taken), then{};
-    for (; tile * 16 < rows; tile += kWarps) {
+  __device__ bool attend(Phase phase, int score_warps, float limit) {
+    if (phase == Phase::kExact && warp < score_warps) return false;
+    Cursor at;
+    at.tile = reader(phase, score_warps) - num_readers(phase, score_warps);
+    if (phase != Phase::kSelected) at.tile = rank + p.splits * at.tile;
+    bool found = false, more = advance(phase, score_warps, at);
+    TakenRow taken{}, next{};
+    if (more) taken = row_at(phase, at);
+#pragma unroll 1
+    while (more) {
+      const RowTile now = row_tile(taken.row, taken.log_weight);
       // While a tile is on its way, the next one is looked up and asked for.
       const auto meanwhile = [&] {
-        if constexpr (kChecked)
-          mismatches |= mismatch<kDType, kDim>(p.index.row_checks + row_of_head * p.index.geometry.max_rows, taken.row,
-                                               k, v, now);
-        if ((tile + kWarps) * 16 >= rows) return;
-        next = take(tile + kWarps);
-        then = tile_of(tile + kWarps, next);
-        prefetch_row(then);
+        if constexpr (kChecked) {
+          const uint8_t* checks = p.index.row_checks + row_of_head * p.index.geometry.max_rows;
+          if (phase == Phase::kSelected && mismatch<kDType, kDim>(checks, taken.row, k, v, now) != 0)
+            buffers.found_changed = 1;
+        }
+        more = advance(phase, score_warps, at);
+        if (!more) return;
+        next = row_at(phase, at);
+        prefetch_row(row_tile(next.row, 0));
       };
       const uint32_t heavy = attend_tile<kDType, kDim, true>(state, k, v, now, fragments, key_scale, limit, meanwhile);
       const uint32_t all = __reduce_or_sync(kAllLanes, heavy);
@@ -303,9 +343,7 @@ class DecodeBlock {
           atomicOr(&tables.refined[taken.local_cluster / 32], 1u << (taken.local_cluster & 31));
       }
       taken = next;
-      now = then;
     }
-    if (mismatches != 0) buffers.found_changed = 1;
     return found;
   }
 
@@ -314,17 +352,13 @@ class DecodeBlock {
     for (int s = 0; s < p.splits; ++s) any |= buffers.changed[s];
     return any != 0;
   }
-  // A changed row was read, so the index cannot be trusted: every row is read instead.
+  // A changed row was read, so the index cannot be trusted: every row is to be read instead.
   __device__ void start_again() {
-    BlockCluster::sync();  // all have looked before anything is written anew
+    changed = true;
     state = {};
     reset_maxima();
-    __syncthreads();
-    attend_shared(warp, kWarps, {p.index.geometry, SequenceState{}, kv_len});
-    raise_block_maximum();
-    __syncthreads();
-    send_output();
-    BlockCluster::sync();
+    if (threadIdx.x == 0) Mailbox::open_again(&buffers.mailboxes[1], output_bytes());
+    Mailbox::synchronize();  // all have looked before anything is sent anew
   }
 
   // Clusters that are marked are read whole. Their tiles are shared among the warps.
@@ -375,6 +409,7 @@ class DecodeBlock {
     store_warp<kDim, kHeads>(state, maximum, values + warp * kHeads * kValueStride, buffers.warp_sums[warp]);
     __syncthreads();
     const int total = group * kDim, slice = slice_size();
+    uint64_t* box = &buffers.mailboxes[1];
     for (int i = 2 * threadIdx.x; i < total; i += 2 * kThreads) {
       float2 sum{};
       const float* from = values + i / kDim * kValueStride + i % kDim;
@@ -385,7 +420,7 @@ class DecodeBlock {
         sum.y += x.y;
       }
       const int to = i / slice;
-      *reinterpret_cast<float2*>(BlockCluster::in_block(from_blocks + rank * slice + i - to * slice, to)) = sum;
+      Mailbox::send(reinterpret_cast<float2*>(from_blocks + rank * slice + i - to * slice), sum, to, box);
     }
     // The last warps have no outputs to sum.
     for (int i = kThreads - 1 - threadIdx.x; i < kHeads * p.splits; i += kThreads) {
@@ -397,76 +432,35 @@ class DecodeBlock {
         sums.sampled += buffers.warp_sums[w][h].sampled;
         sums.variance += buffers.warp_sums[w][h].variance;
       }
-      *BlockCluster::in_block(&buffers.block_sums[rank][h], i / kHeads) = sums;
+      Mailbox::send(&buffers.block_sums[rank][h], sums, i / kHeads, box);
     }
     if (kChecked && threadIdx.x < p.splits)
-      *BlockCluster::in_block(&buffers.changed[rank], threadIdx.x) = buffers.found_changed;
-    if (p.records != nullptr && threadIdx.x < kCounts) {
-      *BlockCluster::in_block(&buffers.block_counts[rank][threadIdx.x], 0) = buffers.counts[threadIdx.x];
-    }
+      Mailbox::send(&buffers.changed[rank], buffers.found_changed, threadIdx.x, box);
+    if (p.records != nullptr && threadIdx.x < kCounts)
+      Mailbox::send(&buffers.block_counts[rank][threadIdx.x], buffers.counts[threadIdx.x], 0, box);
+  }
+  // What the cluster's blocks send this one in send_output().
+  __device__ uint32_t output_bytes() const {
+    const int floats = min(max(group * kDim - rank * slice_size(), 0), slice_size());
+    return p.splits * (floats * sizeof(float) + kHeads * sizeof(BlockSums) + (kChecked ? sizeof(int32_t) : 0) +
+                       (p.records != nullptr && rank == 0 ? kCounts * sizeof(int32_t) : 0));
   }
   // Outputs that a block of the cluster writes; an even number, as they are summed in pairs.
-  __device__ int slice_size() const { return (group * kDim / p.splits + 1) & ~1; }
+  __device__ int slice_size() const { return ((group * kDim + p.splits - 1) / p.splits + 1) & ~1; }
 
-  __device__ BlockSums sums_of(int h, float (&factors)[kMaxSplits]) const {
-    return cluster_sums<kHeads>(buffers, p.splits, h, factors);
-  }
   __device__ void write_output() {
     const int total = group * kDim, slice = slice_size();
     const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group);
     for (int i = threadIdx.x; i < slice && rank * slice + i < total; i += kThreads) {
       const int at = rank * slice + i;
-      float factors[kMaxSplits];
-      const BlockSums sums = sums_of(at / kDim, factors);
       float value = 0;
-#pragma unroll
-      for (int s = 0; s < kMaxSplits; ++s) {
-        if (s < p.splits) value += factors[s] * from_blocks[s * slice + i];
-      }
+      const BlockSums sums = cluster_sums<kHeads>(
+          buffers, p.splits, at / kDim, [&](int s, float factor) { value += factor * from_blocks[s * slice + i]; });
       store_output(p.batch.out, p.batch.q_dtype, first * kDim + at,
                    kv_len > 0 ? value_scale * __fdividef(value, sums.sum) : 0.0f);
     }
-    if (rank == 0 && warp == kWarps - 1) report(first);
-  }
-
-  __device__ void report(int64_t first_head) {
-    float factors[kMaxSplits];
-    const BlockSums sums = sums_of(lane % kHeads, factors);
-    if (p.batch.lse != nullptr && lane < group)
-      p.batch.lse[first_head + lane] = kv_len > 0 ? (sums.max + log2f(sums.sum)) * kLn2 : -INFINITY;
-    if (p.records == nullptr && p.facts == nullptr) return;
-    float mass = lane < group ? 1 - sums.sampled / sums.sum : 0,
-          variance = lane < group ? sums.variance / (sums.sum * sums.sum) : 0;
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) {
-      mass += shuffle_xor(mass, step);
-      variance += shuffle_xor(variance, step);
-    }
-    if (lane != 0) return;
-    if (p.facts != nullptr) p.facts[row_of_head].measured_variance = variance / group;
-    if (p.records == nullptr) return;
-    int32_t counts[kCounts] = {};
-    for (int s = 0; s < p.splits; ++s) {
-      for (int i = 0; i < kCounts; ++i) counts[i] += buffers.block_counts[s][i];
-    }
-    StepRecord record{};
-    record.kv_len = kv_len;
-    record.segments = state_of_sequence.full_segments + state_of_sequence.provisional_segments;
-    record.clusters = state_of_sequence.full_segments * p.index.geometry.full_clusters +
-                      state_of_sequence.provisional_segments * p.index.geometry.provisional_clusters;
-    record.tau = tau();
-    record.beta = beta();
-    record.dense = changed ? DenseReason::kRowChanged : DenseReason::kNone;
-    record.tokens_exact = changed ? kv_len : counts[kOutliers] + exact_rows().count;
-    record.certain_mass = changed ? 1 : mass / group;
-    if (!changed) {
-      record.tokens_selected = counts[kSelected];
-      record.tokens_sampled = counts[kSampled];
-      record.clusters_refined = counts[kRefinedClusters];
-      record.tokens_refined = counts[kRefinedRows];
-      record.mass_variance = variance / group;
-    }
-    p.records[row_of_head] = record;
+    if (rank == 0 && warp == kWarps - 1)
+      report<kHeads>(p, buffers, sequence, row_of_head, kv_len, exact_rows().count, tau(), changed);
   }
 
   const DecodeParams& p;
@@ -477,16 +471,15 @@ class DecodeBlock {
   const OwnSegments own;
   MergeBuffers<kHeads>& buffers;
   QuantizedQueries<kDim, kHeads>& quantized;
-  float* const q;            // [kHeads, kDim]
-  float* const values;       // [kWarps, kHeads, kValueStride]
+  const SharedFragments<kDim> fragments;
   float* const from_blocks;  // [splits, slice]
+  float* const values;       // tiles of centroids while they are scored, at the end [kWarps, kHeads, kValueStride]
   const SelectTables tables;
   const int32_t* pages;
   const std::byte *k, *v;
   const uint16_t* members;
   int64_t row_of_head;
   float scale, key_scale, value_scale;  // of scores and of outputs; key_scale for the stored numbers
-  QueryFragments<kDim> fragments;
   AttendState<kDim> state;
   RunningSum estimates[kHeads / 4];
 };

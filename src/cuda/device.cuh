@@ -97,6 +97,10 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return x;
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 /// splitmix64, as in core/random.h.
@@ -109,6 +113,36 @@ __host__ __device__ __forceinline__ uint64_t hash64(uint64_t x) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define TACTIC_HOPPER 1
+#endif
+
+#ifdef TACTIC_HOPPER
+/// A barrier in shared memory that opens when bytes that are on their way to it have arrived.
+struct TransferBarrier {
+  /// One thread, once; then publish() before anyone sends.
+  static __device__ __forceinline__ void init(uint64_t* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  }
+  static __device__ __forceinline__ void publish() {
+    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  /// One thread, once for each time that it opens.
+  static __device__ __forceinline__ void expect(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+  }
+  /// parity: of the number of times that it opened before.
+  static __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred open;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 open, [%0], %1;\n"
+        "@!open bra again;\n"
+        "}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+  }
+};
 #endif
 
 /// Blocks until the kernel before this one in the stream has written its results (programmatic dependent launch).

@@ -10,6 +10,9 @@ namespace tactic::cuda {
 /// Throws Error naming the call when it failed.
 void check(cudaError_t status, const char* what);
 
+/// Fills in clusters_of.
+void count_clusters(DeviceFacts& facts);
+
 void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream);
 void launch_dense(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream);
 

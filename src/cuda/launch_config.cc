@@ -87,18 +87,11 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows) {
   return state;
 }
 
-size_t fixed_bytes(int32_t head_dim, int32_t heads) {
-  const size_t floats =
-      static_cast<size_t>(heads) * static_cast<size_t>(head_dim * 2 + value_stride(head_dim) * kWarps) +
-      static_cast<size_t>(kMaxSplits * heads * 4);
-  return merge_bytes(heads) + quantized_bytes(head_dim, heads) + floats * 4;
-}
-
 size_t table_bytes(int32_t own_clusters, int32_t own_segments, int32_t heads) {
   const auto clusters = static_cast<size_t>(own_clusters), segments = static_cast<size_t>(own_segments),
              h = static_cast<size_t>(heads);
-  const size_t bytes = (clusters + kTablePadding) * h * 4 + clusters * (8 + 3 * 4) + (clusters / 32 + 1) * 4 +
-                       (segments * h + segments + 1) * 4;
+  const size_t bytes =
+      (clusters + kTablePadding) * h * 4 + clusters * (8 + 3 * 4) + (clusters / 32 + 1) * 4 + (segments + 1) * 4;
   return (bytes + 127) / 128 * 128;
 }
 
@@ -106,8 +99,9 @@ DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geome
                            int32_t num_kv_heads, int32_t head_dim, int32_t group_size) {
   DecodeConfig config;
   const int64_t pairs = int64_t{num_sequences} * num_kv_heads;
-  while (device.has_clusters && config.splits < kMaxSplits && pairs * config.splits * 2 <= device.num_sms)
-    config.splits *= 2;
+  for (int32_t splits = kMaxSplits; splits > 1 && config.splits == 1; --splits) {
+    if (device.has_clusters && device.clusters_of[splits] >= pairs) config.splits = splits;
+  }
   // Block 0 owns most: of the full segments, and, when their number is a multiple of the splits, of the provisional
   // ones too.
   const int32_t provisional = geometry.all_segments - geometry.max_segments;
@@ -116,13 +110,14 @@ DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geome
       share(geometry.max_segments) * geometry.full_clusters + share(provisional) * geometry.provisional_clusters;
   config.own_segments = share(geometry.max_segments) + share(provisional);
   const int32_t heads = head_bucket(group_size);
-  config.shared_bytes = fixed_bytes(head_dim, heads);
   const size_t tables = table_bytes(config.own_clusters, config.own_segments, heads);
-  if (config.shared_bytes + tables <= device.shared_bytes_per_block) {
-    config.shared_bytes += tables;
-  } else {
-    config.block_workspace_bytes = tables;
-  }
+  const auto fits = [&](int32_t stages, size_t more) {
+    return fixed_bytes(head_dim, heads, stages) + more <= device.shared_bytes_per_block;
+  };
+  const size_t in_shared = fits(1, tables) ? tables : 0;
+  while (config.stages > 1 && !fits(config.stages, in_shared)) --config.stages;
+  config.shared_bytes = fixed_bytes(head_dim, heads, config.stages) + in_shared;
+  config.block_workspace_bytes = tables - in_shared;
   return config;
 }
 
@@ -250,9 +245,9 @@ StepStats step_stats(const StepRecord* records, const DecodeBatch& batch, const 
     stats.tokens_sampled += r.tokens_sampled;
     stats.refined_clusters += r.clusters_refined;
     stats.kv_bytes += read * (k_bytes + v_bytes) + r.tokens_probed * k_bytes;
-    // Per cluster: codes, scale, spread and place. Per segment: its mean key and outliers. Per row: number and check.
+    // Per segment: its outliers. Per row: number and check.
     stats.index_bytes +=
-        int64_t{r.clusters} * (code_bytes + 12) + int64_t{r.segments} * (batch.head_dim * 4 + 2) + listed * 3;
+        int64_t{r.clusters / kTileClusters} * tile_bytes(code_bytes) + int64_t{r.segments} * 2 + listed * 3;
     stats.estimated_mass += double{r.certain_mass} / batch.num_kv_heads;
     variance += double{r.certain_mass} * r.certain_mass * r.mass_variance / batch.num_kv_heads;
     if (r.dense == DenseReason::kNone) stats.dense = DenseReason::kNone;

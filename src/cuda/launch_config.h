@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "cuda/centroid_tile.h"
 #include "cuda/params.h"
 
 namespace tactic::cuda {
@@ -12,11 +13,14 @@ inline constexpr int kWarps = 12;  // of a block of decode and dense
 inline constexpr int kThreads = kWarps * 32;
 inline constexpr int kMaxSplits = 8;  // the largest thread-block cluster that every device can place
 inline constexpr int kMaxGroup = 8;   // query heads of a KV head
+inline constexpr int kMaxStages = 4;  // tiles of centroids that a warp has on their way
 
 struct DeviceFacts {
   int32_t num_sms = 0;
   size_t shared_bytes_per_block = 0;  // opt-in limit
   bool has_clusters = false;
+  int32_t clusters_of[kMaxSplits + 1] =
+      {};  // thread-block clusters of so many blocks that run at once, one block an SM
 };
 
 /// Query heads that kernels are compiled for: the group rounded up to 4 or 8.
@@ -32,7 +36,7 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows);
 constexpr size_t merge_bytes(int32_t heads) {
   const size_t h = static_cast<size_t>(heads);
   return kWarps * h * 8 + kMaxSplits * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 8 * 4 + kMaxSplits * 8 * 4 +
-         (4 + kMaxSplits) * 4;
+         (4 + kMaxSplits) * 4 + (2 + kWarps * kMaxStages) * 8;
 }
 /// Bytes of QuantizedQueries<head_dim, heads>.
 constexpr size_t quantized_bytes(int32_t head_dim, int32_t heads) {
@@ -40,8 +44,14 @@ constexpr size_t quantized_bytes(int32_t head_dim, int32_t heads) {
 }
 /// Floats from one head's partial output to the next in shared memory, so that a warp's stores meet in no bank.
 constexpr int32_t value_stride(int32_t head_dim) { return head_dim + 4; }
-/// Shared memory of a block of `decode` besides its tables.
-size_t fixed_bytes(int32_t head_dim, int32_t heads);
+/// Shared memory of a block of `decode` besides its tables, with `stages` tiles of centroids a warp; partial outputs
+/// lie where these were.
+constexpr size_t fixed_bytes(int32_t head_dim, int32_t heads, int32_t stages) {
+  const size_t h = static_cast<size_t>(heads), values = kWarps * h * static_cast<size_t>(value_stride(head_dim)) * 4,
+               tiles = kWarps * static_cast<size_t>(stages * tile_bytes((head_dim + 63) / 64 * 64));
+  return merge_bytes(heads) + quantized_bytes(head_dim, heads) + static_cast<size_t>((head_dim + 31) / 32 * 512) +
+         h * static_cast<size_t>(head_dim + kMaxSplits * 4) * 4 + (values > tiles ? values : tiles);
+}
 /// Bytes of SelectTables; the clusters are a multiple of 16.
 inline constexpr int32_t kTablePadding = 8;
 size_t table_bytes(int32_t own_clusters, int32_t own_segments, int32_t heads);
@@ -50,6 +60,7 @@ struct DecodeConfig {
   int32_t splits = 1;        // blocks per (sequence, KV head)
   int32_t own_clusters = 0;  // room per block
   int32_t own_segments = 0;
+  int32_t stages = kMaxStages;
   size_t shared_bytes = 0;
   size_t block_workspace_bytes = 0;  // 0: tables are in shared memory
 };

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/index_state.h"
+#include "cuda/centroid_tile.h"
 #include "cuda/launch.h"
 #include "tactic/error.h"
 
@@ -24,7 +25,9 @@ DeviceFacts device_facts() {
   check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device facts");
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device facts");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device facts");
-  return {sms, static_cast<size_t>(shared), major >= 9};
+  DeviceFacts facts{sms, static_cast<size_t>(shared), major >= 9, {}};
+  if (facts.has_clusters) count_clusters(facts);
+  return facts;
 }
 
 LayerIndex::Impl::~Impl() {
@@ -44,11 +47,8 @@ size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   const size_t clusters = pairs * static_cast<size_t>(g.max_clusters),
                slots = pairs * static_cast<size_t>(g.all_segments);
   size_t at = 0;
-  view.codes = take<int8_t>(memory, at, clusters * static_cast<size_t>(g.code_bytes));
-  view.facts = take<ClusterFacts>(memory, at, clusters);
-  view.places = take<uint32_t>(memory, at, clusters);
+  view.tiles = take<std::byte>(memory, at, clusters / kTileClusters * static_cast<size_t>(tile_bytes(g.code_bytes)));
   view.members = take<uint16_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
-  view.means = take<float>(memory, at, slots * static_cast<size_t>(view.head_dim));
   view.num_outliers = take<uint16_t>(memory, at, slots);
   view.calibration = take<HeadCalibration>(memory, at, pairs);
   view.row_checks = take<uint8_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
@@ -60,6 +60,27 @@ int32_t clusters_of(const IndexOptions& o, bool provisional) {
   const int32_t rows = provisional ? o.provisional_tokens : o.segment_tokens,
                 size = provisional ? o.provisional_cluster_tokens : o.cluster_tokens;
   return (rows + size - 1) / size;
+}
+
+// A segment's clusters of one head.
+std::vector<std::byte> tiles_of(const HeadClusters& c, int32_t padded, int32_t head_dim, int32_t code_bytes) {
+  std::vector<std::byte> out(static_cast<size_t>(padded / kTileClusters * tile_bytes(code_bytes)));
+  float largest = 0;
+  for (const float x : c.mean) largest = std::max(largest, std::fabs(x));
+  uint32_t member = 0;
+  for (int32_t i = 0; i < padded; ++i) {
+    const TileView tile{out.data() + i / kTileClusters * tile_bytes(code_bytes), code_bytes};
+    for (int32_t d = 0; d < head_dim; ++d) {
+      tile.code(i, d) =
+          c.residuals[static_cast<size_t>((i / kCentroidBlock * head_dim + d) * kCentroidBlock + i % kCentroidBlock)];
+      if (i % kTileClusters == 0) tile.set_mean(d, c.mean[static_cast<size_t>(d)], largest);
+    }
+    const auto at = static_cast<size_t>(i);
+    tile.facts(i) = {c.scales[at], c.spreads[at]};
+    tile.place(i) = member << 16 | c.sizes[at];
+    member += c.sizes[at];
+  }
+  return out;
 }
 
 void check_sequence(const LayerIndex::Impl& impl, int32_t sequence) {
@@ -143,29 +164,13 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
     const int32_t padded = padded_clusters(segment.num_clusters);
     for (int32_t head = 0; head < impl.shape.num_kv_heads; ++head) {
       const HeadClusters& c = segment.heads[static_cast<size_t>(head)];
-      const int64_t pair = int64_t{sequence} * impl.shape.num_kv_heads + head, cluster = pair * g.max_clusters + first;
-      std::vector<int8_t> codes(static_cast<size_t>(padded) * static_cast<size_t>(g.code_bytes));
-      std::vector<ClusterFacts> facts(static_cast<size_t>(padded));
-      std::vector<uint32_t> places(static_cast<size_t>(padded));
-      uint32_t member = 0;
-      for (int32_t i = 0; i < padded; ++i) {
-        for (int32_t d = 0; d < impl.shape.head_dim; ++d) {
-          codes[static_cast<size_t>(i * g.code_bytes + d)] = c.residuals[static_cast<size_t>(
-              (i / kCentroidBlock * impl.shape.head_dim + d) * kCentroidBlock + i % kCentroidBlock)];
-        }
-        const auto at = static_cast<size_t>(i);
-        facts[at] = {c.scales[at], c.spreads[at]};
-        places[at] = member << 16 | c.sizes[at];
-        member += c.sizes[at];
-      }
+      const int64_t pair = int64_t{sequence} * impl.shape.num_kv_heads + head;
       std::vector<uint16_t> members(static_cast<size_t>(segment.num_rows));
       std::copy(c.members.begin(), c.members.end(), members.begin());
       std::copy(c.outliers.begin(), c.outliers.end(), members.end() - static_cast<int64_t>(c.outliers.size()));
-      copy(impl.view.codes + cluster * g.code_bytes, kept(codes), codes.size());
-      copy(impl.view.facts + cluster, kept(facts), facts.size() * sizeof(ClusterFacts));
-      copy(impl.view.places + cluster, kept(places), places.size() * 4);
+      copy(tile_of(impl.view, pair, first).data, kept(tiles_of(c, padded, impl.shape.head_dim, g.code_bytes)),
+           static_cast<size_t>(padded / kTileClusters * tile_bytes(g.code_bytes)));
       copy(impl.view.members + pair * g.max_rows + segment.row_begin, kept(members), members.size() * 2);
-      copy(impl.view.means + (pair * g.all_segments + slot) * impl.shape.head_dim, kept(c.mean), c.mean.size() * 4);
       const uint8_t* checks =
           segment.row_checks.data() + static_cast<size_t>(head) * static_cast<size_t>(segment.num_rows);
       copy(impl.view.row_checks + pair * g.max_rows + segment.row_begin,

@@ -53,14 +53,13 @@ __global__ void __launch_bounds__(kLearnThreads) learn_kernel(const __grid_const
   LearnSums sums;  // every lane of a warp has the same
   for (int c = warp; c < g.max_clusters; c += kLearnWarps) {
     const ClusterPlace place(g, state, c);
-    const int64_t at = static_cast<int64_t>(pair) * g.max_clusters + c;
-    const uint32_t placed = place.slot >= 0 ? p.index.places[at] : 0;
+    const TileView tile = tile_of(p.index, pair, c);
+    const uint32_t placed = place.slot >= 0 ? tile.place(c) : 0;
     const int32_t size = placed & 0xFFFFu;
     if (size == 0) continue;
-    const float* mean = p.index.means + (static_cast<int64_t>(pair) * g.all_segments + place.slot) * kDim;
     float dots[kMaxGroup] = {}, terms[kMaxGroup] = {}, p2 = 0;
     for (int d = lane; d < kDim; d += 32) {
-      const float x = mean[d] + p.index.facts[at].scale * static_cast<float>(p.index.codes[at * g.code_bytes + d]);
+      const float x = tile.centroid(c, d);
 #pragma unroll
       for (int h = 0; h < kMaxGroup; ++h) {
         if (h < group) dots[h] += q[h * kDim + d] * x;
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(kLearnThreads) learn_kernel(const __grid_const
     for (int h = 0; h < kMaxGroup; ++h) {
       if (h >= group) continue;
       for (int step = 16; step > 0; step /= 2) dots[h] += shuffle_xor(dots[h], step);
-      terms[h] = growth(p.index.facts[at].spread * norms2[h], static_cast<float>(size));
+      terms[h] = growth(tile.facts(c).spread * norms2[h], static_cast<float>(size));
       const float spread = facts.beta * kLog2E * terms[h];
       p2 += exp2_fast(2 * (rms_exponent(dots[h] * kLog2E + spread, spread) - facts.shifts[h]));
     }

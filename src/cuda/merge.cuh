@@ -1,7 +1,7 @@
 // merge: softmax states and partial outputs of warps and of a cluster's blocks become one answer.
 #pragma once
 
-#include <cooperative_groups.h>
+#include <cstring>
 
 #include "cuda/attend.cuh"
 #include "cuda/launch_config.h"
@@ -9,17 +9,23 @@
 
 namespace tactic::cuda {
 
-/// Blocks of a cluster: barrier, and the address of a variable in another block's shared memory. One block alone on
-/// devices without clusters.
-struct BlockCluster {
-  static __device__ __forceinline__ void sync() {
+/// What the blocks of a thread-block cluster send one another: each block's mailbox opens when all that it expects has
+/// come. One block alone on devices without clusters.
+struct Mailbox {
+  /// One thread; then all threads arrive(), and wait() before they send to any.
+  static __device__ __forceinline__ void open(uint64_t* box, uint32_t bytes) {
 #ifdef TACTIC_HOPPER
-    cooperative_groups::this_cluster().sync();
-#else
-    __syncthreads();
+    TransferBarrier::init(box);
+    TransferBarrier::publish();
+    TransferBarrier::expect(box, bytes);
 #endif
   }
-  /// A barrier in two halves; nothing that was written before is promised to be seen behind it.
+  /// One thread, after it was emptied and before another synchronize().
+  static __device__ __forceinline__ void open_again(uint64_t* box, uint32_t bytes) {
+#ifdef TACTIC_HOPPER
+    TransferBarrier::expect(box, bytes);
+#endif
+  }
   static __device__ __forceinline__ void arrive() {
 #ifdef TACTIC_HOPPER
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -30,12 +36,44 @@ struct BlockCluster {
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
   }
+  static __device__ __forceinline__ void synchronize() {
+    arrive();
+    wait();
+    __syncthreads();
+  }
+  /// To the same address of block `rank`; T has 4, 8 or 16 bytes.
   template <class T>
-  static __device__ __forceinline__ T* in_block(T* p, int rank) {
+  static __device__ __forceinline__ void send(T* to, const T& value, int rank, uint64_t* box) {
 #ifdef TACTIC_HOPPER
-    return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+    uint32_t words[sizeof(T) / 4], there, box_there;
+    memcpy(words, &value, sizeof(T));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(box_there) : "r"(shared_address(box)), "r"(rank));
+    if constexpr (sizeof(T) == 4) {
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
+                   "r"(words[0]), "r"(box_there)
+                   : "memory");
+    } else if constexpr (sizeof(T) == 8) {
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(there),
+                   "r"(words[0]), "r"(words[1]), "r"(box_there)
+                   : "memory");
+    } else {
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+          "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(box_there)
+          : "memory");
+    }
 #else
-    return p;
+    *to = value;
+#endif
+  }
+  /// All threads; parity: of the number of times that it was emptied before.
+  static __device__ __forceinline__ void receive(uint64_t* box, uint32_t parity) {
+#ifdef TACTIC_HOPPER
+    TransferBarrier::wait(box, parity);
+#else
+    __syncthreads();
 #endif
   }
 };
@@ -59,6 +97,8 @@ struct alignas(16) MergeBuffers {
   int32_t found_changed;        // by the block: a row that is not the one that was clustered
   int32_t changed[kMaxSplits];  // by the cluster's blocks
   float beta, variance_ratio;   // of the head, read with the queries
+  uint64_t mailboxes[2];        // of states and of outputs
+  uint64_t staged[kWarps][kMaxStages];
 };
 
 /// Floats as integers of the same order, for atomicMax; its own inverse.
@@ -88,31 +128,24 @@ __device__ __forceinline__ void share_states(MergeBuffers<kHeads>& buffers, int 
   const RunningSum total = fold_states<kHeads>(buffers.warp_states, kWarps);
   const int lane = threadIdx.x & 31;
   for (int other = lane / kHeads; other < splits; other += 32 / kHeads) {
-    *BlockCluster::in_block(&buffers.block_states[rank][lane % kHeads], other) = {total.max, total.sum};
+    Mailbox::send(&buffers.block_states[rank][lane % kHeads], float2{total.max, total.sum}, other,
+                  &buffers.mailboxes[0]);
   }
 }
 
-/// The cluster's sums of head h, relative to its maximum; factors[s]: what block s's sums and outputs are multiplied
-/// by.
-template <int kHeads>
-__device__ __forceinline__ BlockSums cluster_sums(const MergeBuffers<kHeads>& buffers, int splits, int h,
-                                                  float (&factors)[kMaxSplits]) {
-  BlockSums blocks[kMaxSplits], total{kLowest, 0, 0, 0};
-#pragma unroll
-  for (int s = 0; s < kMaxSplits; ++s) {
-    if (s < splits) {
-      blocks[s] = buffers.block_sums[s][h];
-    } else {
-      blocks[s] = {kLowest, 0, 0, 0};
-    }
-    total.max = fmaxf(total.max, blocks[s].max);
-  }
-#pragma unroll
-  for (int s = 0; s < kMaxSplits; ++s) {
-    factors[s] = s < splits ? exp2_fast(blocks[s].max - total.max) : 0;
-    total.sum += factors[s] * blocks[s].sum;
-    total.sampled += factors[s] * blocks[s].sampled;
-    total.variance += factors[s] * factors[s] * blocks[s].variance;
+/// The cluster's sums of head h, relative to its maximum. each(s, factor): what block s's sums and outputs are
+/// multiplied by.
+template <int kHeads, class Each>
+__device__ __forceinline__ BlockSums cluster_sums(const MergeBuffers<kHeads>& buffers, int splits, int h, Each each) {
+  BlockSums total{kLowest, 0, 0, 0};
+  for (int s = 0; s < splits; ++s) total.max = fmaxf(total.max, buffers.block_sums[s][h].max);
+  for (int s = 0; s < splits; ++s) {
+    const BlockSums block = buffers.block_sums[s][h];
+    const float factor = exp2_fast(block.max - total.max);
+    total.sum += factor * block.sum;
+    total.sampled += factor * block.sampled;
+    total.variance += factor * factor * block.variance;
+    each(s, factor);
   }
   return total;
 }

@@ -19,7 +19,7 @@ struct IndexGeometry {
   int32_t provisional_begin = 0;                        // clusters of full segments before them
   int32_t max_clusters = 0;                             // per sequence and KV head
   int32_t max_segments = 0;                             // full ones, per sequence
-  int32_t all_segments = 0;  // and behind them the provisional ones: slots of means and outliers
+  int32_t all_segments = 0;                             // and behind them the provisional ones: slots of outliers
   int32_t max_rows = 0;
   int32_t sink_tokens = 0;
   bool has_outliers = false;
@@ -32,11 +32,6 @@ struct SequenceState {
   int32_t provisional_segments = 0;
 };
 
-struct ClusterFacts {
-  float scale;   // centroid = mean of its segment + scale * code
-  float spread;  // mean squared distance of the members to it, per dimension
-};
-
 /// What steps have learned about a head's estimates: as core's Calibration.
 struct HeadCalibration {
   float beta = 0;
@@ -47,12 +42,8 @@ struct HeadCalibration {
 struct IndexView {
   IndexGeometry geometry;
   int32_t num_kv_heads = 0, head_dim = 0;
-  int8_t* codes = nullptr;        // [sequences, heads, max_clusters, code_bytes]
-  ClusterFacts* facts = nullptr;  // [sequences, heads, max_clusters]
-  uint32_t* places =
-      nullptr;  // [sequences, heads, max_clusters] first member (from the segment's first row) << 16 | members
+  std::byte* tiles = nullptr;              // [sequences, heads, max_clusters / 16, tile_bytes()]
   uint16_t* members = nullptr;             // [sequences, heads, max_rows] rows relative to the segment's first
-  float* means = nullptr;                  // [sequences, heads, all segments, head_dim]
   uint16_t* num_outliers = nullptr;        // [sequences, heads, all segments]
   HeadCalibration* calibration = nullptr;  // [sequences, heads]
   uint8_t* row_checks = nullptr;           // [sequences, heads, max_rows] as core's Segment
@@ -74,9 +65,9 @@ struct DecodeParams {
   float beta = 0;  // 0: the index's
   uint64_t seed = 0;
   bool check_rows = false;
-  int32_t splits = 0;            // blocks that share a (sequence, KV head); a thread-block cluster
-  int32_t max_own_clusters = 0;  // room in each block's tables
-  int32_t max_own_segments = 0;
+  int32_t splits = 0;              // blocks that share a (sequence, KV head); a thread-block cluster
+  int32_t max_own_clusters = 0;    // room in each block's tables
+  int32_t stages = 1;              // tiles of centroids that a warp has on their way, 1 to 4
   size_t shared_bytes = 0;         // of a block
   std::byte* workspace = nullptr;  // the tables, where they do not fit into shared memory
   size_t block_workspace_bytes = 0;

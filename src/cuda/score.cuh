@@ -5,9 +5,11 @@
 #pragma once
 
 #include "core/steps.h"
+#include "cuda/attend.cuh"
 #include "cuda/device.cuh"
 #include "cuda/launch_config.h"
 #include "cuda/segments.h"
+#include "cuda/staging.cuh"
 
 namespace tactic::cuda {
 
@@ -16,13 +18,14 @@ template <int kDim, int kHeads>
 struct QuantizedQueries {
   static constexpr int kWords = (kDim + 63) / 64 * 16;
   uint32_t codes[kHeads][2][kWords];
-  float step[kHeads];   // of the high part; that of the low part is 1 / 254 of it
+  float step[kHeads];   // of the high part; that of the low part is 1 / kLowUnits of it
   float norm2[kHeads];  // |q|^2
 };
 
-/// One warp, one head; q: [kDim] f32 in shared memory, or nullptr for a head that is none.
-template <int kDim, int kHeads>
-__device__ __forceinline__ void quantize_query(const float* q, int head, QuantizedQueries<kDim, kHeads>& out) {
+/// One warp, one head below 8; q(d): an element, 0 for a head that is none. Quantized only below kHeads.
+template <bool kBf16, int kDim, int kHeads, class Query>
+__device__ __forceinline__ void quantize_query(Query q, int head, QuantizedQueries<kDim, kHeads>& out,
+                                               const SharedFragments<kDim>& fragments) {
   constexpr int kWords = QuantizedQueries<kDim, kHeads>::kWords, kPerLane = (kWords + 31) / 32;
   const int lane = threadIdx.x & 31;
   float x[kPerLane][4], largest = 0, norm2 = 0;
@@ -31,11 +34,17 @@ __device__ __forceinline__ void quantize_query(const float* q, int head, Quantiz
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int d = (32 * i + lane) * 4 + j;
-      x[i][j] = q != nullptr && d < kDim ? q[d] : 0.0f;
+      x[i][j] = d < kDim ? q(d) : 0.0f;
       largest = fmaxf(largest, fabsf(x[i][j]));
       norm2 += x[i][j] * x[i][j];
     }
   }
+  constexpr int kFragmentDims = QueryFragments<kDim>::kLoads * 32;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if ((32 * i + lane) * 4 < kFragmentDims) fragments.template store<kBf16>(head, (32 * i + lane) * 4, x[i]);
+  }
+  if (head >= kHeads) return;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
     largest = fmaxf(largest, shuffle_xor(largest, step));
@@ -47,9 +56,9 @@ __device__ __forceinline__ void quantize_query(const float* q, int head, Quantiz
     uint32_t high = 0, low = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float scaled = x[i][j] * inverse, rounded = rintf(scaled);
-      high |= (static_cast<uint32_t>(static_cast<int32_t>(rounded)) & 0xFFu) << (8 * j);
-      low |= (static_cast<uint32_t>(static_cast<int32_t>(rintf((scaled - rounded) * 254.0f))) & 0xFFu) << (8 * j);
+      const SplitCode code = split_code(x[i][j] * inverse);
+      high |= static_cast<uint32_t>(static_cast<uint8_t>(code.high)) << (8 * j);
+      low |= static_cast<uint32_t>(static_cast<uint8_t>(code.low)) << (8 * j);
     }
     if (32 * i + lane < kWords) {
       out.codes[head][0][32 * i + lane] = high;
@@ -66,7 +75,7 @@ __device__ __forceinline__ void quantize_query(const float* q, int head, Quantiz
 /// share of the bytes, a tile of rows being four times a tile of centroids, when half a provisional segment is recent.
 __device__ __forceinline__ int num_score_warps(const OwnSegments& own, int splits) {
   const IndexGeometry& g = own.geometry;
-  const int tiles = own.clusters() / 16;
+  const int tiles = own.clusters() / kTileClusters;
   const int exact_tiles =
       (g.provisional_tokens / 2 + g.sink_tokens) / 16 / splits + 1 + (g.has_outliers ? own.count() : 0);
   const int exact_warps = static_cast<int>(__fdividef(kWarps * 4.0f * exact_tiles, 4.0f * exact_tiles + tiles) + 0.5f);
@@ -96,54 +105,8 @@ __device__ __forceinline__ void load_centroid_query(const QuantizedQueries<kDim,
         out.codes[set][i][word] = from.codes[4 * set + (g >> 1)][g & 1][16 * i + 4 * t + word];
     }
     out.high[set] = from.step[4 * set + t] * sm_scale * kLog2E;
-    out.low[set] = out.high[set] / 254.0f;
+    out.low[set] = out.high[set] * (1 / kLowUnits);
     out.norm2[set] = from.norm2[4 * set + t] * sm_scale * sm_scale;
-  }
-}
-
-/// Sums over the lanes of a warp, of kHeads values at once: lane l gets that of head l / (32 / kHeads).
-template <int kHeads>
-__device__ __forceinline__ float sum_by_head(float (&values)[kHeads]) {
-  int step = 16;
-#pragma unroll
-  for (int half = kHeads / 2; half > 0; half /= 2, step /= 2) {
-    const bool upper = (threadIdx.x & step) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float sent = upper ? values[i] : values[i + half];
-      values[i] = (upper ? values[i + half] : values[i]) + shuffle_xor(sent, step);
-    }
-  }
-#pragma unroll
-  for (; step > 0; step /= 2) values[0] += shuffle_xor(values[0], step);
-  return values[0];
-}
-
-/// A tile of 16 clusters as a warp loads it. Lane (g, t): clusters g and g + 8.
-template <int kDim>
-struct CentroidTile {
-  static constexpr int kLoads = (kDim + 63) / 64;
-  uint4 low[kLoads], high[kLoads];
-  ClusterFacts facts[2];
-  uint32_t places[2];
-};
-
-template <int kDim>
-__device__ __forceinline__ void load_centroids(const int8_t* codes, const ClusterFacts* facts, const uint32_t* places,
-                                               int32_t cluster, CentroidTile<kDim>& tile) {
-  constexpr int kCodeBytes = CentroidTile<kDim>::kLoads * 64;
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int8_t* row = codes + static_cast<int64_t>(cluster + g) * kCodeBytes + 16 * t;
-#pragma unroll
-  for (int i = 0; i < CentroidTile<kDim>::kLoads; ++i) {
-    tile.low[i] = load_stream(row + 64 * i);
-    tile.high[i] = load_stream(row + 8 * kCodeBytes + 64 * i);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float2 pair = __ldg(reinterpret_cast<const float2*>(facts + cluster + g + 8 * i));
-    tile.facts[i] = {pair.x, pair.y};
-    tile.places[i] = __ldg(places + cluster + g + 8 * i);
   }
 }
 
@@ -170,29 +133,46 @@ __device__ __forceinline__ float rms_exponent(float mean, float spread) { return
 
 /// Scores the tile: adds the estimates of all that its clusters hold to `sums` (lane (g, t): head 4 set + t), and
 /// writes exponents[head * stride + cluster], log2 of the root mean square weight of a member, and places[cluster].
-/// mean_dots: [kHeads] log2 scores of the segment's mean key.
-template <int kDim, int kHeads>
+/// after_load() runs when the tile's memory is no longer needed.
+template <int kDim, int kHeads, class AfterLoad>
 __device__ __forceinline__ void score_tile(const CentroidTile<kDim>& tile, const CentroidQuery<kDim, kHeads>& q,
-                                           const float* mean_dots, float beta, float* exponents, int32_t stride,
-                                           uint32_t* places, RunningSum (&sums)[kHeads / 4]) {
+                                           float beta, float* exponents, int32_t stride, uint32_t* places,
+                                           RunningSum (&sums)[kHeads / 4], AfterLoad after_load) {
+  constexpr int kLoads = CentroidTile<kDim>::kLoads;
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  uint4 low[kLoads], high[kLoads], mean[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    low[i] = tile.load(g, t + 4 * i);
+    high[i] = tile.load(8 + g, t + 4 * i);
+    mean[i] = g < 2 ? tile.load(16 + g, t + 4 * i) : uint4{};
+  }
+  const ClusterFacts facts[2] = {tile.facts[g], tile.facts[8 + g]};
+  const uint32_t placed[2] = {tile.places[g], tile.places[8 + g]};
+  const float mean_step = g == 0 ? tile.mean_step : tile.mean_step * (1 / kLowUnits);
+  after_load();
 #pragma unroll
   for (int set = 0; set < kHeads / 4; ++set) {
-    int32_t c[4] = {};
+    int32_t c[4] = {}, m[4] = {};
 #pragma unroll
-    for (int i = 0; i < CentroidTile<kDim>::kLoads; ++i) {
-      mma_s8(c, tile.low[i].x, tile.high[i].x, tile.low[i].y, tile.high[i].y, q.codes[set][i][0], q.codes[set][i][1]);
-      mma_s8(c, tile.low[i].z, tile.high[i].z, tile.low[i].w, tile.high[i].w, q.codes[set][i][2], q.codes[set][i][3]);
+    for (int i = 0; i < kLoads; ++i) {
+      const uint32_t(&codes)[4] = q.codes[set][i];
+      mma_s8(c, low[i].x, high[i].x, low[i].y, high[i].y, codes[0], codes[1]);
+      mma_s8(c, low[i].z, high[i].z, low[i].w, high[i].w, codes[2], codes[3]);
+      mma_s8(m, mean[i].x, 0, mean[i].y, 0, codes[0], codes[1]);
+      mma_s8(m, mean[i].z, 0, mean[i].w, 0, codes[2], codes[3]);
     }
-    const float mean_dot = mean_dots[4 * set + t];
+    const auto score = [&](int32_t by_high, int32_t by_low) {
+      return q.high[set] * static_cast<float>(by_high) + q.low[set] * static_cast<float>(by_low);
+    };
+    // Lanes of g = 0 and 1 have the products of the mean's two parts.
+    const float part = mean_step * score(m[0], m[1]), mean_dot = shuffle(part, t) + shuffle(part, 4 + t);
     float means[2], sizes[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      sizes[i] = static_cast<float>(tile.places[i] & 0xFFFFu);
-      const float dot = (q.high[set] * static_cast<float>(c[2 * i]) + q.low[set] * static_cast<float>(c[2 * i + 1])) *
-                            tile.facts[i].scale +
-                        mean_dot;
-      const float spread = beta * kLog2E * growth(tile.facts[i].spread * q.norm2[set], sizes[i]);
+      sizes[i] = static_cast<float>(placed[i] & 0xFFFFu);
+      const float dot = score(c[2 * i], c[2 * i + 1]) * facts[i].scale + mean_dot;
+      const float spread = beta * kLog2E * growth(facts[i].spread * q.norm2[set], sizes[i]);
       means[i] = sizes[i] > 0 ? dot + spread : kLowest;
       exponents[(4 * set + t) * stride + g + 8 * i] = sizes[i] > 0 ? rms_exponent(means[i], spread) : kLowest;
     }
@@ -201,7 +181,7 @@ __device__ __forceinline__ void score_tile(const CentroidTile<kDim>& tile, const
                     sizes[1] * exp2_fast(means[1] - top);
     sums[set].max = top;
   }
-  if (t < 2) places[g + 8 * t] = tile.places[t];
+  if (t < 2) places[g + 8 * t] = t == 0 ? placed[0] : placed[1];
 }
 
 }  // namespace tactic::cuda

@@ -3,13 +3,8 @@
 // spread.
 #pragma once
 
+#include "cuda/centroid_tile.h"
 #include "cuda/params.h"
-
-#ifdef __CUDACC__
-#define TACTIC_HOST_DEVICE __host__ __device__
-#else
-#define TACTIC_HOST_DEVICE
-#endif
 
 namespace tactic::cuda {
 
@@ -17,7 +12,7 @@ struct OwnSegment {
   int32_t cluster;        // first of its clusters among the sequence's
   int32_t local_cluster;  // and among the block's own
   int32_t num_clusters;
-  int32_t slot;  // of its mean and outliers
+  int32_t slot;  // of its outliers
   int32_t first_row, num_rows;
 };
 

@@ -38,12 +38,11 @@ __global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constan
   for (int c = blockIdx.x * kRankWarps + threadIdx.x / 32; c < g.max_clusters; c += gridDim.x * kRankWarps) {
     const ClusterPlace place(g, state, c);
     const int64_t at = static_cast<int64_t>(pair) * g.max_clusters + c;
-    const bool exists = place.slot >= 0 && (p.index.places[at] & 0xFFFFu) > 0;
-    const int8_t* codes = p.index.codes + at * g.code_bytes;
-    const float* mean = p.index.means + (static_cast<int64_t>(pair) * g.all_segments + max(place.slot, 0)) * kDim;
+    const TileView tile = tile_of(p.index, pair, c);
+    const bool exists = place.slot >= 0 && (tile.place(c) & 0xFFFFu) > 0;
     float dots[kMaxGroup] = {};
     for (int d = lane; d < kDim && exists; d += 32) {
-      const float x = mean[d] + p.index.facts[at].scale * static_cast<float>(codes[d]);
+      const float x = tile.centroid(c, d);
 #pragma unroll
       for (int h = 0; h < kMaxGroup; ++h) {
         if (h < group) dots[h] += q[h * kDim + d] * x;
@@ -129,9 +128,8 @@ class HeadChoice {
   }
 
  private:
-  __device__ int32_t size_at(int32_t rank) const {
-    return p.index.places[first_cluster + p.order[first + rank]] & 0xFFFFu;
-  }
+  __device__ int32_t size_at(int32_t rank) const { return place_of(p.order[first + rank]) & 0xFFFFu; }
+  __device__ uint32_t place_of(int32_t c) const { return tile_of(p.index, pair, c).place(c); }
 
   // before[r]: tokens of the clusters ahead of rank r. n: all of them; ranks: clusters that have any.
   __device__ void count_tokens() {
@@ -174,7 +172,7 @@ class HeadChoice {
     }
     const int32_t c = p.order[first + low];
     const int32_t first_row = ClusterPlace(g, state, c).first_row;
-    const int32_t member = (p.index.places[first_cluster + c] >> 16) + i - p.before[first + low];
+    const int32_t member = (place_of(c) >> 16) + i - p.before[first + low];
     return first_row + members[first_row + member];
   }
 
@@ -332,7 +330,7 @@ __global__ void __launch_bounds__(kRankThreads) list_kernel(const __grid_constan
     int32_t before, sum;
     Scan(storage).ExclusiveSum(taken, before, sum);
     const int32_t first_row = taken > 0 ? ClusterPlace(g, state, c).first_row : 0;
-    const int32_t first = taken > 0 ? first_row + static_cast<int32_t>(p.index.places[first_cluster + c] >> 16) : 0;
+    const int32_t first = taken > 0 ? first_row + static_cast<int32_t>(tile_of(p.index, pair, c).place(c) >> 16) : 0;
     for (int i = 0; i < taken; ++i) rows[count + before + i] = first_row + members[first + i];
     count += sum;
     __syncthreads();

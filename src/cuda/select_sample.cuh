@@ -21,10 +21,9 @@ struct SelectTables {
   uint32_t* probabilities;  // [clusters] of a member, 2^32 = 1; kCertain: all are read
   uint32_t* counts;         // [clusters] rows taken in the segment's clusters before this one
   uint32_t* refined;        // [clusters / 32] bits
-  float* mean_dots;         // [segments, heads] log2 scores of the segments' mean keys
   int32_t* segment_counts;  // [segments + 1] rows taken in the own segments before this one
 
-  __device__ SelectTables(std::byte* memory, int32_t clusters, int32_t segments, int32_t heads) {
+  __device__ SelectTables(std::byte* memory, int32_t clusters, int32_t heads) {
     exponents = reinterpret_cast<float*>(memory);
     stride = clusters + kTablePadding;
     begins = reinterpret_cast<uint64_t*>(exponents + stride * heads);
@@ -32,8 +31,7 @@ struct SelectTables {
     probabilities = places + clusters;
     counts = probabilities + clusters;
     refined = counts + clusters;
-    mean_dots = reinterpret_cast<float*>(refined + clusters / 32 + 1);
-    segment_counts = reinterpret_cast<int32_t*>(mean_dots + segments * heads);
+    segment_counts = reinterpret_cast<int32_t*>(refined + clusters / 32 + 1);
   }
 };
 
@@ -59,67 +57,40 @@ __device__ __forceinline__ T warp_inclusive_sum(T x) {
   return x;
 }
 
-/// One warp, one segment: fills begins, probabilities and counts of its clusters; returns the rows taken, and
-/// adds to `sampled` those that this lane's clusters took by chance.
-/// shifts[h]: log2 of the normalizer of head h over tau, and of sqrt(group size).
+/// One warp, one segment, a lane a cluster: fills begins, probabilities and counts of its clusters; returns the rows
+/// taken, and adds to `sampled` those that this lane's clusters took by chance. Short, because a step at batch 1 runs
+/// it once or twice a warp, and then instructions take longer to come than to run. shifts[h]: log2 of the normalizer of
+/// head h over tau, and of sqrt(group size).
 template <int kHeads>
 __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, const OwnSegment& segment,
                                                   const uint16_t* members, uint64_t offset, int group_size,
                                                   const float (&shifts)[kHeads], uint32_t& sampled) {
-  constexpr int kPerLane = 4;  // neighbouring clusters, so that a segment needs one scan
   const int lane = threadIdx.x & 31;
   uint64_t sum = offset;
   uint32_t taken = 0;
-  for (int32_t first = 0; first < segment.num_clusters; first += 32 * kPerLane) {
-    const bool inside =
-        first + lane * kPerLane < segment.num_clusters;  // all four or none: segments have multiples of 16
-    const int32_t c = segment.local_cluster + (inside ? first + lane * kPerLane : 0);
-    float p2[kPerLane] = {};
+#pragma unroll 1
+  for (int32_t first = 0; first < segment.num_clusters; first += 32) {
+    const bool inside = first + lane < segment.num_clusters;
+    const int32_t c = segment.local_cluster + (inside ? first + lane : 0);
+    float p2 = 0;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      if (h >= group_size) continue;
-      const float4 x = *reinterpret_cast<const float4*>(tables.exponents + h * tables.stride + c);
-      p2[0] += exp2_fast(2 * (x.x - shifts[h]));
-      p2[1] += exp2_fast(2 * (x.y - shifts[h]));
-      p2[2] += exp2_fast(2 * (x.z - shifts[h]));
-      p2[3] += exp2_fast(2 * (x.w - shifts[h]));
+      if (h < group_size) p2 += exp2_fast(2 * (tables.exponents[h * tables.stride + c] - shifts[h]));
     }
-    const uint4 places = *reinterpret_cast<const uint4*>(tables.places + c);
-    uint32_t fixed[kPerLane],
-        sizes[kPerLane] = {places.x & 0xFFFFu, places.y & 0xFFFFu, places.z & 0xFFFFu, places.w & 0xFFFFu};
-    uint64_t width = 0;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const float p = sqrt_fast(p2[i]);
-      fixed[i] = p < 1 ? static_cast<uint32_t>(p * 4294967296.0f) : kCertain;
-      if (!inside) sizes[i] = 0;
-      if (fixed[i] != kCertain) width += static_cast<uint64_t>(fixed[i]) * sizes[i];
-    }
-    const uint64_t after = warp_inclusive_sum(width);
-    uint64_t begin = sum + after - width;
-    uint32_t counts[kPerLane], count = 0;
-    uint64_t begins[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      begins[i] = begin;
-      const uint64_t next = fixed[i] == kCertain ? begin : begin + static_cast<uint64_t>(fixed[i]) * sizes[i];
-      counts[i] = fixed[i] == kCertain ? sizes[i] : static_cast<uint32_t>((next >> 32) - (begin >> 32));
-      count += counts[i];
-      if (fixed[i] != kCertain) sampled += counts[i];
-      begin = next;
-    }
+    const uint32_t place = tables.places[c], size = inside ? place & 0xFFFFu : 0;
+    const float p = sqrt_fast(p2);
+    const bool certain = !(p < 1);
+    const uint32_t fixed = certain ? kCertain : static_cast<uint32_t>(p * 4294967296.0f);
+    const uint64_t width = certain ? 0 : static_cast<uint64_t>(fixed) * size;
+    const uint64_t after = warp_inclusive_sum(width), end = sum + after, begin = end - width;
+    const uint32_t count = certain ? size : static_cast<uint32_t>((end >> 32) - (begin >> 32));
+    if (!certain) sampled += count;
     const uint32_t counted = warp_inclusive_sum(count);
-    const uint32_t before = taken + counted - count;
     if (inside) {
-      *reinterpret_cast<uint4*>(tables.probabilities + c) = {fixed[0], fixed[1], fixed[2], fixed[3]};
-      *reinterpret_cast<ulonglong2*>(tables.begins + c) = {begins[0], begins[1]};
-      *reinterpret_cast<ulonglong2*>(tables.begins + c + 2) = {begins[2], begins[3]};
-      *reinterpret_cast<uint4*>(tables.counts + c) = {before, before + counts[0], before + counts[0] + counts[1],
-                                                      before + count - counts[3]};
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (counts[i] > 0) prefetch(members + segment.first_row + ((&places.x)[i] >> 16));
-      }
+      tables.probabilities[c] = fixed;
+      tables.begins[c] = begin;
+      tables.counts[c] = taken + counted - count;
+      if (count > 0) prefetch(members + segment.first_row + (place >> 16));
     }
     sum += shuffle(after, 31);
     taken += shuffle(counted, 31);

@@ -18,7 +18,15 @@ using cuda::IndexGeometry;
 using cuda::OwnSegment;
 using cuda::OwnSegments;
 
-constexpr DeviceFacts kHopper{132, 232448, true}, kAmpere{108, 166912, false};
+// An H100: clusters lie within one of its parts, which have 16 or 18 multiprocessors.
+constexpr DeviceFacts hopper() {
+  DeviceFacts facts{132, 232448, true, {}};
+  for (int32_t blocks = 1; blocks <= cuda::kMaxSplits; ++blocks) {
+    for (const int32_t part : {16, 16, 16, 16, 16, 16, 18, 18}) facts.clusters_of[blocks] += part / blocks;
+  }
+  return facts;
+}
+constexpr DeviceFacts kHopper = hopper(), kAmpere{108, 166912, false, {}};
 
 // What fn's error says.
 template <class Fn>
@@ -100,7 +108,9 @@ TEST(OwnSegments, EverySegmentHasOneOwnerAndItsClustersOnePlace) {
 TEST(DecodeConfig, FillsTheDeviceOnce) {
   const IndexGeometry g = geometry(131072);
   EXPECT_EQ(cuda::decode_config(kHopper, g, 1, 8, 128, 4).splits, 8);
+  EXPECT_EQ(cuda::decode_config(kHopper, g, 3, 8, 128, 4).splits, 5);
   EXPECT_EQ(cuda::decode_config(kHopper, g, 4, 8, 128, 4).splits, 4);
+  EXPECT_EQ(cuda::decode_config(kHopper, g, 5, 8, 128, 4).splits, 3);
   EXPECT_EQ(cuda::decode_config(kHopper, g, 8, 8, 128, 4).splits, 2);
   EXPECT_EQ(cuda::decode_config(kHopper, g, 256, 8, 128, 4).splits, 1);
   EXPECT_EQ(cuda::decode_config(kAmpere, g, 1, 8, 128, 4).splits, 1);
@@ -117,6 +127,8 @@ TEST(DecodeConfig, TablesGoToTheWorkspaceWhereSharedMemoryIsTooSmall) {
                 << rows << " " << batch << " d" << dim << " g" << group;
             const size_t tables = cuda::table_bytes(config.own_clusters, config.own_segments, cuda::head_bucket(group));
             EXPECT_TRUE(config.block_workspace_bytes == 0 || config.block_workspace_bytes == tables);
+            const size_t in_shared = config.block_workspace_bytes == 0 ? tables : 0;
+            EXPECT_EQ(config.shared_bytes, cuda::fixed_bytes(dim, cuda::head_bucket(group), config.stages) + in_shared);
           }
         }
       }
@@ -218,7 +230,7 @@ TEST(StepStats, AddsUpTheHeadsOfASequence) {
   EXPECT_EQ(stats.refined_clusters, 2);
   EXPECT_EQ(stats.kv_bytes, 1137 * 256 + 11 * 128);
   EXPECT_EQ(stats.kv_bytes_present, 2000 * 256);
-  EXPECT_EQ(stats.index_bytes, 160 * (64 + 12) + 2 * (64 * 4 + 2) + 107 * 3);
+  EXPECT_EQ(stats.index_bytes, 160 / 16 * cuda::tile_bytes(64) + 2 * 2 + 107 * 3);
   EXPECT_DOUBLE_EQ(stats.estimated_mass, 0.75);
   EXPECT_NEAR(stats.mass_std_error, std::sqrt(0.5 * 0.5 * 0.04 / 2), 1e-7);
   EXPECT_EQ(stats.dense, DenseReason::kNone);
@@ -227,11 +239,11 @@ TEST(StepStats, AddsUpTheHeadsOfASequence) {
 }
 
 TEST(SharedMemory, NamesWhatADeviceLacks) {
-  constexpr DeviceFacts kAda{128, 101376, false};
-  const size_t bytes = cuda::fixed_bytes(256, 8);
+  constexpr DeviceFacts kAda{128, 101376, false, {}};
+  const size_t bytes = cuda::fixed_bytes(256, 8, 1);
   EXPECT_EQ(message_of([&] { cuda::check_shared("head_dim 256", bytes, kAda); }),
             text("head_dim 256 needs ", bytes, " bytes of shared memory per block, the device has 101376"));
-  cuda::check_shared("head_dim 128", cuda::fixed_bytes(128, 8), kAda);
+  cuda::check_shared("head_dim 128", cuda::fixed_bytes(128, 8, 1), kAda);
   cuda::check_shared("head_dim 256", bytes, kAmpere);
 }
 
