@@ -230,6 +230,7 @@ class DecodeBlock {
     return {0, outlier_row(own.at(c.k_own), c.outliers, min(outlier, c.outliers - 1)),
             outlier < c.outliers ? 0.0f : kLowest};
   }
+  __device__ const uint8_t* row_checks() const { return p.index.row_checks + row_of_head * p.index.geometry.max_rows; }
   __device__ int32_t num_outliers(const OwnSegment& segment) const {
     return __ldg(p.index.num_outliers + row_of_head * p.index.geometry.all_segments + segment.slot);
   }
@@ -326,14 +327,14 @@ class DecodeBlock {
       // While a tile is on its way, the next one is looked up and asked for.
       const auto meanwhile = [&] {
         if constexpr (kChecked) {
-          const uint8_t* checks = p.index.row_checks + row_of_head * p.index.geometry.max_rows;
-          if (phase == Phase::kSelected && mismatch<kDType, kDim>(checks, taken.row, k, v, now) != 0)
+          if (phase == Phase::kSelected && mismatch<kDType, kDim>(row_checks(), taken.row, k, v, now) != 0)
             buffers.found_changed = 1;
         }
         more = advance(phase, score_warps, at);
         if (!more) return;
         next = row_at(phase, at);
         prefetch_row(row_tile(next.row, 0));
+        if (kChecked && phase == Phase::kSelected) prefetch(row_checks() + next.row);
       };
       const uint32_t heavy = attend_tile<kDType, kDim, true>(state, k, v, now, fragments, key_scale, limit, meanwhile);
       const uint32_t all = __reduce_or_sync(kAllLanes, heavy);
@@ -354,6 +355,7 @@ class DecodeBlock {
   }
   // A changed row was read, so the index cannot be trusted: every row is to be read instead.
   __device__ void start_again() {
+    __syncthreads();  // those who sent have read the maxima
     changed = true;
     state = {};
     reset_maxima();
