@@ -80,6 +80,11 @@ says "$work/bytes_long is not UTF-8 text"
 call 0 bench -m "$model" --file "$work/bytes_long" -d 64 -n 2 --rounds 1 --warmup 2 -t 2 --modes dense
 says "$work/bytes_long is not UTF-8 text"
 
+# Every context that YaRN extends is the same: exact attention has no distance from itself.
+printf 'yarn\n'
+call 0 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --yarn 2 --modes 'dense;dense,seed=1' --json "$work/yarn.jsonl"
+[ "$(grep -c '"mean_kl":0.0,' "$work/yarn.jsonl")" = 2 ] || fail "with --yarn exact attention differs from itself"
+
 # A full disk.
 printf 'a full disk\n'
 call 1 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes dense --json /dev/full

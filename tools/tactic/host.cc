@@ -155,6 +155,7 @@ Host::Host(const HostOptions& options, const std::vector<Mode>& modes) : options
   configure(parse_mode("stock"));
   model_ = llama_model_load_from_file(options.model_path.c_str(), llama_model_default_params());
   if (model_ == nullptr) throw CommandError(with_reason("cannot load the model " + options.model_path));
+  trained_tokens_ = llama_model_n_ctx_train(model_);
   vocab_ = llama_model_get_vocab(model_);
   if (llama_vocab_type(vocab_) == LLAMA_VOCAB_TYPE_NONE) throw CommandError("the model has no vocabulary");
   if (llama_model_has_encoder(model_) || !llama_model_has_decoder(model_)) {
@@ -167,7 +168,7 @@ Host::~Host() {
   llama_backend_free();
 }
 
-int64_t Host::context_tokens() const { return static_cast<int64_t>(options_.yarn * llama_model_n_ctx_train(model_)); }
+int64_t Host::context_tokens() const { return static_cast<int64_t>(options_.yarn * trained_tokens_); }
 
 void Host::load_plugin() {
   const std::string path = find_plugin(options_.plugin_path);
@@ -240,7 +241,7 @@ Session::Session(Host& host, const Mode& mode, const SessionOptions& options)
   if (const double yarn = host.options().yarn; yarn > 1) {
     params.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_YARN;
     params.rope_freq_scale = static_cast<float>(1 / yarn);
-    params.yarn_orig_ctx = static_cast<uint32_t>(llama_model_n_ctx_train(host.model()));
+    params.yarn_orig_ctx = static_cast<uint32_t>(host.trained_tokens());
   }
   if (options.on_node != nullptr) {
     params.cb_eval = options.on_node;

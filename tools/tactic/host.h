@@ -66,6 +66,9 @@ class Host {
   const llama_vocab* vocab() const { return vocab_; }
   /// Tokens the model was trained for, times what YaRN adds.
   int64_t context_tokens() const;
+  /// What the model was trained on. Asked once: llama.cpp multiplies its own number with every context that YaRN
+  /// extends.
+  int32_t trained_tokens() const { return trained_tokens_; }
   int32_t vocab_size() const { return llama_vocab_n_tokens(vocab_); }
   bool has_plugin() const { return configure_ != nullptr; }
 
@@ -89,6 +92,7 @@ class Host {
 
   HostOptions options_;
   llama_model* model_ = nullptr;
+  int32_t trained_tokens_ = 0;
   const llama_vocab* vocab_ = nullptr;
   tactic_configure_fn configure_ = nullptr;
   tactic_take_totals_fn take_totals_ = nullptr;
