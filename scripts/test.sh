@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Sets up, builds and runs every test. Arguments go to ctest, e.g. scripts/test.sh -R kv_index.
+# Sets up, builds and runs every test. Arguments go to ctest, e.g. scripts/test.sh -R KvIndex.
 # scripts/test.sh --gpu runs the tests that need a CUDA device instead, also under compute-sanitizer where it is installed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/build.sh"
 get_python
 NVCC=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || true)
+[ -z "$NVCC" ] || say "nvcc is here: the CUDA library is built too (10 minutes more on two cores, once)"
 build -DTACTIC_BUILD_TESTS=ON -DTACTIC_BUILD_BENCH=ON -DTACTIC_PYTHON="$PYTHON" -DTACTIC_BUILD_CUDA="$([ -n "$NVCC" ] && echo ON || echo OFF)"
 [ -n "$NVCC" ] || say "nvcc was not found: the CUDA library is neither built nor tested"
 export TACTIC_TEST_MODEL=$MODEL

@@ -187,8 +187,11 @@ class AccelBackend {
     for (const StepStats& stats : stats_) {
       if (stats.dense == DenseReason::kRowChanged) shared().watch.note_changed_row();
     }
-    shared().stats.add_node(stats_.data(), num_queries, layer != nullptr ? layer->layer : last_layer_,
-                            now_ns() - attend_begin);
+    const ggml_tensor* cache = match->k->view_src != nullptr ? match->k->view_src : match->k;
+    if (first_cache_ == nullptr) first_cache_ = cache->data;
+    const int32_t after = cache->data == first_cache_ ? 0 : node_layer_ + 1;  // where no index and no name says it
+    node_layer_ = layer != nullptr ? layer->layer : layer_number(cache, static_cast<size_t>(after));
+    shared().stats.add_node(stats_.data(), num_queries, node_layer_, now_ns() - attend_begin);
   }
 
   void run(const ggml_tensor& node, const PluginOptions& options) {
@@ -229,6 +232,8 @@ class AccelBackend {
   std::vector<StepStats> stats_;
   std::vector<MaskRow> masks_;  // one per query of a node
   int32_t last_layer_ = -1;
+  int32_t node_layer_ = -1;            // of the node before
+  const void* first_cache_ = nullptr;  // of the first node that was computed
   uint64_t step_ = 0;
 };
 

@@ -7,15 +7,15 @@
 
 namespace tactic::plugin {
 
-namespace {
-
-constexpr size_t kMaxLayers = 1024;
-
 int32_t layer_number(const ggml_tensor* cache, size_t fallback) {
   int number = 0;
   if (std::sscanf(cache->name, "cache_k_l%d", &number) == 1) return number;
   return static_cast<int32_t>(fallback);
 }
+
+namespace {
+
+constexpr size_t kMaxLayers = 1024;
 
 bool share_memory(const CacheLayer& a, const CacheLayer& b) {
   const auto overlap = [&](const void* x, int64_t x_stream_bytes, const void* y, int64_t y_stream_bytes) {

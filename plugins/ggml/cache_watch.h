@@ -28,6 +28,9 @@ struct StreamIndex {
   explicit StreamIndex(const IndexOptions& options, const KvShape& shape) : index(options, shape) {}
 };
 
+/// The layer's number as the cache's name says it, else `fallback`.
+int32_t layer_number(const ggml_tensor* cache, size_t fallback);
+
 /// One layer's cache as attention nodes show it.
 struct CacheLayer {
   const void* owner = nullptr;  // the backend that last computed with it

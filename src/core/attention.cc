@@ -24,6 +24,12 @@ void check_query(const DecodeQuery& query) {
                 std::to_string(kv.num_kv_heads) + ")");
   }
   if (query.q == nullptr || query.out == nullptr) throw Error("q and out must not be null");
+  const auto check_stride = [&](const char* name, int64_t stride, int32_t dim) {
+    if (query.num_q_heads > 1 && stride < dim)
+      throw Error(std::string(name) + " (" + std::to_string(stride) + ") must be at least " + std::to_string(dim));
+  };
+  check_stride("q_head_stride", query.q_head_stride, kv.head_dim);
+  check_stride("out_head_stride", query.out_head_stride, kv.v_head_dim);
   if (query.index != nullptr) {
     const KvShape& shape = query.index->shape();
     if (shape.num_kv_heads != kv.num_kv_heads || shape.head_dim != kv.head_dim || shape.v_head_dim != kv.v_head_dim) {

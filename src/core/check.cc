@@ -12,7 +12,12 @@ constexpr int32_t kMaxHeads = 65536;
 
 std::string value_of(int64_t value) { return " (" + std::to_string(value) + ")"; }
 
-void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int64_t kv_len) {
+void check_stride(const std::string& name, const char* which, int64_t stride, size_t row) {
+  if (stride < static_cast<int64_t>(row))
+    throw Error(name + " " + which + value_of(stride) + " must be at least a row's " + std::to_string(row) + " bytes");
+}
+
+void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int64_t kv_len, int32_t num_heads) {
   if (rows.dtype > DType::kQ4_0)
     throw Error(name + " dtype" + value_of(static_cast<int64_t>(rows.dtype)) + " must be in 0..4");
   const bool quantized = rows.dtype == DType::kQ8_0 || rows.dtype == DType::kQ4_0;
@@ -23,6 +28,10 @@ void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int6
   }
   if (kv_len > 0 && rows.data == nullptr)
     throw Error(name + " data must not be null when kv_len is " + std::to_string(kv_len));
+  const size_t row = row_bytes(rows.dtype, dim);
+  if (kv_len > 0 && num_heads > 1) check_stride(name, "head_stride_bytes", rows.head_stride_bytes, row);
+  if (kv_len > 1 && (rows.page_table == nullptr || rows.page_tokens > 1))
+    check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row);
   if (rows.page_table == nullptr) return;
   if (rows.page_tokens < 1) throw Error(name + " page_tokens" + value_of(rows.page_tokens) + " must be at least 1");
   if (rows.num_pages < 0) throw Error(name + " num_pages" + value_of(rows.num_pages) + " must be at least 0");
@@ -42,8 +51,8 @@ void check_view(const KvView& kv) {
     throw Error("num_kv_heads" + value_of(kv.num_kv_heads) + " must be in 1.." + std::to_string(kMaxHeads));
   }
   if (kv.kv_len < 0 || kv.kv_len > INT32_MAX) throw Error("kv_len" + value_of(kv.kv_len) + " must be in 0..2^31-1");
-  check_rows("K", kv.k, kv.head_dim, kv.kv_len);
-  check_rows("V", kv.v, kv.v_head_dim, kv.kv_len);
+  check_rows("K", kv.k, kv.head_dim, kv.kv_len, kv.num_kv_heads);
+  check_rows("V", kv.v, kv.v_head_dim, kv.kv_len, kv.num_kv_heads);
 }
 
 void check_threads(int32_t num_threads) {

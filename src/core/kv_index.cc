@@ -93,8 +93,8 @@ void KvIndex::write(int64_t row_begin, int64_t count) {
 }
 
 void KvIndex::truncate(int64_t kv_len) {
+  if (kv_len < 0) throw Error("kv_len (" + std::to_string(kv_len) + ") must be at least 0");
   IndexState& s = *state_;
-  kv_len = std::max<int64_t>(kv_len, 0);
   if (kv_len >= s.rows_end) return;
   s.written.reset_range(kv_len, s.rows_end);
   s.indexed.reset_range(kv_len, s.rows_end);
@@ -340,8 +340,8 @@ int64_t KvIndex::verify(const KvView& kv) {
   return changed;
 }
 
-uint64_t KvIndex::written_word(int64_t word) const { return state_->written.word(word); }
-uint64_t KvIndex::indexed_word(int64_t word) const { return state_->indexed.word(word); }
+uint64_t KvIndex::written_word(int64_t word) const { return word < 0 ? 0 : state_->written.word(word); }
+uint64_t KvIndex::indexed_word(int64_t word) const { return word < 0 ? 0 : state_->indexed.word(word); }
 int64_t KvIndex::rows_written() const { return state_->written.count_range(0, state_->rows_end); }
 int64_t KvIndex::rows_indexed() const { return state_->indexed.count_range(0, state_->rows_end); }
 
@@ -352,6 +352,8 @@ int64_t KvIndex::num_clusters() const {
 }
 
 double KvIndex::mean_spread(int32_t head) const {
+  if (head < 0 || head >= state_->shape.num_kv_heads)
+    throw Error("head (" + std::to_string(head) + ") must be in 0.." + std::to_string(state_->shape.num_kv_heads - 1));
   double sum = 0, rows = 0;
   for (const Segment& segment : state_->segments) {
     const HeadClusters& clusters = segment.heads.at(static_cast<size_t>(head));

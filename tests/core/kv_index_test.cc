@@ -190,6 +190,17 @@ TEST(KvIndex, TruncateForgetsAndAppendingAgainRestores) {
   }
 }
 
+TEST(KvIndex, NumbersBelowZero) {
+  const Cache cache(spec_of(600));
+  const auto index = build_index(cache, kSmall);
+  EXPECT_THROW(index->truncate(-1), Error);
+  EXPECT_THROW(index->mean_spread(-1), Error);
+  EXPECT_THROW(index->mean_spread(99), Error);
+  EXPECT_EQ(index->written_word(-1), 0u);
+  EXPECT_EQ(index->indexed_word(-1), 0u);
+  EXPECT_EQ(index->rows_written(), 600);
+}
+
 TEST(KvIndex, TruncateBeyondTheEndChangesNothing) {
   const Cache cache(spec_of(600));
   const auto index = build_index(cache, kSmall);

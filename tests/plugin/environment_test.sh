@@ -41,8 +41,9 @@ ask "a full disk" $sparse TACTIC_STATS=/dev/full
 ask "statistics nowhere" $sparse TACTIC_STATS="$work/no/such/folder"
 [ "$(lines 'cannot write statistics')" = 1 ] || fail "the missing folder is named $(lines 'cannot write statistics') times"
 
-ask "statistics" $sparse TACTIC_STATS="$work/stats"
-python3 - "$work/stats" <<'PY' || fail "the statistics are no good"
+for quality in high exact; do
+ask "statistics of $quality" "$sparse,quality=$quality" TACTIC_STATS="$work/stats_$quality"
+python3 - "$work/stats_$quality" <<'PY' || fail "the statistics of $quality are no good"
 import json, sys
 steps = [json.loads(line) for line in open(sys.argv[1])]
 assert len(steps) >= 20, f"{len(steps)} steps"
@@ -50,6 +51,7 @@ assert [s["step"] for s in steps] == list(range(len(steps))), "steps are numbere
 assert all(s["layers"] == 30 and s["queries"] == 30 for s in steps), "a step has 30 layers"
 assert all(s["kv_bytes"] > 0 for s in steps), "bytes read"
 PY
+done
 
 printf 'a server with three slots\n'
 python3 "$(dirname "$0")/server_test.py" "$bin/llama-server" "$TACTIC_TEST_MODEL" 2> "$work/err" || fail "the server"

@@ -49,6 +49,18 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
   kv.kv_len = int64_t{1} << 31;
   expect_error(kv, "kv_len (2147483648)");
   kv = sound;
+  kv.k.token_stride_bytes = 0;
+  expect_error(kv, "K token_stride_bytes (0) must be at least a row's");
+  kv = sound;
+  kv.v.head_stride_bytes = 0;
+  expect_error(kv, "V head_stride_bytes (0) must be at least a row's");
+  DecodeQuery forgotten = problem.query;
+  forgotten.q_head_stride = 0;
+  EXPECT_THAT([&] { attention.run({&forgotten, 1}); }, ThrowsMessage<Error>(HasSubstr("q_head_stride (0) must be")));
+  forgotten = problem.query;
+  forgotten.out_head_stride = 0;
+  EXPECT_THAT([&] { attention.run({&forgotten, 1}); }, ThrowsMessage<Error>(HasSubstr("out_head_stride (0) must be")));
+  kv = sound;
   kv.num_kv_heads = 65537;
   expect_error(kv, "num_kv_heads (65537) must be in 1..65536");
 

@@ -85,6 +85,12 @@ printf 'yarn\n'
 call 0 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --yarn 2 --modes 'dense;dense,seed=1' --json "$work/yarn.jsonl"
 [ "$(grep -c '"mean_kl":0.0,' "$work/yarn.jsonl")" = 2 ] || fail "with --yarn exact attention differs from itself"
 
+mkdir "$work/folder"
+refuses 1 "it is a directory" eval tasks -m "$model" --items "$work/folder" -o "$work/results"
+: > "$work/no_items"
+refuses 1 "no items in $work/no_items" eval tasks -m "$model" --items "$work/no_items" -o "$work/results"
+call 0 --version
+
 # A full disk.
 printf 'a full disk\n'
 call 1 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes dense --json /dev/full

@@ -60,7 +60,7 @@ std::vector<std::string> expand_value(const std::string& value, const std::strin
                high = parse_value(value.substr(dash + 1, by - dash - 1), item);
   const double step = parse_value(value.substr(by + 1), item);
   const bool times = value[by] == 'x';
-  if (times ? !(step > 1 && low > 0) : !(step > 0))
+  if (high < low || (times ? !(step > 1 && low > 0) : !(step > 0)))
     throw CommandError("--select '" + item + "': the range '" + value + "' does not rise");
   for (double x = low; x <= high * (1 + 1e-9); x = times ? x * step : x + step) {
     out.push_back(format("%.6g", x));

@@ -4,6 +4,7 @@
 #include <exception>
 #include <string>
 
+#include "tactic/c_api.h"
 #include "verbs.h"
 
 namespace tactic::tool {
@@ -27,6 +28,7 @@ int main(int argc, char** argv) {
       "'sample,error=0.03' 'sample,tau=2000' 'fit,mass=0.9' 'topk,budget=1024' 'quality=balanced'.\n"
       "Help for a verb: tactic run --help");
   app.require_subcommand(1);
+  app.set_version_flag("--version", std::string("tactic ") + tactic_version());
   tactic::tool::add_run(app);
   tactic::tool::add_bench(app);
   tactic::tool::add_eval(app);
