@@ -86,6 +86,8 @@ call 0 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --yarn 2 --modes 'dense;d
 [ "$(grep -c '"mean_kl":0.0,' "$work/yarn.jsonl")" = 2 ] || fail "with --yarn exact attention differs from itself"
 
 mkdir "$work/folder"
+refuses 1 "cannot write $work/folder: it is a directory" trace -m "$model" --records 0 -o "$work/folder"
+refuses 1 "cannot write $work/no/trace: No such file" trace -m "$model" --records 0 -o "$work/no/trace"
 refuses 1 "it is a directory" eval tasks -m "$model" --items "$work/folder" -o "$work/results"
 : > "$work/no_items"
 refuses 1 "no items in $work/no_items" eval tasks -m "$model" --items "$work/no_items" -o "$work/results"
