@@ -30,6 +30,7 @@ void check_query(const DecodeQuery& query) {
   };
   check_stride("q_head_stride", query.q_head_stride, kv.head_dim);
   check_stride("out_head_stride", query.out_head_stride, kv.v_head_dim);
+  check_strides(kv);
   if (query.index != nullptr) {
     const KvShape& shape = query.index->shape();
     if (shape.num_kv_heads != kv.num_kv_heads || shape.head_dim != kv.head_dim || shape.v_head_dim != kv.v_head_dim) {

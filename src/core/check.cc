@@ -17,7 +17,7 @@ void check_stride(const std::string& name, const char* which, int64_t stride, si
     throw Error(name + " " + which + value_of(stride) + " must be at least a row's " + std::to_string(row) + " bytes");
 }
 
-void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int64_t kv_len, int32_t num_heads) {
+void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int64_t kv_len) {
   if (rows.dtype > DType::kQ4_0)
     throw Error(name + " dtype" + value_of(static_cast<int64_t>(rows.dtype)) + " must be in 0..4");
   const bool quantized = rows.dtype == DType::kQ8_0 || rows.dtype == DType::kQ4_0;
@@ -28,10 +28,6 @@ void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int6
   }
   if (kv_len > 0 && rows.data == nullptr)
     throw Error(name + " data must not be null when kv_len is " + std::to_string(kv_len));
-  const size_t row = row_bytes(rows.dtype, dim);
-  if (kv_len > 0 && num_heads > 1) check_stride(name, "head_stride_bytes", rows.head_stride_bytes, row);
-  if (kv_len > 1 && (rows.page_table == nullptr || rows.page_tokens > 1))
-    check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row);
   if (rows.page_table == nullptr) return;
   if (rows.page_tokens < 1) throw Error(name + " page_tokens" + value_of(rows.page_tokens) + " must be at least 1");
   if (rows.num_pages < 0) throw Error(name + " num_pages" + value_of(rows.num_pages) + " must be at least 0");
@@ -51,8 +47,19 @@ void check_view(const KvView& kv) {
     throw Error("num_kv_heads" + value_of(kv.num_kv_heads) + " must be in 1.." + std::to_string(kMaxHeads));
   }
   if (kv.kv_len < 0 || kv.kv_len > INT32_MAX) throw Error("kv_len" + value_of(kv.kv_len) + " must be in 0..2^31-1");
-  check_rows("K", kv.k, kv.head_dim, kv.kv_len, kv.num_kv_heads);
-  check_rows("V", kv.v, kv.v_head_dim, kv.kv_len, kv.num_kv_heads);
+  check_rows("K", kv.k, kv.head_dim, kv.kv_len);
+  check_rows("V", kv.v, kv.v_head_dim, kv.kv_len);
+}
+
+void check_strides(const KvView& kv) {
+  const auto check = [&](const char* name, const RowsView& rows, int32_t dim) {
+    const size_t row = row_bytes(rows.dtype, dim);
+    if (kv.kv_len > 0 && kv.num_kv_heads > 1) check_stride(name, "head_stride_bytes", rows.head_stride_bytes, row);
+    if (kv.kv_len > 1 && (rows.page_table == nullptr || rows.page_tokens > 1))
+      check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row);
+  };
+  check("K", kv.k, kv.head_dim);
+  check("V", kv.v, kv.v_head_dim);
 }
 
 void check_threads(int32_t num_threads) {

@@ -294,6 +294,7 @@ void check_view_of(const IndexState& s, const KvView& kv) {
     throw Error("kv_len (" + std::to_string(kv.kv_len) + ") must cover the " + std::to_string(s.rows_end) +
                 " rows written");
   }
+  check_strides(kv);
 }
 
 }  // namespace
