@@ -176,7 +176,7 @@ __device__ __forceinline__ void raise_max(AttendState<kDim>& state, const float 
 /// Reads a tile of rows. Rows of log weight 0 are certain, of a greater one sampled. Returns whether a sampled row that
 /// this lane weighed stands for more than `limit` (log2, of the lane's head), as a bit per row. meanwhile() runs while
 /// the rows are on their way.
-template <DType kDType, int kDim, bool kSampled, class Meanwhile>
+template <DType kDType, int kDim, class Meanwhile>
 __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const std::byte* k, const std::byte* v,
                                                 const RowTile& tile, const SharedFragments<kDim>& q, float scale,
                                                 float limit, Meanwhile meanwhile) {
@@ -200,12 +200,10 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
   for (int j = 0; j < 4; ++j) {
     weights[j] = exp2_fast(x[j] - state.max);
     state.sum += weights[j];
-    if constexpr (kSampled) {
-      if (log_weights[j] > 0) {
-        state.sampled_sum += weights[j];
-        state.sampled_variance += weights[j] * weights[j] * (1 - exp2_fast(-log_weights[j]));
-        if (x[j] > limit) heavy |= 1u << (2 * t + (j & 1) + 8 * (j >> 1));
-      }
+    if (log_weights[j] > 0) {
+      state.sampled_sum += weights[j];
+      state.sampled_variance += weights[j] * weights[j] * (1 - exp2_fast(-log_weights[j]));
+      if (x[j] > limit) heavy |= 1u << (2 * t + (j & 1) + 8 * (j >> 1));
     }
   }
   add_values<Chunk<kDType>::kBf16, kDim>(state, values, weights);

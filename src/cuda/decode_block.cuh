@@ -41,8 +41,7 @@ class DecodeBlock {
     row_of_head = static_cast<int64_t>(sequence) * b.num_kv_heads + head;
     const IndexGeometry& g = p.index.geometry;
     members = p.index.members + row_of_head * g.max_rows;
-    scale = b.sm_scale * kLog2E;
-    key_scale = scale * head_scale<kDType>(b.k, head);
+    key_scale = b.sm_scale * kLog2E * head_scale<kDType>(b.k, head);
     value_scale = head_scale<kDType>(b.v, head);
   }
 
@@ -336,7 +335,7 @@ class DecodeBlock {
         prefetch_row(row_tile(next.row, 0));
         if (kChecked && phase == Phase::kSelected) prefetch(row_checks() + next.row);
       };
-      const uint32_t heavy = attend_tile<kDType, kDim, true>(state, k, v, now, fragments, key_scale, limit, meanwhile);
+      const uint32_t heavy = attend_tile<kDType, kDim>(state, k, v, now, fragments, key_scale, limit, meanwhile);
       const uint32_t all = __reduce_or_sync(kAllLanes, heavy);
       if (all != 0) {
         found = true;
@@ -481,7 +480,7 @@ class DecodeBlock {
   const std::byte *k, *v;
   const uint16_t* members;
   int64_t row_of_head;
-  float scale, key_scale, value_scale;  // of scores and of outputs; key_scale for the stored numbers
+  float key_scale, value_scale;  // of scores and outputs of the stored numbers
   AttendState<kDim> state;
   RunningSum estimates[kHeads / 4];
 };

@@ -4,10 +4,8 @@
 // one saved state every mode decodes twice, each time in a context of its own: along the right answer (log-probability,
 // KL against exact attention), and greedily. Scores and statistics are made from the lines by eval/tasks.
 #include <algorithm>
-#include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <map>
 #include <memory>
@@ -69,11 +67,7 @@ Item parse_item(const std::string& line, const TasksOptions& options, const std:
 
 /// Broken lines are named on stderr, skipped and counted.
 std::vector<Item> read_items(const TasksOptions& options, const std::string& model, int64_t& broken) {
-  const std::string what = "cannot read the items " + options.items + ": ";
-  std::error_code error_code;
-  if (std::filesystem::is_directory(options.items, error_code)) throw CommandError(what + "it is a directory");
-  std::ifstream file(options.items);
-  if (!file) throw CommandError(what + std::strerror(errno));
+  std::ifstream file = open_input(options.items, "the items ");
   std::vector<Item> items;
   std::set<std::string> ids;
   std::string line;

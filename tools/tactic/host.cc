@@ -1,9 +1,9 @@
 #include "host.h"
+#include "text.h"
 
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -75,10 +75,7 @@ std::string find_plugin(const std::string& asked) {
 
 // llama.cpp's own messages about a bad file run over several lines and do not name the simple causes.
 void check_model_file(const std::string& path) {
-  std::error_code error;
-  if (fs::is_directory(path, error)) throw CommandError("cannot read the model " + path + ": it is a directory");
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw CommandError("cannot read the model " + path + ": " + std::strerror(errno));
+  std::ifstream file = open_input(path, "the model ");
   char magic[4] = {};
   file.read(magic, sizeof magic);
   if (file.gcount() != sizeof magic || std::memcmp(magic, "GGUF", 4) != 0) {

@@ -79,11 +79,17 @@ int64_t repair_utf8(std::string& text, size_t* first) {
   return places;
 }
 
-std::string read_text(const std::string& path) {
+std::ifstream open_input(const std::string& path, const std::string& what) {
   std::error_code error;
-  if (std::filesystem::is_directory(path, error)) throw CommandError("cannot read " + path + ": it is a directory");
+  if (std::filesystem::is_directory(path, error))
+    throw CommandError("cannot read " + what + path + ": it is a directory");
   std::ifstream file(path, std::ios::binary);
-  if (!file) throw CommandError("cannot read " + path + ": " + std::strerror(errno));
+  if (!file) throw CommandError("cannot read " + what + path + ": " + std::strerror(errno));
+  return file;
+}
+
+std::string read_text(const std::string& path) {
+  std::ifstream file = open_input(path);
   std::string text{std::istreambuf_iterator<char>(file), {}};
   constexpr size_t kMaxBytes = size_t{1} << 30;  // llama.cpp counts bytes and tokens in 32 bits
   if (text.size() > kMaxBytes) throw CommandError(path + " is larger than 1 GiB");

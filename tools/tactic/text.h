@@ -4,6 +4,7 @@
 #include <llama.h>
 
 #include <cstdint>
+#include <fstream>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,6 +14,8 @@ namespace tactic::tool {
 /// Bytes that are no valid UTF-8, and zero bytes, become U+FFFD. Returns how many places; `first` is the offset of the
 /// first.
 int64_t repair_utf8(std::string& text, size_t* first);
+/// Throws CommandError that says why it cannot be read; `what` it is, as in "the model ".
+std::ifstream open_input(const std::string& path, const std::string& what = "");
 /// The whole file as valid UTF-8; warns on stderr about what was replaced.
 std::string read_text(const std::string& path);
 
