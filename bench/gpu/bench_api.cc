@@ -36,6 +36,7 @@ struct BenchBatch {
   const void* q;
   void* out;
   int32_t layer;
+  int32_t learn;
 };
 
 static cuda::DecodeBatch batch_of(const BenchBatch& b) {
@@ -53,6 +54,7 @@ static cuda::DecodeBatch batch_of(const BenchBatch& b) {
   batch.q_dtype = dtype;
   batch.out = b.out;
   batch.layer = b.layer;
+  batch.learn = b.learn != 0;
   return batch;
 }
 

@@ -26,7 +26,7 @@ class Batch(ctypes.Structure):
                 ("head_dim", ctypes.c_int32), ("bf16", ctypes.c_int32), ("sm_scale", ctypes.c_float),
                 ("k", ctypes.c_void_p), ("v", ctypes.c_void_p), ("sequence_stride_bytes", ctypes.c_int64),
                 ("head_stride_bytes", ctypes.c_int64), ("token_stride_bytes", ctypes.c_int64), ("kv_lens", ctypes.c_void_p),
-                ("q", ctypes.c_void_p), ("out", ctypes.c_void_p), ("layer", ctypes.c_int32)]
+                ("q", ctypes.c_void_p), ("out", ctypes.c_void_p), ("layer", ctypes.c_int32), ("learn", ctypes.c_int32)]
 
 
 def load(path):
@@ -155,7 +155,7 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
     def batch_at(i):
         k, v, q = data[i]
         return Batch(batch, Q_HEADS, KV_HEADS, DIM, 1, DIM ** -0.5, k.data_ptr(), v.data_ptr(), rows * KV_HEADS * DIM * 2, DIM * 2,
-                     KV_HEADS * DIM * 2, lens.data_ptr(), q.data_ptr(), outs[i].data_ptr(), i)
+                     KV_HEADS * DIM * 2, lens.data_ptr(), q.data_ptr(), outs[i].data_ptr(), i, 0)
 
     graphs, facts = {}, {}
 
@@ -238,6 +238,8 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
         decode = lib.bench_decode(setting["tau"], setting["refine"], batch, Q_HEADS, KV_HEADS, DIM, rows, *key, int(setting["checks"]))
         records = torch.zeros(batch * KV_HEADS, lib.bench_record_bytes() // 4, dtype=torch.int32, device="cuda")
         tokens, refined, masses = [], [], []
+        for i in range(layers):
+            batches[i].learn = setting["learn"]
         for i in range(min(layers, 4)):
             run(decode, lambda j: own[j], i, torch.cuda.current_stream().cuda_stream, records.data_ptr())
             torch.cuda.synchronize()
@@ -283,6 +285,7 @@ def main():
     parser.add_argument("--tau", default="1000")
     parser.add_argument("--refine", type=float, default=0.01)
     parser.add_argument("--checks", default="0", help="1: rows are compared with their check values; 0,1: both")
+    parser.add_argument("--learn", default="0", help="1: steps learn, and follow heads that copy; 0,1: both")
     parser.add_argument("--trace-rows", help="rows of tactic eval trace of the same settings, sample,tau=T,cluster=S,outliers=O, on real keys")
     parser.add_argument("--flashinfer", action="store_true", help="FlashInfer's batch decode among the baselines")
     parser.add_argument("--repeats", type=int, default=15)
@@ -300,9 +303,10 @@ def main():
         for shape in args.shapes.split(","):
             batch, rows = map(int, shape.split("x"))
             print(f"batch {batch}, kv_len {rows}", flush=True)
-            settings = [{"name": f"sample tau {tau} size {size}" + (" checks" if checks == "1" else ""), "checks": checks == "1", "cluster_tokens": int(size), "tau": float(tau), "refine": args.refine,
+            settings = [{"name": f"sample tau {tau} size {size}" + (" checks" if checks == "1" else "") + (" learn" if learn == "1" else ""),
+                         "checks": checks == "1", "learn": learn == "1", "cluster_tokens": int(size), "tau": float(tau), "refine": args.refine,
                          "outliers": args.outliers, "recent": args.recent, **on_traces.get((float(tau), int(size), args.outliers), {})} for size in args.sizes.split(",") for tau in args.tau.split(",")
-                        for checks in args.checks.split(",")]
+                        for checks in args.checks.split(",") for learn in args.learn.split(",")]
             run_shape(lib, batch, rows, settings, args, bandwidth, emit)
 
 

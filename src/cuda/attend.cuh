@@ -175,11 +175,11 @@ __device__ __forceinline__ void raise_max(AttendState<kDim>& state, const float 
 
 /// Reads a tile of rows. Rows of log weight 0 are certain, of a greater one sampled. Returns whether a sampled row that
 /// this lane weighed stands for more than `limit` (log2, of the lane's head), as a bit per row. meanwhile() runs while
-/// the rows are on their way.
-template <DType kDType, int kDim, class Meanwhile>
+/// the rows are on their way, scored(scores) sees their own scores, as score_rows has them.
+template <DType kDType, int kDim, class Meanwhile, class Scored>
 __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const std::byte* k, const std::byte* v,
                                                 const RowTile& tile, const SharedFragments<kDim>& q, float scale,
-                                                float limit, Meanwhile meanwhile) {
+                                                float limit, Meanwhile meanwhile, Scored scored) {
   uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
   load_keys<kDType, kDim>(k, tile, low, high);
   load_values<kDType, kDim>(v, tile, values);
@@ -187,6 +187,7 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
   float x[4];
   score_rows<kDType, kDim>(q, low, high, scale, x);
   const int t = threadIdx.x & 3;
+  scored(x);
   float log_weights[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -212,10 +213,11 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
 
 /// Reads a tile of rows of a cluster that was sampled and is to be read whole. Lane l says of row l & 15 whether it is
 /// `inside`, and whether it was `taken` with `log_weight` (log2): such a row is lowered to the weight of a certain one.
-template <DType kDType, int kDim>
+/// scored as in attend_tile.
+template <DType kDType, int kDim, class Scored>
 __device__ __forceinline__ void attend_rest(AttendState<kDim>& state, const std::byte* k, const std::byte* v,
                                             const RowTile& tile, bool inside, bool taken, float log_weight,
-                                            const SharedFragments<kDim>& q, float scale) {
+                                            const SharedFragments<kDim>& q, float scale, Scored scored) {
   uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
   load_keys<kDType, kDim>(k, tile, low, high);
   load_values<kDType, kDim>(v, tile, values);
@@ -229,6 +231,7 @@ __device__ __forceinline__ void attend_rest(AttendState<kDim>& state, const std:
     was_taken[j] = shuffle(static_cast<int>(taken), row) != 0;
     if (shuffle(static_cast<int>(inside), row) == 0) x[j] = kLowest;
   }
+  scored(x);
   raise_max(state, x);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {

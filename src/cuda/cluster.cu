@@ -10,6 +10,8 @@ namespace {
 
 constexpr int kClusterThreads = 256;
 constexpr int kRowTile = 64, kClusterTile = 128;
+/// Dimensions in shared memory at a time where a device has 99 KB: all, or parts in turn, which is slower.
+constexpr int small_dims(int dim) { return dim <= 96 ? dim : 64; }
 
 /// Per segment and head, in device memory.
 struct Scratch {
@@ -32,10 +34,10 @@ struct Scratch {
   }
 };
 
-template <int kDim>
+template <int kDim, int kDims>
 struct ClusterShared {
-  float x[kDim][kRowTile + 4];
-  float c[kDim][kClusterTile + 4];
+  float x[kDims][kRowTile + 4];
+  float c[kDims][kClusterTile + 4];
   float c_norms2[kClusterTile];
   float mean[kDim];
   float reduce[kClusterThreads];
@@ -43,12 +45,12 @@ struct ClusterShared {
   int32_t num_kept, num_outliers;
 };
 
-template <DType kDType, int kDim>
+template <DType kDType, int kDim, int kDims>
 class SegmentClustering {
  public:
   __device__ SegmentClustering(const ClusterParams& params, std::byte* memory)
       : p(params),
-        s(*reinterpret_cast<ClusterShared<kDim>*>(memory)),
+        s(*reinterpret_cast<ClusterShared<kDim, kDims>*>(memory)),
         head(blockIdx.y),
         number(params.first_segment + static_cast<int>(blockIdx.x)),
         num_rows(params.provisional ? params.index.geometry.provisional_tokens : params.index.geometry.segment_tokens),
@@ -83,7 +85,6 @@ class SegmentClustering {
   }
 
  private:
-  // Eight elements of a stored row, as they are stored.
   __device__ void decode(const std::byte* row, int chunk, float (&x)[8]) const {
     to_floats<kDType>(Chunk<kDType>::load(row, chunk), x);
   }
@@ -159,7 +160,7 @@ class SegmentClustering {
         __syncthreads();
       }
     }
-    // Kept rows and outliers in ascending order, by one warp.
+    // Kept rows and outliers, ascending, by one warp.
     uint16_t* members = p.index.members + row_of_head * p.index.geometry.max_rows + first_row;
     if (threadIdx.x < 32) {
       int32_t kept = 0, outliers = 0;
@@ -254,40 +255,59 @@ class SegmentClustering {
     __syncthreads();
   }
 
+  // Tiles of clusters from c0 on and of kept rows from i0 on, in dimensions from d0 on.
+  __device__ void load_centroids(int c0, int d0) {
+    for (int i = threadIdx.x; i < kClusterTile * kDims; i += kClusterThreads) {
+      const int c = i / kDims, d = i % kDims;
+      s.c[d][c] = c0 + c < p.num_clusters ? scratch.centroids[static_cast<int64_t>(c0 + c) * kDim + d0 + d] : 0;
+    }
+  }
+  __device__ void load_keys(int i0, int d0) {
+    for (int i = threadIdx.x; i < kRowTile * (kDims / 8); i += kClusterThreads) {
+      const int row = i % kRowTile, chunk = i / kRowTile;
+      float x[8] = {};
+      if (i0 + row < n) decode_key(scratch.rows[i0 + row], d0 / 8 + chunk, x);
+      for (int j = 0; j < 8; ++j) s.x[chunk * 8 + j][row] = x[j] - s.mean[d0 + chunk * 8 + j];
+    }
+  }
+  // A warp a centroid, of those from c0 on.
+  __device__ void centroid_norms(int c0) {
+    const int lane = threadIdx.x % 32;
+    for (int c = threadIdx.x / 32; c < kClusterTile; c += kClusterThreads / 32) {
+      float norm2 = 0;
+      for (int d = lane; d < kDim && c0 + c < p.num_clusters; d += 32) {
+        const float x = scratch.centroids[static_cast<int64_t>(c0 + c) * kDim + d];
+        norm2 += x * x;
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) norm2 += shuffle_xor(norm2, step);
+      if (lane == 0) s.c_norms2[c] = c0 + c < p.num_clusters ? norm2 : INFINITY;
+    }
+  }
+
   // nearest[i], and v_norms2[i] = |c|^2 - 2 x.c of it.
   __device__ void assign() {
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     for (int c0 = 0; c0 < p.num_clusters; c0 += kClusterTile) {
-      for (int i = threadIdx.x; i < kClusterTile * kDim; i += kClusterThreads) {
-        const int c = i / kDim, d = i % kDim;
-        s.c[d][c] = c0 + c < p.num_clusters ? scratch.centroids[static_cast<int64_t>(c0 + c) * kDim + d] : 0;
-      }
-      __syncthreads();
-      for (int c = threadIdx.x; c < kClusterTile; c += kClusterThreads) {
-        float norm2 = 0;
-        for (int d = 0; d < kDim; ++d) norm2 += s.c[d][c] * s.c[d][c];
-        s.c_norms2[c] = c0 + c < p.num_clusters ? norm2 : INFINITY;
-      }
+      centroid_norms(c0);
       for (int i0 = 0; i0 < n; i0 += kRowTile) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < kRowTile * (kDim / 8); i += kClusterThreads) {
-          const int row = i % kRowTile, chunk = i / kRowTile;
-          float x[8] = {};
-          if (i0 + row < n) decode_key(scratch.rows[i0 + row], chunk, x);
-          for (int j = 0; j < 8; ++j) s.x[chunk * 8 + j][row] = x[j] - s.mean[chunk * 8 + j];
-        }
-        __syncthreads();
         float dots[4][8] = {};
+        for (int d0 = 0; d0 < kDim; d0 += kDims) {
+          __syncthreads();
+          if (i0 == 0 || kDims < kDim) load_centroids(c0, d0);
+          load_keys(i0, d0);
+          __syncthreads();
 #pragma unroll 8
-        for (int d = 0; d < kDim; ++d) {
-          const float4 x = *reinterpret_cast<const float4*>(&s.x[d][ty * 4]);
-          const float4 a = *reinterpret_cast<const float4*>(&s.c[d][tx * 4]),
-                       b = *reinterpret_cast<const float4*>(&s.c[d][64 + tx * 4]);
-          const float xs[4] = {x.x, x.y, x.z, x.w}, cs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+          for (int d = 0; d < kDims; ++d) {
+            const float4 x = *reinterpret_cast<const float4*>(&s.x[d][ty * 4]);
+            const float4 a = *reinterpret_cast<const float4*>(&s.c[d][tx * 4]),
+                         b = *reinterpret_cast<const float4*>(&s.c[d][64 + tx * 4]);
+            const float xs[4] = {x.x, x.y, x.z, x.w}, cs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
+            for (int r = 0; r < 4; ++r) {
 #pragma unroll
-            for (int c = 0; c < 8; ++c) dots[r][c] += xs[r] * cs[c];
+              for (int c = 0; c < 8; ++c) dots[r][c] += xs[r] * cs[c];
+            }
           }
         }
 #pragma unroll
@@ -425,7 +445,7 @@ class SegmentClustering {
   }
 
   const ClusterParams& p;
-  ClusterShared<kDim>& s;
+  ClusterShared<kDim, kDims>& s;
   const int head, number;
   const int32_t num_rows, first_row, slot;
   const Scratch scratch;
@@ -436,36 +456,43 @@ class SegmentClustering {
   int32_t n = 0;
 };
 
-template <DType kDType, int kDim>
+template <DType kDType, int kDim, int kDims>
 __global__ void __launch_bounds__(kClusterThreads) cluster_kernel(const __grid_constant__ ClusterParams params) {
   extern __shared__ __align__(16) std::byte shared[];
-  SegmentClustering<kDType, kDim>(params, shared).run();
+  SegmentClustering<kDType, kDim, kDims>(params, shared).run();
 }
 
 }  // namespace
 
 size_t cluster_shared_bytes(int32_t head_dim) {
-  return head_dim == 64    ? sizeof(ClusterShared<64>)
-         : head_dim == 80  ? sizeof(ClusterShared<80>)
-         : head_dim == 96  ? sizeof(ClusterShared<96>)
-         : head_dim == 128 ? sizeof(ClusterShared<128>)
-                           : sizeof(ClusterShared<256>);
+  return head_dim == 64    ? sizeof(ClusterShared<64, small_dims(64)>)
+         : head_dim == 80  ? sizeof(ClusterShared<80, small_dims(80)>)
+         : head_dim == 96  ? sizeof(ClusterShared<96, small_dims(96)>)
+         : head_dim == 128 ? sizeof(ClusterShared<128, small_dims(128)>)
+                           : sizeof(ClusterShared<256, small_dims(256)>);
 }
 
 size_t cluster_scratch_bytes(int32_t rows, int32_t clusters, int32_t head_dim) {
   return (static_cast<size_t>(clusters) * head_dim + 5 * static_cast<size_t>(rows) + clusters + 1 + 31) / 32 * 128;
 }
 
-void launch_cluster(const ClusterParams& params, cudaStream_t stream) {
+void launch_cluster(const ClusterParams& params, const DeviceFacts& device, cudaStream_t stream) {
   if (params.num_segments == 0) return;
-  dispatch(params.batch, [&]<DType kDType, int kDim, int kHeads>() {
-    const auto kernel = cluster_kernel<kDType, kDim>;
-    constexpr size_t kBytes = sizeof(ClusterShared<kDim>);
+  const auto launch = [&]<DType kDType, int kDim, int kDims>() {
+    const auto kernel = cluster_kernel<kDType, kDim, kDims>;
+    constexpr size_t kBytes = sizeof(ClusterShared<kDim, kDims>);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)),
           "shared memory of cluster");
     const dim3 grid(static_cast<unsigned>(params.num_segments), static_cast<unsigned>(params.batch.num_kv_heads));
     kernel<<<grid, kClusterThreads, kBytes, stream>>>(params);
     check(cudaGetLastError(), "cluster");
+  };
+  dispatch(params.batch, [&]<DType kDType, int kDim, int kHeads>() {
+    if (sizeof(ClusterShared<kDim, kDim>) <= device.shared_bytes_per_block) {
+      launch.template operator()<kDType, kDim, kDim>();
+    } else {
+      launch.template operator()<kDType, kDim, small_dims(kDim)>();
+    }
   });
 }
 

@@ -6,18 +6,19 @@ namespace tactic::cuda {
 
 namespace {
 
-template <DType kDType, int kDim, int kHeads, bool kChecked>
+template <DType kDType, int kDim, int kHeads, StepKind kKind>
 __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(16) std::byte shared[];
-  DecodeBlock<kDType, kDim, kHeads, kChecked>(params, shared).run();
+  DecodeBlock<kDType, kDim, kHeads, kKind>(params, shared).run();
 }
 
 __global__ void __launch_bounds__(kThreads, 1) empty_kernel() {}
 
 template <DType kDType, int kDim, int kHeads>
 void launch(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream) {
-  const auto kernel =
-      params.check_rows ? decode_kernel<kDType, kDim, kHeads, true> : decode_kernel<kDType, kDim, kHeads, false>;
+  const auto kernel = params.facts != nullptr ? decode_kernel<kDType, kDim, kHeads, StepKind::kLearning>
+                      : params.check_rows     ? decode_kernel<kDType, kDim, kHeads, StepKind::kChecked>
+                                              : decode_kernel<kDType, kDim, kHeads, StepKind::kPlain>;
   static_assert(sizeof(MergeBuffers<kHeads>) + sizeof(QuantizedQueries<kDim, kHeads>) ==
                 merge_bytes(kHeads) + quantized_bytes(kDim, kHeads));
   launch_step(kernel, params, params.shared_bytes, params.splits, device, stream, "decode");

@@ -3,6 +3,7 @@
 // shared memory.
 #pragma once
 
+#include "cuda/followers.cuh"
 #include "cuda/merge.cuh"
 #include "cuda/report.cuh"
 #include "cuda/select_sample.cuh"
@@ -10,8 +11,11 @@
 
 namespace tactic::cuda {
 
-/// kChecked: rows are compared with their check values.
-template <DType kDType, int kDim, int kHeads, bool kChecked>
+/// What a step does besides: nothing, compare rows with their check values, or that (where asked for) and what learning
+/// needs.
+enum class StepKind { kPlain, kChecked, kLearning };
+
+template <DType kDType, int kDim, int kHeads, StepKind kKind>
 class DecodeBlock {
  public:
   __device__ DecodeBlock(const DecodeParams& params, std::byte* shared)
@@ -25,7 +29,8 @@ class DecodeBlock {
         state_of_sequence(params.index.states[sequence]),
         own(params.index.geometry, state_of_sequence, rank, params.splits),
         buffers(*reinterpret_cast<MergeBuffers<kHeads>*>(shared)),
-        quantized(*reinterpret_cast<QuantizedQueries<kDim, kHeads>*>(shared + sizeof(MergeBuffers<kHeads>))),
+        followers(*reinterpret_cast<FollowerBuffers*>(shared + sizeof(MergeBuffers<kHeads>))),
+        quantized(*reinterpret_cast<QuantizedQueries<kDim, kHeads>*>(&followers + 1)),
         fragments{reinterpret_cast<uint4*>(&quantized + 1)},
         from_blocks(reinterpret_cast<float*>(&quantized + 1) + QueryFragments<kDim>::kLoads * 32 * 4),
         values(from_blocks + kHeads * kDim + kMaxSplits * kHeads * 4),
@@ -48,7 +53,7 @@ class DecodeBlock {
   __device__ void run() {
     if (threadIdx.x == 0) {
       Mailbox::open(&buffers.mailboxes[0], p.splits * kHeads * sizeof(float2));
-      Mailbox::open(&buffers.mailboxes[1], output_bytes());
+      Mailbox::open(&buffers.mailboxes[1], slices().bytes());
     }
     __syncwarp();
     Mailbox::arrive();
@@ -96,7 +101,8 @@ class DecodeBlock {
   }
 
  private:
-  static constexpr int kValueStride = value_stride(kDim);
+  static constexpr bool kLearns = kKind == StepKind::kLearning, kChecked = kKind != StepKind::kPlain;
+  static constexpr int32_t kOfFollower = -1;  // in place of a row's cluster
 
   /// What is read: rows that no segment holds, and outliers; rows that select took; every row.
   enum class Phase { kExact, kSelected, kAll };
@@ -126,6 +132,8 @@ class DecodeBlock {
       quantize_query<Chunk<kDType>::kBf16, kDim, kHeads>(
           [&](int d) { return warp < group ? load_query(p.batch.q, p.batch.q_dtype, first + d) : 0.0f; }, warp,
           quantized, fragments);
+    } else if (kLearns && warp == kMaxGroup) {
+      take_over(followers, *names(), p.splits);
     } else if (warp == kWarps - 1) {
       if (lane < kCounts) buffers.counts[lane] = 0;
       if (lane == kCounts) buffers.found_changed = 0;
@@ -164,6 +172,8 @@ class DecodeBlock {
   __device__ ExactRows exact_rows(Phase phase = Phase::kExact) const {
     return {p.index.geometry, phase == Phase::kAll ? SequenceState{} : state_of_sequence, kv_len};
   }
+  // Where this block names followers.
+  __device__ Followers* names() const { return p.index.followers + row_of_head * kMaxSplits + rank; }
   // Outliers are rows of the index, which no kernel before this one changes: they come to L2 ahead of the queries.
   __device__ void prefetch_outliers(int number, int warps) const {
     if (!p.index.geometry.has_outliers || pages != nullptr) return;
@@ -183,7 +193,7 @@ class DecodeBlock {
     }
   }
   // Where a warp is among the tiles of 16 rows that it reads in a phase: at a tile of a list, then at outliers of own
-  // segments. Few registers, as this is live while rows are on their way.
+  // segments and, as if of one segment more, followers. Few registers, as this is live while rows are on their way.
   struct Cursor {
     int tile;
     int k_own = -1, at = -16, outliers = 0;
@@ -203,16 +213,21 @@ class DecodeBlock {
     const int readers = num_readers(phase, score_warps);
     c.tile += phase == Phase::kSelected ? readers : p.splits * readers;
     if (c.tile * 16 < num_listed(phase)) return true;
-    if (phase != Phase::kExact || !p.index.geometry.has_outliers) return false;
+    if (phase != Phase::kExact || !(kLearns || p.index.geometry.has_outliers)) return false;
     c.at += 16;
     while (c.at >= c.outliers) {
       c.k_own += c.k_own < 0 ? 1 + reader(phase, score_warps) : readers;
-      if (c.k_own >= own.count()) return false;
+      if (c.k_own >= own.count() + kLearns) return false;
       c.at = 0;
-      c.outliers = num_outliers(own.at(c.k_own));
-      if (lane == 0 && c.outliers > 0) atomicAdd(&buffers.counts[kOutliers], c.outliers);
+      c.outliers = always_read(c.k_own);
+      if (lane == 0 && c.outliers > 0) atomicAdd(&buffers.counts[kForCertain], c.outliers);
     }
     return true;
+  }
+  // Outliers of an own segment, or followers.
+  __device__ int32_t always_read(int k_own) const {
+    if (kLearns && k_own == own.count()) return followers.count;
+    return p.index.geometry.has_outliers ? num_outliers(own.at(k_own)) : 0;
   }
   // The row of lane & 15; log weight kLowest: none.
   __device__ TakenRow row_at(Phase phase, const Cursor& c) const {
@@ -220,14 +235,27 @@ class DecodeBlock {
     if (phase == Phase::kSelected) {
       const int32_t rows = buffers.counts[kSelected];
       TakenRow taken = taken_row(tables, own, members, min(i, rows - 1));
-      if (i >= rows) taken.log_weight = kLowest;
+      if (i >= rows) {
+        taken.log_weight = kLowest;
+      } else if (kLearns && is_follower(followers, taken.row)) {
+        leave_out(taken);
+      }
       return taken;
     }
     const ExactRows rows = exact_rows(phase);
     if (c.tile * 16 < rows.count) return {0, rows.row(min(i, rows.count - 1)), i < rows.count ? 0.0f : kLowest};
-    const int32_t outlier = c.at + (lane & 15);
-    return {0, outlier_row(own.at(c.k_own), c.outliers, min(outlier, c.outliers - 1)),
-            outlier < c.outliers ? 0.0f : kLowest};
+    const int32_t outlier = c.at + (lane & 15), place = min(outlier, c.outliers - 1);
+    const float log_weight = outlier < c.outliers ? 0.0f : kLowest;
+    if (kLearns && c.k_own == own.count()) return {kOfFollower, followers.rows[place], log_weight};
+    return {0, outlier_row(own.at(c.k_own), c.outliers, place), log_weight};
+  }
+  // A row that was read for certain already.
+  __device__ void leave_out(TakenRow& taken) const {
+    if (p.records != nullptr && lane < 16) {
+      atomicAdd(&buffers.counts[kLeftOut], 1);
+      if (taken.log_weight > 0) atomicSub(&buffers.counts[kSampled], 1);
+    }
+    taken.log_weight = kLowest;
   }
   __device__ const uint8_t* row_checks() const { return p.index.row_checks + row_of_head * p.index.geometry.max_rows; }
   __device__ int32_t num_outliers(const OwnSegment& segment) const {
@@ -271,7 +299,7 @@ class DecodeBlock {
     const float shift = normalizer - log2_fast(rows) + 0.5f * log2_fast(static_cast<float>(group));
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) shifts[h] = shuffle(shift, h);
-    if (p.facts != nullptr && rank == 0 && warp == 0) {
+    if (kLearns && rank == 0 && warp == 0) {
       if (lane < kHeads) p.facts[row_of_head].shifts[lane] = shift;
       if (lane == 0) {
         p.facts[row_of_head].tau = rows;
@@ -279,8 +307,9 @@ class DecodeBlock {
       }
     }
     const int g = lane >> 2;
-    const float limit = log2_fast(fmaxf(p.refine, 8.0f / rows)) + shuffle(normalizer, g % kHeads);
-    return g < group && p.refine < 1 ? limit : -kLowest;
+    const float all = shuffle(normalizer, g % kHeads);
+    if (kLearns && warp == 0 && (lane & 3) == 0) followers.floors[g] = all + kHeavyLog2;
+    return g < group && p.refine < 1 ? all + log2_fast(fmaxf(p.refine, 8.0f / rows)) : -kLowest;
   }
 
   __device__ void select(const float (&shifts)[kHeads]) {
@@ -326,7 +355,8 @@ class DecodeBlock {
       // While a tile is on its way, the next one is looked up and asked for.
       const auto meanwhile = [&] {
         if constexpr (kChecked) {
-          if (phase == Phase::kSelected && mismatch<kDType, kDim>(row_checks(), taken.row, k, v, now) != 0)
+          if (phase == Phase::kSelected && (!kLearns || p.check_rows) &&
+              mismatch<kDType, kDim>(row_checks(), taken.row, k, v, now) != 0)
             buffers.found_changed = 1;
         }
         more = advance(phase, score_warps, at);
@@ -335,7 +365,11 @@ class DecodeBlock {
         prefetch_row(row_tile(next.row, 0));
         if (kChecked && phase == Phase::kSelected) prefetch(row_checks() + next.row);
       };
-      const uint32_t heavy = attend_tile<kDType, kDim>(state, k, v, now, fragments, key_scale, limit, meanwhile);
+      const auto scored = [&](const float(&scores)[4]) {
+        if constexpr (kLearns) note(followers, taken.row, scores, group, taken.local_cluster == kOfFollower, state.max);
+      };
+      const uint32_t heavy =
+          attend_tile<kDType, kDim>(state, k, v, now, fragments, key_scale, limit, meanwhile, scored);
       const uint32_t all = __reduce_or_sync(kAllLanes, heavy);
       if (all != 0) {
         found = true;
@@ -358,7 +392,7 @@ class DecodeBlock {
     changed = true;
     state = {};
     reset_maxima();
-    if (threadIdx.x == 0) Mailbox::open_again(&buffers.mailboxes[1], output_bytes());
+    if (threadIdx.x == 0) Mailbox::open_again(&buffers.mailboxes[1], slices().bytes());
     Mailbox::synchronize();  // all have looked before anything is sent anew
   }
 
@@ -388,69 +422,38 @@ class DecodeBlock {
     const int32_t size = tables.places[c] & 0xFFFFu, first = segment.first_row + (tables.places[c] >> 16);
     const float log_weight = log2_inverse(tables.probabilities[c]);
     const int32_t member = at + (lane & 15);
-    const bool inside = member < size, taken = inside && is_taken(tables.begins[c], tables.probabilities[c], member);
+    const int32_t row = segment.first_row + __ldg(members + first + min(member, size - 1));
+    const bool inside = member < size && !(kLearns && is_follower(followers, row)),
+               taken = inside && is_taken(tables.begins[c], tables.probabilities[c], member);
     const uint32_t added = __ballot_sync(kAllLanes, inside && !taken) & 0xFFFFu;
     const uint32_t drawn = __ballot_sync(kAllLanes, taken) & 0xFFFFu;
     if (lane == 0) {
       atomicAdd(&buffers.counts[kRefinedRows], __popc(added));
       atomicSub(&buffers.counts[kSampled], __popc(drawn));
     }
-    const RowTile tile = row_tile(segment.first_row + __ldg(members + first + min(member, size - 1)), 0);
-    attend_rest<kDType, kDim>(state, k, v, tile, inside, taken, log_weight, fragments, key_scale);
+    attend_rest<kDType, kDim>(state, k, v, row_tile(row, 0), inside, taken, log_weight, fragments, key_scale,
+                              [&](const float(&scores)[4]) {
+                                if constexpr (kLearns) note(followers, row, scores, group);
+                              });
   }
   __device__ void raise_block_maximum() {
     const int g = lane >> 2;
     if ((lane & 3) == 0 && g < kHeads) atomicMax(&buffers.maxima[g], ordered(__float_as_int(state.max)));
   }
 
-  // The block's output relative to its own maximum: each block of the cluster gets its slice of it.
+  __device__ OutputSlices<kDim, kHeads, kChecked> slices() const {
+    return {group, rank, p.splits, p.records != nullptr};
+  }
+  // The block's output relative to its own maximum.
   __device__ void send_output() {
-    const int g = lane >> 2;
-    const float maximum = __int_as_float(ordered(buffers.maxima[g % kHeads]));
-    store_warp<kDim, kHeads>(state, maximum, values + warp * kHeads * kValueStride, buffers.warp_sums[warp]);
+    const float maximum = __int_as_float(ordered(buffers.maxima[(lane >> 2) % kHeads]));
+    store_warp<kDim, kHeads>(state, maximum, values + warp * kHeads * value_stride(kDim), buffers.warp_sums[warp]);
     __syncthreads();
-    const int total = group * kDim, slice = slice_size();
-    uint64_t* box = &buffers.mailboxes[1];
-    for (int i = 2 * threadIdx.x; i < total; i += 2 * kThreads) {
-      float2 sum{};
-      const float* from = values + i / kDim * kValueStride + i % kDim;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float2 x = *reinterpret_cast<const float2*>(from + w * kHeads * kValueStride);
-        sum.x += x.x;
-        sum.y += x.y;
-      }
-      const int to = i / slice;
-      Mailbox::send(reinterpret_cast<float2*>(from_blocks + rank * slice + i - to * slice), sum, to, box);
-    }
-    // The last warps have no outputs to sum.
-    for (int i = kThreads - 1 - threadIdx.x; i < kHeads * p.splits; i += kThreads) {
-      const int h = i % kHeads;
-      BlockSums sums{__int_as_float(ordered(buffers.maxima[h])), 0, 0, 0};
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        sums.sum += buffers.warp_sums[w][h].sum;
-        sums.sampled += buffers.warp_sums[w][h].sampled;
-        sums.variance += buffers.warp_sums[w][h].variance;
-      }
-      Mailbox::send(&buffers.block_sums[rank][h], sums, i / kHeads, box);
-    }
-    if (kChecked && threadIdx.x < p.splits)
-      Mailbox::send(&buffers.changed[rank], buffers.found_changed, threadIdx.x, box);
-    if (p.records != nullptr && threadIdx.x < kCounts)
-      Mailbox::send(&buffers.block_counts[rank][threadIdx.x], buffers.counts[threadIdx.x], 0, box);
+    slices().send(buffers, values, from_blocks);
   }
-  // What the cluster's blocks send this one in send_output().
-  __device__ uint32_t output_bytes() const {
-    const int floats = min(max(group * kDim - rank * slice_size(), 0), slice_size());
-    return p.splits * (floats * sizeof(float) + kHeads * sizeof(BlockSums) + (kChecked ? sizeof(int32_t) : 0) +
-                       (p.records != nullptr && rank == 0 ? kCounts * sizeof(int32_t) : 0));
-  }
-  // Outputs that a block of the cluster writes; an even number, as they are summed in pairs.
-  __device__ int slice_size() const { return ((group * kDim + p.splits - 1) / p.splits + 1) & ~1; }
 
   __device__ void write_output() {
-    const int total = group * kDim, slice = slice_size();
+    const int total = group * kDim, slice = slices().size();
     const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group);
     for (int i = threadIdx.x; i < slice && rank * slice + i < total; i += kThreads) {
       const int at = rank * slice + i;
@@ -459,6 +462,11 @@ class DecodeBlock {
           buffers, p.splits, at / kDim, [&](int s, float factor) { value += factor * from_blocks[s * slice + i]; });
       store_output(p.batch.out, p.batch.q_dtype, first * kDim + at,
                    kv_len > 0 ? value_scale * __fdividef(value, sums.sum) : 0.0f);
+    }
+    if (kLearns && warp == kWarps - 2) {
+      const BlockSums sums = cluster_sums<kHeads>(buffers, p.splits, lane % kHeads, [](int, float) {});
+      name_followers(followers, changed ? -kLowest : sums.max + log2_fast(sums.sum) + kHeavyLog2, p.index,
+                     state_of_sequence, row_of_head, p.splits, *names());
     }
     if (rank == 0 && warp == kWarps - 1)
       report<kHeads>(p, buffers, sequence, row_of_head, kv_len, exact_rows().count, tau(), changed);
@@ -471,10 +479,11 @@ class DecodeBlock {
   const SequenceState state_of_sequence;
   const OwnSegments own;
   MergeBuffers<kHeads>& buffers;
+  FollowerBuffers& followers;
   QuantizedQueries<kDim, kHeads>& quantized;
   const SharedFragments<kDim> fragments;
   float* const from_blocks;  // [splits, slice]
-  float* const values;       // tiles of centroids while they are scored, at the end [kWarps, kHeads, kValueStride]
+  float* const values;  // tiles of centroids while they are scored, at the end [kWarps, kHeads, value_stride(kDim)]
   const SelectTables tables;
   const int32_t* pages;
   const std::byte *k, *v;

@@ -61,10 +61,10 @@ struct ClusterParams {
   float* scratch = nullptr;  // [heads, num_segments, scratch_floats]
   size_t scratch_floats = 0;
 };
-/// Shared memory of a block of it.
+/// Shared memory that a block of it needs at least.
 size_t cluster_shared_bytes(int32_t head_dim);
 size_t cluster_scratch_bytes(int32_t rows, int32_t clusters, int32_t head_dim);
-void launch_cluster(const ClusterParams& params, cudaStream_t stream);
+void launch_cluster(const ClusterParams& params, const DeviceFacts& device, cudaStream_t stream);
 
 /// Calls fn.operator()<dtype, head_dim, heads>() for the batch's, which is_compiled().
 template <class Fn>

@@ -51,6 +51,7 @@ size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   view.members = take<uint16_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
   view.num_outliers = take<uint16_t>(memory, at, slots);
   view.calibration = take<HeadCalibration>(memory, at, pairs);
+  view.followers = take<Followers>(memory, at, pairs * kMaxSplits);
   view.row_checks = take<uint8_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
   view.states = take<SequenceState>(memory, at, static_cast<size_t>(max_sequences));
   return at;
@@ -90,9 +91,13 @@ void check_sequence(const LayerIndex::Impl& impl, int32_t sequence) {
 }
 
 // Ends every change of an index: a step reads the index before it waits for the kernel in front of it, never for a
-// copy.
+// copy. Followers are of the index as it was.
 void set_state(LayerIndex::Impl& impl, int32_t sequence, const SequenceState& state, cudaStream_t stream) {
   impl.states[static_cast<size_t>(sequence)] = state;
+  const size_t followers = static_cast<size_t>(impl.shape.num_kv_heads) * kMaxSplits;
+  check(cudaMemsetAsync(impl.view.followers + static_cast<size_t>(sequence) * followers, 0,
+                        followers * sizeof(Followers), stream),
+        "followers");
   check(cudaMemcpyAsync(impl.view.states + sequence, &impl.states[static_cast<size_t>(sequence)], sizeof state,
                         cudaMemcpyHostToDevice, stream),
         "index state");
@@ -235,7 +240,7 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
     for (int32_t first = begin; first < end; first += kSegmentsAtOnce) {
       params.first_segment = first;
       params.num_segments = std::min(kSegmentsAtOnce, end - first);
-      launch_cluster(params, stream);
+      launch_cluster(params, impl.device, stream);
     }
   };
   build(false, std::min(old.full_segments, now.full_segments), now.full_segments);

@@ -83,7 +83,7 @@ struct BlockSums {
   float max, sum, sampled, variance;
 };
 
-enum Count { kOutliers, kSelected, kSampled, kRefinedClusters, kRefinedRows, kCounts = 8 };
+enum Count { kForCertain, kSelected, kLeftOut, kSampled, kRefinedClusters, kRefinedRows, kCounts = 8 };
 
 template <int kHeads>
 struct alignas(16) MergeBuffers {
@@ -188,6 +188,57 @@ __device__ __forceinline__ void store_warp(const AttendState<kDim>& state, float
     }
   }
 }
+
+/// How the blocks of a cluster share out their output: each gets a slice of it from all and writes that.
+/// kChecked: they also say whether they found a changed row; counted: and what they read.
+template <int kDim, int kHeads, bool kChecked>
+struct OutputSlices {
+  int group, rank, splits;
+  bool counted;
+
+  /// An even number of outputs, as they are summed in pairs.
+  __device__ int size() const { return ((group * kDim + splits - 1) / splits + 1) & ~1; }
+  /// What the cluster's blocks send this one.
+  __device__ uint32_t bytes() const {
+    const int floats = min(max(group * kDim - rank * size(), 0), size());
+    return splits * (floats * sizeof(float) + kHeads * sizeof(BlockSums) + (kChecked ? sizeof(int32_t) : 0) +
+                     (counted && rank == 0 ? kCounts * sizeof(int32_t) : 0));
+  }
+  /// After a block barrier behind store_warp. `from_blocks`: [splits, size()] of whom it is sent to.
+  __device__ void send(MergeBuffers<kHeads>& buffers, const float* values, float* from_blocks) const {
+    constexpr int kStride = value_stride(kDim);
+    const int slice = size();
+    uint64_t* box = &buffers.mailboxes[1];
+    for (int i = 2 * threadIdx.x; i < group * kDim; i += 2 * kThreads) {
+      float2 sum{};
+      const float* from = values + i / kDim * kStride + i % kDim;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 x = *reinterpret_cast<const float2*>(from + w * kHeads * kStride);
+        sum.x += x.x;
+        sum.y += x.y;
+      }
+      const int to = i / slice;
+      Mailbox::send(reinterpret_cast<float2*>(from_blocks + rank * slice + i - to * slice), sum, to, box);
+    }
+    // The last warps have no outputs to sum.
+    for (int i = kThreads - 1 - threadIdx.x; i < kHeads * splits; i += kThreads) {
+      const int h = i % kHeads;
+      BlockSums sums{__int_as_float(ordered(buffers.maxima[h])), 0, 0, 0};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        sums.sum += buffers.warp_sums[w][h].sum;
+        sums.sampled += buffers.warp_sums[w][h].sampled;
+        sums.variance += buffers.warp_sums[w][h].variance;
+      }
+      Mailbox::send(&buffers.block_sums[rank][h], sums, i / kHeads, box);
+    }
+    if (kChecked && threadIdx.x < splits)
+      Mailbox::send(&buffers.changed[rank], buffers.found_changed, threadIdx.x, box);
+    if (counted && threadIdx.x < kCounts)
+      Mailbox::send(&buffers.block_counts[rank][threadIdx.x], buffers.counts[threadIdx.x], 0, box);
+  }
+};
 
 template <class Out>
 __device__ __forceinline__ void store_output(void* out, int64_t i, float x) {

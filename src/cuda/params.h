@@ -39,6 +39,15 @@ struct HeadCalibration {
   float sum_xx = 0, sum_xy = 0;
 };
 
+inline constexpr int kMaxFollowers = 32;
+
+/// Rows of a block's own segments that the next step reads for certain, ascending.
+struct Followers {
+  int32_t count = 0;
+  int32_t splits = 0;  // of the step that named them: with others, segments have other owners
+  int32_t rows[kMaxFollowers];
+};
+
 struct IndexView {
   IndexGeometry geometry;
   int32_t num_kv_heads = 0, head_dim = 0;
@@ -46,6 +55,7 @@ struct IndexView {
   uint16_t* members = nullptr;             // [sequences, heads, max_rows] rows relative to the segment's first
   uint16_t* num_outliers = nullptr;        // [sequences, heads, all segments]
   HeadCalibration* calibration = nullptr;  // [sequences, heads]
+  Followers* followers = nullptr;          // [sequences, heads, kMaxSplits]
   uint8_t* row_checks = nullptr;           // [sequences, heads, max_rows] as core's Segment
   SequenceState* states = nullptr;         // [sequences]
 };

@@ -39,10 +39,10 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
   record.tau = tau;
   record.beta = buffers.beta;
   record.dense = changed ? DenseReason::kRowChanged : DenseReason::kNone;
-  record.tokens_exact = changed ? kv_len : counts[kOutliers] + exact_rows;
+  record.tokens_exact = changed ? kv_len : counts[kForCertain] + exact_rows;
   record.certain_mass = changed ? 1 : mass / group;
   if (!changed) {
-    record.tokens_selected = counts[kSelected];
+    record.tokens_selected = counts[kSelected] - counts[kLeftOut];
     record.tokens_sampled = counts[kSampled];
     record.clusters_refined = counts[kRefinedClusters];
     record.tokens_refined = counts[kRefinedRows];

@@ -67,7 +67,7 @@ TEST(Learn, WhatTheCpuLearns) {
               EXPECT_NEAR(std::log(learned[h].variance_ratio), std::log(expected.variance_ratio) * per_eight / per_step,
                           per_eight * 0.2);
             }
-            expected.expected.clear();  // a device does not read ahead of heads that copy
+            expected.expected.clear();  // the CPU names rows after exact ones too
           }
         }
         device.set_lens({6000});  // not a multiple
