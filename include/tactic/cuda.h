@@ -51,8 +51,9 @@ struct DecodeBatch {
   float* lse = nullptr;                  // device [num_sequences, num_q_heads] natural log, or nullptr
   const uint64_t* stream_ids = nullptr;  // device [num_sequences] for the random offsets, or nullptr: 0, 1, ...
   int32_t layer = 0;
-  /// select=sample: every eighth position, what is read adjusts the index's calibration (beta, and what target_error
-  /// becomes), as on the CPU. The same step twice may then draw differently.
+  /// select=sample: a sequence's steps follow one another. Every eighth position, what is read adjusts the index's
+  /// calibration (beta, and what target_error becomes), and a step reads the rows after those that weighed much in the
+  /// one before (docs/method.md, followers), as on the CPU. The same step twice may then read differently.
   bool learn = false;
 };
 

@@ -7,7 +7,10 @@
 #include <cstring>
 #include <exception>
 #include <limits>
+#include <mutex>
+#include <set>
 #include <sstream>
+#include <string>
 #include <vector>
 
 #include "log.h"
@@ -55,6 +58,17 @@ void note_geometry(const ggml_tensor* op, const PluginOptions& options) {
     return;
   if (shared().watch.layer_of(*match, options.index) != nullptr && !views_filled_cache(op))
     shared().watch.note_empty(*match);
+}
+
+// Says once what keeps attention over a cache with the host.
+void note_unsupported(const ggml_tensor* op, const PluginOptions& options) {
+  if (op->src[1]->view_src == nullptr || op->src[0]->ne[1] > options.max_rows) return;
+  const std::string what = unsupported(op);
+  if (what.empty()) return;
+  static std::mutex mutex;
+  static std::set<std::string> said;
+  const std::lock_guard lock(mutex);
+  if (said.insert(what).second) log_warning("%s is not supported: such attention is left to llama.cpp", what.c_str());
 }
 
 /// The mask rows of the step under way as bits. Every layer shows the same mask, so the last few rows are kept and
@@ -309,7 +323,10 @@ bool device_supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
     case GGML_OP_SET_ROWS: return shared().options()->enabled && match_write(op);
     case GGML_OP_FLASH_ATTN_EXT: {
       const std::shared_ptr<const PluginOptions> options = shared().options();
-      if (options->enabled && options->decode.select != Select::kDense) note_geometry(op, *options);
+      if (options->enabled && options->decode.select != Select::kDense) {
+        note_geometry(op, *options);
+        note_unsupported(op, *options);
+      }
       return match_attention(op, *options).has_value();
     }
     default: return false;

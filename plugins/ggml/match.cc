@@ -74,13 +74,26 @@ bool views_filled_cache(const ggml_tensor* node) {
   return false;
 }
 
-std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const PluginOptions& options) {
-  if (!options.enabled || node->op != GGML_OP_FLASH_ATTN_EXT) return std::nullopt;
-  const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
+std::string unsupported(const ggml_tensor* node) {
+  const ggml_tensor *k = node->src[1], *v = node->src[2];
   float params[3];  // scale, max_bias (ALiBi), logit soft-cap
   std::memcpy(params, node->op_params, sizeof params);
-  if (node->src[4] != nullptr || params[1] != 0 || params[2] != 0) return std::nullopt;
-  if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || !rows_fit(k) || !rows_fit(v)) return std::nullopt;
+  if (node->src[4] != nullptr) return "attention sinks";
+  if (params[1] != 0) return "ALiBi";
+  if (params[2] != 0) return "logit soft-capping";
+  for (const ggml_tensor* rows : {k, v}) {
+    if (!dtype_of(rows->type)) return std::string("a cache of type ") + ggml_type_name(rows->type);
+    if (!rows_fit(rows)) return "rows of " + std::to_string(rows->ne[0]) + " elements of " + ggml_type_name(rows->type);
+  }
+  return {};
+}
+
+std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const PluginOptions& options) {
+  if (!options.enabled || node->op != GGML_OP_FLASH_ATTN_EXT || !unsupported(node).empty()) return std::nullopt;
+  const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
+  float scale;
+  std::memcpy(&scale, node->op_params, sizeof scale);
+  if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float)) return std::nullopt;
   if (q->ne[0] != k->ne[0] || k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] != 0)
     return std::nullopt;
   if (q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3] || q->ne[1] > options.max_rows || k->ne[1] < options.min_context)
@@ -93,7 +106,7 @@ std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const Plu
     if (mask->ne[2] != 1 || q->ne[3] % mask->ne[3] != 0) return std::nullopt;
   }
   if (!options.accept_any && !views_filled_cache(node)) return std::nullopt;
-  return AttentionMatch{q, k, v, mask, const_cast<ggml_tensor*>(node), params[0]};
+  return AttentionMatch{q, k, v, mask, const_cast<ggml_tensor*>(node), scale};
 }
 
 bool match_write(const ggml_tensor* node) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 
 #include "dtype.h"
 #include "ggml.h"
@@ -31,6 +32,9 @@ struct AttentionMatch {
 /// before anything is in its cache, and switches flash attention off if that is not the layer's; an empty cache is
 /// declined then.
 bool views_filled_cache(const ggml_tensor* node);
+
+/// What of an attention node this library does not do, in plain words; empty: nothing.
+std::string unsupported(const ggml_tensor* node);
 
 std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const PluginOptions& options);
 

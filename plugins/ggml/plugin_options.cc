@@ -104,16 +104,21 @@ const std::vector<std::pair<const char*, Setter>>& setters() {
   return table;
 }
 
+std::string_view trimmed(std::string_view text) {
+  const size_t first = text.find_first_not_of(" \t"), last = text.find_last_not_of(" \t");
+  return first == std::string_view::npos ? std::string_view() : text.substr(first, last - first + 1);
+}
+
 std::vector<std::pair<std::string_view, std::string_view>> split(std::string_view text) {
   std::vector<std::pair<std::string_view, std::string_view>> items;
   while (!text.empty()) {
     const size_t comma = text.find(',');
-    const std::string_view item = text.substr(0, comma);
+    const std::string_view item = trimmed(text.substr(0, comma));
     text = comma == std::string_view::npos ? std::string_view() : text.substr(comma + 1);
     if (item.empty()) continue;
     const size_t equals = item.find('=');
     if (equals == std::string_view::npos) throw Error("\"" + std::string(item) + "\" must be key=value");
-    items.emplace_back(item.substr(0, equals), item.substr(equals + 1));
+    items.emplace_back(trimmed(item.substr(0, equals)), trimmed(item.substr(equals + 1)));
   }
   return items;
 }

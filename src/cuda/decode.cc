@@ -18,7 +18,6 @@ struct Decode::Impl {
   size_t bytes = 0;
   DenseParams dense;
   RankParams rank;
-  StepFacts* facts = nullptr;
   std::byte* tables = nullptr;
 
   ~Impl() { cudaFree(workspace); }
@@ -49,8 +48,6 @@ struct Decode::Impl {
   }
   size_t lay_out_sample(const IndexGeometry& geometry, std::byte* memory) {
     size_t at = 0;
-    facts = take<StepFacts>(memory, at,
-                            static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.num_kv_heads));
     tables = take<std::byte>(memory, at, table_bytes(geometry));
     return at;
   }
@@ -173,9 +170,7 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
   params.records = records;
   params.workspace = config.block_workspace_bytes > 0 ? impl.tables : nullptr;
   params.block_workspace_bytes = config.block_workspace_bytes;
-  params.facts = batch.learn ? impl.facts : nullptr;
   launch_decode(params, impl.device, cuda_stream);
-  if (batch.learn) launch_learn(params, cuda_stream);
 }
 
 }  // namespace tactic::cuda

@@ -1,28 +1,11 @@
-// One sparse decode step in one kernel.
-#include "cuda/decode_block.cuh"
+// Launching a sparse decode step, and what that must know of the device.
 #include "cuda/launch.h"
 
 namespace tactic::cuda {
 
 namespace {
 
-template <DType kDType, int kDim, int kHeads, StepKind kKind>
-__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeParams params) {
-  extern __shared__ __align__(16) std::byte shared[];
-  DecodeBlock<kDType, kDim, kHeads, kKind>(params, shared).run();
-}
-
 __global__ void __launch_bounds__(kThreads, 1) empty_kernel() {}
-
-template <DType kDType, int kDim, int kHeads>
-void launch(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream) {
-  const auto kernel = params.facts != nullptr ? decode_kernel<kDType, kDim, kHeads, StepKind::kLearning>
-                      : params.check_rows     ? decode_kernel<kDType, kDim, kHeads, StepKind::kChecked>
-                                              : decode_kernel<kDType, kDim, kHeads, StepKind::kPlain>;
-  static_assert(sizeof(MergeBuffers<kHeads>) + sizeof(QuantizedQueries<kDim, kHeads>) ==
-                merge_bytes(kHeads) + quantized_bytes(kDim, kHeads));
-  launch_step(kernel, params, params.shared_bytes, params.splits, device, stream, "decode");
-}
 
 }  // namespace
 
@@ -45,8 +28,7 @@ void count_clusters(DeviceFacts& facts) {
 }
 
 void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream) {
-  dispatch(params.batch,
-           [&]<DType kDType, int kDim, int kHeads>() { launch<kDType, kDim, kHeads>(params, device, stream); });
+  dispatch_type(params.batch, [&]<DType kDType>() { launch_decode<kDType>(params, device, stream); });
 }
 
 }  // namespace tactic::cuda

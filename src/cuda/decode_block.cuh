@@ -4,16 +4,13 @@
 #pragma once
 
 #include "cuda/followers.cuh"
+#include "cuda/learn.cuh"
 #include "cuda/merge.cuh"
 #include "cuda/report.cuh"
 #include "cuda/select_sample.cuh"
 #include "cuda/staging.cuh"
 
 namespace tactic::cuda {
-
-/// What a step does besides: nothing, compare rows with their check values, or that (where asked for) and what learning
-/// needs.
-enum class StepKind { kPlain, kChecked, kLearning };
 
 template <DType kDType, int kDim, int kHeads, StepKind kKind>
 class DecodeBlock {
@@ -30,7 +27,8 @@ class DecodeBlock {
         own(params.index.geometry, state_of_sequence, rank, params.splits),
         buffers(*reinterpret_cast<MergeBuffers<kHeads>*>(shared)),
         followers(*reinterpret_cast<FollowerBuffers*>(shared + sizeof(MergeBuffers<kHeads>))),
-        quantized(*reinterpret_cast<QuantizedQueries<kDim, kHeads>*>(&followers + 1)),
+        found(*reinterpret_cast<LearnBuffers*>(&followers + 1)),
+        quantized(*reinterpret_cast<QuantizedQueries<kDim, kHeads>*>(&found + 1)),
         fragments{reinterpret_cast<uint4*>(&quantized + 1)},
         from_blocks(reinterpret_cast<float*>(&quantized + 1) + QueryFragments<kDim>::kLoads * 32 * 4),
         values(from_blocks + kHeads * kDim + kMaxSplits * kHeads * 4),
@@ -44,8 +42,7 @@ class DecodeBlock {
     v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? sequence * b.v.sequence_stride_bytes : 0) +
         head * b.v.head_stride_bytes;
     row_of_head = static_cast<int64_t>(sequence) * b.num_kv_heads + head;
-    const IndexGeometry& g = p.index.geometry;
-    members = p.index.members + row_of_head * g.max_rows;
+    members = p.index.members + row_of_head * p.index.geometry.max_rows;
     key_scale = b.sm_scale * kLog2E * head_scale<kDType>(b.k, head);
     value_scale = head_scale<kDType>(b.v, head);
   }
@@ -98,6 +95,12 @@ class DecodeBlock {
       phase = Phase::kAll;
     }
     write_output();
+    if constexpr (kLearns) {
+      if (changed || !learns_at(kv_len, p.batch.layer)) return;
+      learn<kDType, kDim, kHeads>(
+          p, {p, own, tables, members, k, pages, row_of_head, head_scale<kDType>(p.batch.k, head), group}, buffers,
+          found, values, rank, tau());
+    }
   }
 
  private:
@@ -299,13 +302,6 @@ class DecodeBlock {
     const float shift = normalizer - log2_fast(rows) + 0.5f * log2_fast(static_cast<float>(group));
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) shifts[h] = shuffle(shift, h);
-    if (kLearns && rank == 0 && warp == 0) {
-      if (lane < kHeads) p.facts[row_of_head].shifts[lane] = shift;
-      if (lane == 0) {
-        p.facts[row_of_head].tau = rows;
-        p.facts[row_of_head].beta = beta();
-      }
-    }
     const int g = lane >> 2;
     const float all = shuffle(normalizer, g % kHeads);
     if (kLearns && warp == 0 && (lane & 3) == 0) followers.floors[g] = all + kHeavyLog2;
@@ -321,11 +317,16 @@ class DecodeBlock {
       key = key * 0xD6E8FEB86659FD93u + part + 1;
     }
     uint32_t sampled = 0;  // by this lane
+    float variance = 0;    // of its clusters, times tau^2
     for (int k_own = warp; k_own < own.count(); k_own += kWarps) {
       const OwnSegment segment = own.at(k_own);
       const int32_t taken = select_segment<kHeads>(
-          tables, segment, members, segment_offset(hash64(key), segment.first_row), group, shifts, sampled);
+          tables, segment, members, segment_offset(hash64(key), segment.first_row), group, shifts, sampled, variance);
       if (lane == 0) tables.segment_counts[k_own] = taken;
+    }
+    if constexpr (kLearns) {
+      variance = warp_sum(variance);
+      if (lane == 0) found.of_warps[warp].variance = variance;
     }
     if (p.records != nullptr) {
       sampled = __reduce_add_sync(kAllLanes, sampled);
@@ -480,6 +481,7 @@ class DecodeBlock {
   const OwnSegments own;
   MergeBuffers<kHeads>& buffers;
   FollowerBuffers& followers;
+  LearnBuffers& found;
   QuantizedQueries<kDim, kHeads>& quantized;
   const SharedFragments<kDim> fragments;
   float* const from_blocks;  // [splits, slice]

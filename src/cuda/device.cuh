@@ -41,6 +41,13 @@ __device__ __forceinline__ T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(kAllLanes, x, mask);
 }
 
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += shuffle_xor(x, step);
+  return x;
+}
+
 /// c [16, 8] += a [16, 16] b [16, 8]; rows 8..15 of `a` are zero, so that c[2] and c[3] stay what they are.
 template <bool kBf16>
 __device__ __forceinline__ void mma_top(float (&c)[4], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1) {

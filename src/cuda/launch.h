@@ -14,10 +14,10 @@ void check(cudaError_t status, const char* what);
 void count_clusters(DeviceFacts& facts);
 
 void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream);
+/// Of rows of one type (decode_of_type.cu).
+template <DType kDType>
+void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream);
 void launch_dense(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream);
-
-/// After launch_decode of the same params: what the step read goes into the index's calibration. `facts` are set.
-void launch_learn(const DecodeParams& params, cudaStream_t stream);
 
 /// Bytes that sorting the clusters of so many query heads needs besides its arrays.
 size_t rank_sort_bytes(int32_t heads, int32_t max_clusters);
@@ -66,35 +66,46 @@ size_t cluster_shared_bytes(int32_t head_dim);
 size_t cluster_scratch_bytes(int32_t rows, int32_t clusters, int32_t head_dim);
 void launch_cluster(const ClusterParams& params, const DeviceFacts& device, cudaStream_t stream);
 
-/// Calls fn.operator()<dtype, head_dim, heads>() for the batch's, which is_compiled().
+/// Calls fn.operator()<dtype>() for the batch's, which is_compiled().
 template <class Fn>
-void dispatch(const DecodeBatch& batch, Fn fn) {
-  const bool few = batch.num_q_heads / batch.num_kv_heads <= 4;
-  const auto by_heads = [&]<DType kDType, int kDim>() {
-    few ? fn.template operator()<kDType, kDim, 4>() : fn.template operator()<kDType, kDim, 8>();
-  };
-  const auto by_dim = [&]<DType kDType>() {
-    switch (batch.head_dim) {
-      case 64: return by_heads.template operator()<kDType, 64>();
-      case 128: return by_heads.template operator()<kDType, 128>();
-#ifndef TACTIC_CUDA_FEW
-      case 80: return by_heads.template operator()<kDType, 80>();
-      case 96: return by_heads.template operator()<kDType, 96>();
-      case 256: return by_heads.template operator()<kDType, 256>();
-#endif
-      default: break;
-    }
-  };
+void dispatch_type(const DecodeBatch& batch, Fn fn) {
   switch (batch.k.dtype) {
-    case DType::kBF16: return by_dim.template operator()<DType::kBF16>();
-    case DType::kF16: return by_dim.template operator()<DType::kF16>();
-    case DType::kF8E4M3: return by_dim.template operator()<DType::kF8E4M3>();
+    case DType::kBF16: return fn.template operator()<DType::kBF16>();
+    case DType::kF16: return fn.template operator()<DType::kF16>();
+    case DType::kF8E4M3: return fn.template operator()<DType::kF8E4M3>();
 #ifndef TACTIC_CUDA_FEW
-    case DType::kQ8_0: return by_dim.template operator()<DType::kQ8_0>();
-    case DType::kQ4_0: return by_dim.template operator()<DType::kQ4_0>();
+    case DType::kQ8_0: return fn.template operator()<DType::kQ8_0>();
+    case DType::kQ4_0: return fn.template operator()<DType::kQ4_0>();
 #endif
     default: break;
   }
+}
+
+/// Calls fn.operator()<head_dim, heads>() likewise.
+template <class Fn>
+void dispatch_shape(const DecodeBatch& batch, Fn fn) {
+  const bool few = batch.num_q_heads / batch.num_kv_heads <= 4;
+  const auto by_heads = [&]<int kDim>() {
+    few ? fn.template operator()<kDim, 4>() : fn.template operator()<kDim, 8>();
+  };
+  switch (batch.head_dim) {
+    case 64: return by_heads.template operator()<64>();
+    case 128: return by_heads.template operator()<128>();
+#ifndef TACTIC_CUDA_FEW
+    case 80: return by_heads.template operator()<80>();
+    case 96: return by_heads.template operator()<96>();
+    case 256: return by_heads.template operator()<256>();
+#endif
+    default: break;
+  }
+}
+
+/// Calls fn.operator()<dtype, head_dim, heads>() likewise.
+template <class Fn>
+void dispatch(const DecodeBatch& batch, Fn fn) {
+  dispatch_type(batch, [&]<DType kDType>() {
+    dispatch_shape(batch, [&]<int kDim, int kHeads>() { fn.template operator()<kDType, kDim, kHeads>(); });
+  });
 }
 
 }  // namespace tactic::cuda

@@ -207,8 +207,8 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
                 std::to_string(impl.shape.head_dim) + ", the batch of " + std::to_string(batch.num_kv_heads) + " and " +
                 std::to_string(batch.head_dim));
   }
-  check_shared("clustering keys of head_dim " + std::to_string(batch.head_dim) + " (upload() takes a CPU's index)",
-               cluster_shared_bytes(batch.head_dim), impl.device);
+  check_shared("clustering keys of head_dim " + std::to_string(batch.head_dim), cluster_shared_bytes(batch.head_dim),
+               impl.device);
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const SequenceState old = impl.states[static_cast<size_t>(sequence)], now = state_at(g, kv_len);
   ClusterParams params;

@@ -60,12 +60,9 @@ struct IndexView {
   SequenceState* states = nullptr;         // [sequences]
 };
 
-/// What `learn` must know of a step, per sequence and KV head.
-struct StepFacts {
-  float shifts[8];  // as select_segment wants them
-  float tau, beta;
-  float measured_variance;  // of all weights, relative, had the draws been independent; mean over the group
-};
+/// What a step does besides: nothing, compare rows with their check values, or that (where asked for) and what learning
+/// needs.
+enum class StepKind { kPlain, kChecked, kLearning };
 
 struct DecodeParams {
   DecodeBatch batch;
@@ -82,7 +79,6 @@ struct DecodeParams {
   std::byte* workspace = nullptr;  // the tables, where they do not fit into shared memory
   size_t block_workspace_bytes = 0;
   StepRecord* records = nullptr;  // [sequences, num_kv_heads] or nullptr
-  StepFacts* facts = nullptr;     // [sequences, num_kv_heads] or nullptr: nothing is learned
 };
 
 /// A pair is a sequence and KV head, a head here a query head of its group.

@@ -1,4 +1,4 @@
-// What a sparse step says of itself: the logarithms of its sums, its record, and what `learn` must know.
+// What a sparse step says of itself: the logarithms of its sums, and its record.
 #pragma once
 
 #include "cuda/merge.cuh"
@@ -15,7 +15,7 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
   const BlockSums sums = cluster_sums<kHeads>(buffers, p.splits, lane % kHeads, [](int, float) {});
   if (p.batch.lse != nullptr && lane < group)
     p.batch.lse[pair * group + lane] = kv_len > 0 ? (sums.max + log2f(sums.sum)) * kLn2 : -INFINITY;
-  if (p.records == nullptr && p.facts == nullptr) return;
+  if (p.records == nullptr) return;
   float mass = lane < group ? 1 - sums.sampled / sums.sum : 0,
         variance = lane < group ? sums.variance / (sums.sum * sums.sum) : 0;
 #pragma unroll
@@ -24,8 +24,6 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
     variance += shuffle_xor(variance, step);
   }
   if (lane != 0) return;
-  if (p.facts != nullptr) p.facts[pair].measured_variance = variance / group;
-  if (p.records == nullptr) return;
   int32_t counts[kCounts] = {};
   for (int s = 0; s < p.splits; ++s) {
     for (int i = 0; i < kCounts; ++i) counts[i] += buffers.block_counts[s][i];

@@ -53,6 +53,9 @@ assert all(s["kv_bytes"] > 0 for s in steps), "bytes read"
 PY
 done
 
+ask "a cache of another type" $sparse LLAMA_ARG_CACHE_TYPE_K=q5_0 LLAMA_ARG_CACHE_TYPE_V=q5_0
+[ "$(lines 'a cache of type q5_0 is not supported')" = 1 ] || fail "the type is named $(lines 'a cache of type') times"
+
 printf 'a server with three slots\n'
 python3 "$(dirname "$0")/server_test.py" "$bin/llama-server" "$TACTIC_TEST_MODEL" 2> "$work/err" || fail "the server"
 

@@ -84,6 +84,7 @@ TEST(PluginOptions, OffTakesNothing) {
 
 TEST(PluginOptions, SeparatorsWithoutItemsAreHarmless) {
   EXPECT_EQ(parse_options(",,error=0.5,").decode.target_error, 0.5f);
+  EXPECT_EQ(parse_options(" , error = 0.5 ,\t").decode.target_error, 0.5f);
 }
 
 TEST(PluginOptions, MisspelledKeyListsTheKeys) {
