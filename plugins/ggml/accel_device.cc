@@ -60,7 +60,7 @@ void note_geometry(const ggml_tensor* op, const PluginOptions& options) {
     shared().watch.note_empty(*match);
 }
 
-// Says once what keeps attention over a cache with the host.
+// Says once what keeps attention over a cache with the host. As an error, since llama.cpp shows no less by default.
 void note_unsupported(const ggml_tensor* op, const PluginOptions& options) {
   if (op->src[1]->view_src == nullptr || op->src[0]->ne[1] > options.max_rows) return;
   const std::string what = unsupported(op);
@@ -68,7 +68,7 @@ void note_unsupported(const ggml_tensor* op, const PluginOptions& options) {
   static std::mutex mutex;
   static std::set<std::string> said;
   const std::lock_guard lock(mutex);
-  if (said.insert(what).second) log_warning("%s is not supported: such attention is left to llama.cpp", what.c_str());
+  if (said.insert(what).second) log_error("%s is not supported: such attention is left to llama.cpp", what.c_str());
 }
 
 /// The mask rows of the step under way as bits. Every layer shows the same mask, so the last few rows are kept and

@@ -104,7 +104,7 @@ TEST(PluginOptions, WrongWordsNameTheValueAndWhatIsAllowed) {
 }
 
 TEST(PluginOptions, JunkIsNoNumber) {
-  for (const char* text : {"error=", "error=0.1x", "error=x", "error= 0.1", "budget=1.5", "budget=--1", "seed=-1",
+  for (const char* text : {"error=", "error=0.1x", "error=x", "error=0 .1", "budget=1.5", "budget=--1", "seed=-1",
                            "max_rows=0x4", "min_context=99999999999", "segment=1e3", "error=0,1"}) {
     EXPECT_NE(refusal(text), "") << text;
   }
