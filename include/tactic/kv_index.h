@@ -40,6 +40,9 @@ class KvIndex {
   /// Rows from kv_len on are gone.
   void truncate(int64_t kv_len);
 
+  /// These rows are gone, and segments that hold any of them: their other rows are clustered anew when that is due.
+  void remove(int64_t row_begin, int64_t count);
+
   /// Clusters what is due. `max_segments` bounds the work of this call (a provisional segment counts as one eighth of
   /// it or less); negative: all that is due. Returns whether work is left. Throws Error if `kv` does not fit the shape.
   bool maintain(const KvView& kv, double max_segments = -1);
@@ -49,6 +52,10 @@ class KvIndex {
 
   /// Forgets everything but the options.
   void clear();
+
+  /// Forgets what decode steps have learned (calibration, rows that they found heavy or expect). Steps over the same
+  /// rows from here on read the same rows again.
+  void forget_learned();
 
   /// Threads that maintain() may use, at most 1024; 0: OpenMP's default. The result does not depend on it.
   void set_num_threads(int32_t num_threads);

@@ -150,10 +150,11 @@ class AccelBackend {
   // The work on indexes that one decode step may do for one layer: a full segment every 16th step, a few small ones
   // every fourth, so that layers take turns. An index that lags far behind (state restored, watched late) is built at
   // once.
-  double budget_of(const CacheLayer& layer, const KvIndex& index) const {
+  static double budget_of(const CacheLayer& layer, const StreamIndex& stream) {
+    const KvIndex& index = stream.index;
     const int64_t behind = index.rows_written() - index.rows_indexed();
     if (behind > 4 * index.options().provisional_tokens + index.options().sink_tokens) return -1;
-    const auto turn = static_cast<uint64_t>(layer.layer) + step_;
+    const auto turn = static_cast<uint64_t>(layer.layer) + stream.steps;
     return turn % 16 == 0 ? 1.0 : turn % 4 == 0 ? 0.25 : 0.0;
   }
 
@@ -169,8 +170,7 @@ class AccelBackend {
     queries_.assign(static_cast<size_t>(num_queries), {});
     stats_.resize(static_cast<size_t>(num_queries));
     if (masks_.size() < static_cast<size_t>(num_queries)) masks_.resize(static_cast<size_t>(num_queries));
-    if (layer != nullptr && layer->layer <= last_layer_) ++step_;
-    if (layer != nullptr) last_layer_ = layer->layer, layer->owner = this;
+    if (layer != nullptr) layer->owner = this;
     const int64_t cluster_begin = now_ns();
     for (int64_t stream = 0; stream < match->streams(); ++stream) {
       for (int64_t row = 0; row < match->rows(); ++row) {
@@ -225,10 +225,11 @@ class AccelBackend {
     if (stream >= layer.streams.size()) return;
     query.stream_id += stream * 64;
     try {
+      StreamIndex& entry = *layer.streams[stream];
+      if (row == 0) entry.begin_step(bits.visible, bits.num_visible);
       shared().watch.before_step(layer, stream, bits.visible, row == 0, options.faults);
-      KvIndex& index = layer.streams[stream]->index;
-      if (row == 0) maintain(layer, stream, budget_of(layer, index));
-      query.index = &index;
+      if (row == 0) maintain(layer, stream, budget_of(layer, entry));
+      query.index = &entry.index;
     } catch (const std::exception& error) {
       log_error("layer %d is read densely: %s", layer.layer, error.what());
       layer.streams[stream]->index.clear();
@@ -244,11 +245,9 @@ class AccelBackend {
   Attention attention_;
   std::vector<DecodeQuery> queries_;
   std::vector<StepStats> stats_;
-  std::vector<MaskRow> masks_;  // one per query of a node
-  int32_t last_layer_ = -1;
+  std::vector<MaskRow> masks_;         // one per query of a node
   int32_t node_layer_ = -1;            // of the node before
   const void* first_cache_ = nullptr;  // of the first node that was computed
-  uint64_t step_ = 0;
 };
 
 AccelBackend* self(ggml_backend_t backend) { return static_cast<AccelBackend*>(backend->context); }

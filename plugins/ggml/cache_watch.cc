@@ -200,6 +200,26 @@ bool returned_changed(StreamIndex& entry, const KvView& kv, const std::vector<ui
 
 }  // namespace
 
+void StreamIndex::begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now) {
+  constexpr int64_t kMaxStep = 64;  // more rows than a decode step ever has
+  if (num_now < num_visible || num_now > num_visible + kMaxStep) {
+    index.forget_learned();
+    steps = 0;
+  }
+  if (num_now < num_visible) {
+    const auto word = [](const std::vector<uint64_t>& bits, size_t w) { return w < bits.size() ? bits[w] : 0; };
+    int64_t others = 0;  // cells that were not shown before: many of them are of another sequence
+    for (size_t w = 0; w < now_visible.size(); ++w) others += std::popcount(now_visible[w] & ~word(visible, w));
+    for (size_t w = 0; w < visible.size() && others <= kMaxStep; ++w) {
+      for_runs(visible[w] & ~word(now_visible, w),
+               [&](int begin, int length) { index.remove(static_cast<int64_t>(w) * 64 + begin, length); });
+    }
+  }
+  visible = now_visible;
+  num_visible = num_now;
+  ++steps;
+}
+
 void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, bool first,
                              const Faults& faults) {
   StreamIndex& entry = *layer.streams[stream];

@@ -25,6 +25,13 @@ struct StreamIndex {
   // Bits of cells whose content is known: shown to a query, or seen being written, in the step under way and since, and
   // in the step before it.
   std::vector<uint64_t> known, known_before;
+  std::vector<uint64_t> visible;  // cells of the last step's first row
+  int64_t num_visible = 0;        // of those
+  uint64_t steps = 0;             // since the last passage began
+  /// The cells that a step's first row shows. Where they do not go on from the step before, a prompt came in between or
+  /// rows were taken back: what was learned is forgotten and rows that were taken back leave the index, so that a
+  /// request that is asked again reads the same rows again.
+  void begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now);
   explicit StreamIndex(const IndexOptions& options, const KvShape& shape) : index(options, shape) {}
 };
 

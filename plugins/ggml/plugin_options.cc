@@ -1,7 +1,12 @@
 #include "plugin_options.h"
 
+#include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <functional>
+#include <string>
+#include <system_error>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -33,7 +38,9 @@ template <class T>
 T number(std::string_view key, std::string_view value) {
   T result{};
   const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), result);
-  if (error != std::errc() || end != value.data() + value.size()) fail(key, value, "a number");
+  if (error == std::errc::result_out_of_range) fail(key, value, "a number that is not so large or small");
+  if (error != std::errc() || end != value.data() + value.size())
+    fail(key, value, std::is_integral_v<T> ? "a whole number" : "a number");
   return result;
 }
 
@@ -57,8 +64,12 @@ const std::vector<std::pair<const char*, Setter>>& setters() {
   static const std::vector<std::pair<const char*, Setter>> table = {
       {"select",
        [](O& o, S, S v) {
-         if (v == "off") o.enabled = false;
-         else o.decode.select = select_from_name(v);
+         try {
+           if (v == "off") o.enabled = false;
+           else o.decode.select = select_from_name(v);
+         } catch (const Error& error) {
+           throw Error(error.what() + std::string(", off"));
+         }
        }},
       {"error",
        [](O& o, S k, S v) {
@@ -123,6 +134,34 @@ std::vector<std::pair<std::string_view, std::string_view>> split(std::string_vie
   return items;
 }
 
+// The library's names of options become the keys of this grammar.
+std::string with_keys(std::string_view message) {
+  static constexpr std::pair<std::string_view, std::string_view> kKeys[] = {
+      {"target_error", "error"},
+      {"target_mass", "mass"},
+      {"cluster_tokens", "cluster"},
+      {"segment_tokens", "segment"},
+      {"provisional_tokens", "provisional"},
+      {"provisional_cluster_tokens", "provisional_cluster"},
+      {"sink_tokens", "sinks"},
+      {"outlier_fraction", "outliers"},
+  };
+  std::string out;
+  while (!message.empty()) {
+    size_t length = 0;
+    while (length < message.size() &&
+           (std::isalnum(static_cast<unsigned char>(message[length])) != 0 || message[length] == '_'))
+      ++length;
+    std::string_view word = message.substr(0, std::max<size_t>(length, 1));
+    message.remove_prefix(word.size());
+    for (const auto& [name, key] : kKeys) {
+      if (word == name) word = key;
+    }
+    out += word;
+  }
+  return out;
+}
+
 void apply_preset(PluginOptions& options, std::string_view name) {
   for (const Preset& preset : kPresets) {
     if (name != preset.name) continue;
@@ -155,8 +194,12 @@ PluginOptions parse_options(std::string_view text) {
     }
     (*setter)(options, key, value);
   }
-  validate(options.decode);
-  validate(options.index);
+  try {
+    validate(options.decode);
+    validate(options.index);
+  } catch (const Error& error) {
+    throw Error(with_keys(error.what()));
+  }
   return options;
 }
 

@@ -99,7 +99,7 @@ void PluginStats::write_line() {
         s.sparse_queries > 0 ? s.estimated_mass / sparse : 1.0, s.mass_variance / sparse,
         static_cast<double>(s.attend_ns) / 1e3, static_cast<double>(s.write_ns) / 1e3,
         static_cast<double>(s.cluster_ns) / 1e3);
-    if (written < 0 || (step_number_ % 16 == 0 && std::fflush(file_) != 0) || std::ferror(file_) != 0) {
+    if (written < 0 || std::fflush(file_) != 0 || std::ferror(file_) != 0) {
       log_error("cannot write statistics to %s: %s; going on without them", path_.c_str(), std::strerror(errno));
       std::fclose(file_);
       file_ = nullptr;

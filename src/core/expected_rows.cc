@@ -1,20 +1,26 @@
 #include "core/expected_rows.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace tactic {
 
 void expected_rows(const IndexState& index, int32_t head, const RowFilter& filter, std::vector<int32_t>& out) {
+  const Calibration& known = index.calibration[static_cast<size_t>(head)];
   out.clear();
+  std::set_union(known.expected.begin(), known.expected.end(), known.heavy.begin(), known.heavy.end(),
+                 std::back_inserter(out));
+  size_t kept = 0;
   auto segment = index.segments.begin();
-  for (const int32_t row : index.calibration[static_cast<size_t>(head)].expected) {
+  for (const int32_t row : out) {
     if (!filter.reads_indexed(row)) continue;
     while (segment != index.segments.end() && row >= segment->row_begin + segment->num_rows) ++segment;
     if (segment == index.segments.end()) break;
     const std::vector<uint16_t>& outliers = segment->heads[static_cast<size_t>(head)].outliers;
     const auto place = static_cast<uint16_t>(row - segment->row_begin);
-    if (!std::binary_search(outliers.begin(), outliers.end(), place)) out.push_back(row);
+    if (!std::binary_search(outliers.begin(), outliers.end(), place)) out[kept++] = row;
   }
+  out.resize(kept);
 }
 
 void leave_out(const std::vector<int32_t>& rows, HeadSelection& selection) {

@@ -50,6 +50,7 @@ struct Calibration {
   double sum_xx = 0, sum_xy = 0;       // x = spread * |q|^2 / 2, y = true log mean weight minus the centroid's score
   double variance_ratio = 1;           // measured over predicted variance of the mass
   std::vector<int32_t> suspects;       // rows found heavy by chance, the latest last
+  std::vector<int32_t> heavy;          // rows found so again, ascending: every step reads them for certain
   std::vector<int32_t> expected;       // rows that the next step reads for certain, ascending (core/expected_rows.h)
   std::vector<double> usual_variance;  // [group_size] running mean of the drawn rows' variance relative to their
                                        // squared sum; empty: unknown
@@ -102,8 +103,9 @@ struct IndexState {
   }
 };
 
-/// A row that was heavy although its cluster promised little becomes an outlier when that happens again: sinks in
-/// mid-context whose keys are long stand in ordinary clusters and draw 5-10% of whole heads for thousands of steps.
+/// A row that was heavy although its cluster promised little is always read when that happens again: sinks in
+/// mid-context whose keys are long stand in ordinary clusters and draw 5-10% of whole heads for thousands of steps. As
+/// many such rows as outliers of least norm.
 /// `row` must be visible and indexed.
 void found_heavy(IndexState& index, int32_t head, int32_t row);
 

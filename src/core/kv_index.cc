@@ -75,10 +75,18 @@ KvIndex::~KvIndex() = default;
 KvIndex::KvIndex(KvIndex&&) noexcept = default;
 KvIndex& KvIndex::operator=(KvIndex&&) noexcept = default;
 
-void KvIndex::write(int64_t row_begin, int64_t count) {
+namespace {
+
+void check_rows(int64_t row_begin, int64_t count) {
   if (row_begin < 0 || count < 0 || row_begin > INT32_MAX - count) {
     throw Error("rows " + std::to_string(row_begin) + " + " + std::to_string(count) + " must lie in 0..2^31-1");
   }
+}
+
+}  // namespace
+
+void KvIndex::write(int64_t row_begin, int64_t count) {
+  check_rows(row_begin, count);
   if (count == 0) return;
   IndexState& s = *state_;
   const int64_t end = row_begin + count;
@@ -102,48 +110,45 @@ void KvIndex::truncate(int64_t kv_len) {
   std::erase_if(s.segments, [&](const Segment& segment) { return segment.row_begin >= kv_len; });
 }
 
+void KvIndex::remove(int64_t row_begin, int64_t count) {
+  check_rows(row_begin, count);
+  IndexState& s = *state_;
+  const int64_t end = std::min(row_begin + count, s.rows_end);
+  if (end <= row_begin) return;
+  s.written.reset_range(row_begin, end);
+  s.indexed.reset_range(row_begin, end);
+  std::erase_if(s.segments, [&](const Segment& segment) {
+    const int64_t segment_end = segment.row_begin + segment.num_rows;
+    if (segment.row_begin >= end || segment_end <= row_begin) return false;
+    s.indexed.reset_range(segment.row_begin, segment_end);
+    return true;
+  });
+  if (end == s.rows_end) s.rows_end = row_begin;
+}
+
 namespace {
 
 constexpr size_t kSuspects =
     64;  // per KV head; induction finds new rows all the time, which must not push out the lasting ones at once
 
-// Takes the row out of its cluster. As many rows again as the segment's outliers of least norm may join those.
-void make_outlier(Segment& segment, HeadClusters& clusters, float outlier_fraction, int32_t row) {
-  if (static_cast<float>(clusters.outliers.size()) >= 4 * outlier_fraction * static_cast<float>(segment.num_rows))
-    return;
-  const auto member = static_cast<uint16_t>(row - segment.row_begin);
-  auto at = clusters.members.begin();
-  for (uint16_t& size : clusters.sizes) {
-    const auto end = at + size;
-    const auto found = std::lower_bound(at, end, member);
-    if (found != end && *found == member) {
-      clusters.outliers.reserve(clusters.outliers.size() + 1);  // when memory runs out, the row stays where it is
-      clusters.members.erase(found);
-      --size;
-      clusters.outliers.insert(std::lower_bound(clusters.outliers.begin(), clusters.outliers.end(), member), member);
-      return;
-    }
-    at = end;
-  }
-}
-
 }  // namespace
 
 void found_heavy(IndexState& index, int32_t head, int32_t row) {
-  std::vector<int32_t>& suspects = index.calibration[static_cast<size_t>(head)].suspects;
-  const auto known = std::find(suspects.begin(), suspects.end(), row);
-  if (known == suspects.end()) {
-    if (suspects.size() == kSuspects) suspects.erase(suspects.begin());
-    suspects.push_back(row);
+  Calibration& known = index.calibration[static_cast<size_t>(head)];
+  if (std::binary_search(known.heavy.begin(), known.heavy.end(), row)) return;
+  const auto suspect = std::find(known.suspects.begin(), known.suspects.end(), row);
+  if (suspect == known.suspects.end()) {
+    if (known.suspects.size() == kSuspects) known.suspects.erase(known.suspects.begin());
+    known.suspects.push_back(row);
     return;
   }
-  suspects.erase(known);
-  for (Segment& segment : index.segments) {
-    if (row >= segment.row_begin && row < segment.row_begin + segment.num_rows) {
-      make_outlier(segment, segment.heads[static_cast<size_t>(head)], index.options.outlier_fraction, row);
-    }
-  }
+  const auto limit = static_cast<size_t>(2 * index.options.outlier_fraction * static_cast<float>(index.rows_end));
+  if (known.heavy.size() < limit)
+    known.heavy.insert(std::lower_bound(known.heavy.begin(), known.heavy.end(), row), row);
+  known.suspects.erase(suspect);
 }
+
+void KvIndex::forget_learned() { state_->calibration.assign(state_->calibration.size(), {}); }
 
 void KvIndex::clear() {
   IndexState& s = *state_;
@@ -151,7 +156,7 @@ void KvIndex::clear() {
   s.written.clear();
   s.indexed.clear();
   s.rows_end = 0;
-  s.calibration.assign(s.calibration.size(), {});
+  forget_learned();
 }
 
 namespace {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "core/expected_rows.h"
 #include "support.h"
 #include "tactic/error.h"
 
@@ -387,7 +388,30 @@ TEST(RowBits, RangesAndCounts) {
   EXPECT_EQ(bits.count_range(0, 256), 61);
 }
 
-TEST(FoundHeavy, TwiceMakesAnOutlier) {
+TEST(KvIndex, RemovedRowsTakeTheirSegmentsAlong) {
+  const Cache cache(spec_of(1100));
+  const auto index = build_index(cache, kSmall);
+  const auto row_begin = index->state().segments[1].row_begin, num_rows = int64_t{index->state().segments[1].num_rows};
+  const size_t segments = index->state().segments.size();
+  const int64_t written = index->rows_written(), indexed = index->rows_indexed();
+  index->remove(row_begin + 5, 3);
+  EXPECT_EQ(index->state().segments.size(), segments - 1);
+  EXPECT_EQ(index->rows_written(), written - 3);
+  EXPECT_EQ(index->rows_indexed(), indexed - num_rows);
+  EXPECT_EQ(index->written_word((row_begin + 5) / 64) >> ((row_begin + 5) % 64) & 7, 0u);
+  index->write(row_begin + 5, 3);
+  EXPECT_FALSE(index->maintain(cache.view()));
+  EXPECT_EQ(index->state().segments.size(), segments);
+  EXPECT_EQ(index->rows_indexed(), indexed);
+  index->remove(1000, 5000);
+  EXPECT_EQ(index->state().rows_end, 1000);
+  index->remove(2000, 10);
+  index->remove(10, 0);
+  EXPECT_EQ(index->rows_written(), 1000);
+  EXPECT_THAT([&] { index->remove(-1, 2); }, ThrowsMessage<Error>(HasSubstr("rows -1")));
+}
+
+TEST(FoundHeavy, TwiceIsReadForCertain) {
   const CacheSpec spec = spec_of(1100);
   const Cache cache(spec);
   for (const float fraction : {0.01f, 0.0f}) {
@@ -396,32 +420,23 @@ TEST(FoundHeavy, TwiceMakesAnOutlier) {
     options.outlier_fraction = fraction;
     const auto index = build_index(cache, options);
     IndexState& state = index->state();
-    Segment& segment = state.segments[1];
-    HeadClusters& clusters = segment.heads[1];
-    const size_t members = clusters.members.size(), outliers = clusters.outliers.size();
-    const std::vector<uint16_t> rows = clusters.members, sizes = clusters.sizes;
+    const Segment& segment = state.segments[1];
+    const std::vector<uint16_t> rows = segment.heads[1].members;
     const auto row = static_cast<int32_t>(segment.row_begin + rows[40]);
+    const RowFilter filter = filter_of(*index, 1100);
+    std::vector<int32_t> read;
     found_heavy(state, 1, row);
-    EXPECT_EQ(clusters.members, rows) << "once may be chance";
+    expected_rows(state, 1, filter, read);
+    EXPECT_TRUE(read.empty()) << "once may be chance";
     found_heavy(state, 1, row);
+    expected_rows(state, 1, filter, read);
     if (fraction == 0) {
-      EXPECT_EQ(clusters.members, rows) << "no outliers were wanted";
+      EXPECT_TRUE(read.empty()) << "no outliers were wanted";
       continue;
     }
-    EXPECT_EQ(clusters.members.size(), members - 1);
-    EXPECT_EQ(std::accumulate(clusters.sizes.begin(), clusters.sizes.end(), size_t{0}), members - 1);
-    EXPECT_TRUE(std::binary_search(clusters.outliers.begin(), clusters.outliers.end(), rows[40]));
-    EXPECT_TRUE(std::is_sorted(clusters.outliers.begin(), clusters.outliers.end()));
-    EXPECT_EQ(state.segments[1].heads[0].outliers.size(), outliers) << "the other head is left alone";
-    size_t at = 0, before = 0;  // every cluster has its rows, but for the one
-    for (size_t c = 0; c < sizes.size(); ++c) {
-      for (size_t m = 0; m < sizes[c]; ++m) {
-        if (before + m == 40) continue;
-        EXPECT_EQ(clusters.members[at++], rows[before + m]);
-      }
-      before += sizes[c];
-    }
-    // A query reads it with the exact rows, and every row once.
+    EXPECT_EQ(read, std::vector<int32_t>{row});
+    EXPECT_TRUE(state.calibration[0].heavy.empty()) << "the other head is left alone";
+    // Every row is read once.
     Problem problem(spec, 2);
     problem.query.index = index.get();
     Selection selection;
@@ -431,13 +446,17 @@ TEST(FoundHeavy, TwiceMakesAnOutlier) {
     std::sort(tokens.begin(), tokens.end());
     ASSERT_EQ(tokens.size(), 1100u);
     for (int32_t i = 0; i < 1100; ++i) ASSERT_EQ(tokens[static_cast<size_t>(i)], i);
-    // There is an end to it, and rows outside the index do no harm.
+    // There is an end to it, the list stays in order, and rows outside the index do no harm.
     for (const uint16_t other : rows) {
-      for (int twice = 0; twice < 2; ++twice) found_heavy(state, 1, static_cast<int32_t>(segment.row_begin + other));
+      for (int times = 0; times < 3; ++times) found_heavy(state, 1, static_cast<int32_t>(segment.row_begin + other));
     }
-    EXPECT_LE(static_cast<double>(clusters.outliers.size()), 4.0 * fraction * segment.num_rows + 1);
+    EXPECT_EQ(state.calibration[1].heavy.size(), 22u);  // 2 * 0.01 * 1100
+    EXPECT_TRUE(std::is_sorted(state.calibration[1].heavy.begin(), state.calibration[1].heavy.end()));
     for (int twice = 0; twice < 2; ++twice) found_heavy(state, 1, 1099);
     for (int twice = 0; twice < 2; ++twice) found_heavy(state, 1, 5000);
+    index->forget_learned();
+    expected_rows(state, 1, filter, read);
+    EXPECT_TRUE(read.empty());
   }
 }
 

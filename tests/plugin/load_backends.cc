@@ -1,4 +1,5 @@
-// llama.cpp's tests of architectures expect backends that are linked in; here they are loadable ones, so load them first.
+// llama.cpp's tests of architectures expect backends that are linked in; here they are loadable ones, so load them
+// first.
 #include <ggml-backend.h>
 
 namespace {

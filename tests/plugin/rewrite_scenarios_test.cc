@@ -66,6 +66,23 @@ TEST_F(RewriteScenarios, RewindTokenByToken) {
   expect_scenario({.name = "rewind, token by token", .play = play, .exact_play = prefill_and_decode(final_text, rest)});
 }
 
+// What a request taught is not carried into the next one.
+TEST_F(RewriteScenarios, WhatIsAskedAgainIsAnsweredAlike) {
+  const auto text = tokens_of(records(8, 0, 60), kDepth), rest = tokens_of(words(8, 300), 96);
+  const Outcome asked = run(kSparse, {}, [&](Session& s) {
+    s.prefill(text);
+    for (int time = 0; time < 3; ++time) {
+      ASSERT_TRUE(llama_memory_seq_rm(s.memory(), 0, kDepth, -1));
+      s.decode(rest, kDepth);
+    }
+  });
+  EXPECT_GT(asked.totals.sparse_queries, 0);
+  ASSERT_EQ(asked.scores.size(), 3 * rest.size());
+  for (size_t i = 0; i < rest.size(); ++i) {  // the first time the prompt is not all clustered yet
+    ASSERT_EQ(asked.scores[rest.size() + i], asked.scores[2 * rest.size() + i]) << "token " << i;
+  }
+}
+
 // Removed cells keep their rows: only the mask hides them.
 TEST_F(RewriteScenarios, RemovedCellsAreNotRead) {
   const auto text = tokens_of(words(7, 1000), kDepth), rest = questions(7);
