@@ -1,7 +1,7 @@
 # find_package(tactic) for the library; the plug-in and the command beside it.
 include(CMakePackageConfigHelpers)
 install(TARGETS tactic EXPORT tactic-targets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
-install(DIRECTORY include/tactic DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(DIRECTORY include/tactic DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} PATTERN cuda.h EXCLUDE)  # its library is not installed
 install(EXPORT tactic-targets NAMESPACE tactic:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/tactic)
 configure_package_config_file(cmake/tactic-config.cmake.in ${PROJECT_BINARY_DIR}/tactic-config.cmake
   INSTALL_DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/tactic)
