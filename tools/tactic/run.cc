@@ -1,9 +1,13 @@
 // tactic run: answer a prompt, and say what it cost; --compare answers twice from one prefill.
 #include <algorithm>
+#include <array>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <optional>
+#include <span>
+#include <utility>
 
 #include "report.h"
 #include "text.h"
@@ -22,16 +26,36 @@ struct RunOptions {
   bool compare = false, no_chat = false;
 };
 
+struct Choice {
+  llama_token token;
+  double probability;
+};
+using BestTwo = std::array<Choice, 2>;
+
 struct Answer {
   std::vector<llama_token> tokens;
-  double first_seconds = 0;  // the last prompt token, and the index if it was not built during the prefill
-  double seconds = 0;        // the steps after it
+  std::vector<BestTwo> best;  // of each step
+  double first_seconds = 0;   // the last prompt token, and the index if it was not built during the prefill
+  double seconds = 0;         // the steps after it
   int64_t steps = 0;
   double mean_kv_len = 0;
   tactic_totals totals = {};
 
   double tokens_per_second() const { return seconds > 0 ? static_cast<double>(steps) / seconds : 0.0; }
 };
+
+BestTwo best_two(std::span<const float> scores) {
+  size_t first = 0, second = scores.size() > 1 ? 1 : 0;
+  if (scores[second] > scores[first]) std::swap(first, second);
+  for (size_t i = 2; i < scores.size(); ++i) {
+    if (scores[i] > scores[second]) second = i;
+    if (scores[second] > scores[first]) std::swap(first, second);
+  }
+  double sum = 0;
+  for (const float score : scores) sum += std::exp(double{score} - scores[first]);
+  return {Choice{static_cast<llama_token>(first), 1 / sum},
+          Choice{static_cast<llama_token>(second), std::exp(double{scores[second]} - scores[first]) / sum}};
+}
 
 struct FreeSampler {
   void operator()(llama_sampler* sampler) const { llama_sampler_free(sampler); }
@@ -71,6 +95,8 @@ Answer generate(Host& host, Session& session, llama_token last_prompt_token, con
     }
     answer.mean_kv_len += static_cast<double>(session.kv_len());
     answer.tokens.push_back(token);
+    answer.best.push_back(best_two(
+        {llama_get_logits_ith(session.context(), -1), static_cast<size_t>(llama_vocab_n_tokens(host.vocab()))}));
     if (llama_vocab_is_eog(host.vocab(), token)) break;
     std::fputs(stream.push(token_piece(host.vocab(), token)).c_str(), stdout);
     std::fflush(stdout);
@@ -147,16 +173,22 @@ void print_figures(const std::vector<std::string>& names, const std::vector<Answ
   table.print(stderr);
 }
 
-void print_difference(const Host& host, const std::vector<llama_token>& stock, const std::vector<llama_token>& tactic) {
-  const size_t common = static_cast<size_t>(
-      std::mismatch(stock.begin(), stock.end(), tactic.begin(), tactic.end()).first - stock.begin());
-  if (common == stock.size() && common == tactic.size()) {
+void print_difference(const Host& host, const Answer& stock, const Answer& tactic) {
+  const auto common = static_cast<size_t>(
+      std::mismatch(stock.tokens.begin(), stock.tokens.end(), tactic.tokens.begin(), tactic.tokens.end()).first -
+      stock.tokens.begin());
+  if (common == stock.tokens.size() && common == tactic.tokens.size()) {
     std::fprintf(stderr, "the answers are equal, %zu tokens\n", common);
     return;
   }
-  const auto shown = [&](const std::vector<llama_token>& tokens) {
-    return common < tokens.size() ? "'" + escape_controls(token_piece(host.vocab(), tokens[common], true)) + "'"
-                                  : "(end)";
+  const auto piece = [&](llama_token token) {
+    return "'" + escape_controls(token_piece(host.vocab(), token, true)) + "'";
+  };
+  const auto shown = [&](const Answer& answer) -> std::string {
+    if (common >= answer.tokens.size()) return "(end)";
+    const BestTwo& best = answer.best[common];
+    return format("%s (best: %s %.2f, %s %.2f)", piece(answer.tokens[common]).c_str(), piece(best[0].token).c_str(),
+                  best[0].probability, piece(best[1].token).c_str(), best[1].probability);
   };
   std::fprintf(stderr, "the answers first differ at token %zu: stock %s, tactic %s\n", common + 1, shown(stock).c_str(),
                shown(tactic).c_str());
@@ -209,7 +241,7 @@ void run(const RunOptions& options) {
     std::fprintf(stderr, "decode speed against stock: %.2f\n",
                  answers[1].tokens_per_second() / answers[0].tokens_per_second());
   }
-  print_difference(host, answers[0].tokens, answers[1].tokens);
+  print_difference(host, answers[0], answers[1]);
 }
 
 }  // namespace
