@@ -15,12 +15,6 @@
 #include "host.h"
 
 namespace tactic::tool {
-namespace {
-
-struct Normalizer {
-  llama_token top;
-  double lse;  // natural log of the sum of exp(logit)
-};
 
 Normalizer normalize(const float* logits, int32_t vocab_size) {
   const float* top = std::max_element(logits, logits + vocab_size);
@@ -28,8 +22,6 @@ Normalizer normalize(const float* logits, int32_t vocab_size) {
   for (int32_t i = 0; i < vocab_size; ++i) sum += std::exp(static_cast<double>(logits[i]) - static_cast<double>(*top));
   return {static_cast<llama_token>(top - logits), static_cast<double>(*top) + std::log(sum)};
 }
-
-}  // namespace
 
 TokenComparison compare_logits(const float* exact, const float* other, int32_t vocab_size, llama_token next) {
   const Normalizer p = normalize(exact, vocab_size);

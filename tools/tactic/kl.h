@@ -7,6 +7,15 @@
 
 namespace tactic::tool {
 
+/// The distribution behind logits: its most probable token, and what to take off a logit for the log probability.
+struct Normalizer {
+  llama_token top;
+  double lse;  // natural log of the sum of exp(logit)
+};
+
+/// `logits`: [vocab_size].
+Normalizer normalize(const float* logits, int32_t vocab_size);
+
 struct TokenComparison {
   double kl = 0;         // KL(exact || other) in nats, over the whole vocabulary in double
   double exact_nll = 0;  // -ln probability of the token that the text has next

@@ -6,9 +6,9 @@
 #include <cstdio>
 #include <memory>
 #include <optional>
-#include <span>
 #include <utility>
 
+#include "kl.h"
 #include "report.h"
 #include "text.h"
 #include "verbs.h"
@@ -34,7 +34,7 @@ using BestTwo = std::array<Choice, 2>;
 
 struct Answer {
   std::vector<llama_token> tokens;
-  std::vector<BestTwo> best;  // of each step
+  std::vector<BestTwo> best;  // of each step, for --compare
   double first_seconds = 0;   // the last prompt token, and the index if it was not built during the prefill
   double seconds = 0;         // the steps after it
   int64_t steps = 0;
@@ -44,17 +44,14 @@ struct Answer {
   double tokens_per_second() const { return seconds > 0 ? static_cast<double>(steps) / seconds : 0.0; }
 };
 
-BestTwo best_two(std::span<const float> scores) {
-  size_t first = 0, second = scores.size() > 1 ? 1 : 0;
-  if (scores[second] > scores[first]) std::swap(first, second);
-  for (size_t i = 2; i < scores.size(); ++i) {
-    if (scores[i] > scores[second]) second = i;
-    if (scores[second] > scores[first]) std::swap(first, second);
+BestTwo best_two(const float* logits, int32_t vocab_size) {
+  const Normalizer all = normalize(logits, vocab_size);
+  llama_token second = all.top == 0 && vocab_size > 1 ? 1 : 0;
+  for (llama_token i = 0; i < vocab_size; ++i) {
+    if (i != all.top && logits[i] > logits[second]) second = i;
   }
-  double sum = 0;
-  for (const float score : scores) sum += std::exp(double{score} - scores[first]);
-  return {Choice{static_cast<llama_token>(first), 1 / sum},
-          Choice{static_cast<llama_token>(second), std::exp(double{scores[second]} - scores[first]) / sum}};
+  const auto choice = [&](llama_token token) { return Choice{token, std::exp(double{logits[token]} - all.lse)}; };
+  return {choice(all.top), choice(second)};
 }
 
 struct FreeSampler {
@@ -95,8 +92,9 @@ Answer generate(Host& host, Session& session, llama_token last_prompt_token, con
     }
     answer.mean_kv_len += static_cast<double>(session.kv_len());
     answer.tokens.push_back(token);
-    answer.best.push_back(best_two(
-        {llama_get_logits_ith(session.context(), -1), static_cast<size_t>(llama_vocab_n_tokens(host.vocab()))}));
+    if (options.compare) {
+      answer.best.push_back(best_two(llama_get_logits_ith(session.context(), -1), llama_vocab_n_tokens(host.vocab())));
+    }
     if (llama_vocab_is_eog(host.vocab(), token)) break;
     std::fputs(stream.push(token_piece(host.vocab(), token)).c_str(), stdout);
     std::fflush(stdout);
