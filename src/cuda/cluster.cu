@@ -279,8 +279,7 @@ class SegmentClustering {
         const float x = scratch.centroids[static_cast<int64_t>(c0 + c) * kDim + d];
         norm2 += x * x;
       }
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) norm2 += shuffle_xor(norm2, step);
+      norm2 = warp_sum(norm2);
       if (lane == 0) s.c_norms2[c] = c0 + c < p.num_clusters ? norm2 : INFINITY;
     }
   }
@@ -417,8 +416,7 @@ class SegmentClustering {
           }
         }
       }
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) spread += shuffle_xor(spread, step);
+      spread = warp_sum(spread);
       if (lane == 0) {
         tile.facts(c) = {size > 0 ? scale : 0.0f, size > 0 ? spread / static_cast<float>(size) / kDim : 0.0f};
         tile.place(c) = static_cast<uint32_t>(begin) << 16 | static_cast<uint32_t>(size);

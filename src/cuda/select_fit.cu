@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constan
 #pragma unroll
     for (int h = 0; h < kMaxGroup; ++h) {
       if (h >= group) break;
-      for (int step = 16; step > 0; step /= 2) dots[h] += shuffle_xor(dots[h], step);
+      dots[h] = warp_sum(dots[h]);
       if (lane != 0) continue;
       const int64_t to = (static_cast<int64_t>(pair) * group + h) * g.max_clusters + c;
       p.keys[to] = exists ? falling(dots[h]) : kNoCluster;
@@ -158,9 +158,7 @@ class HeadChoice {
 #pragma unroll
       for (int j = 0; j < 8; ++j) dot += s.q[8 * chunk + j] * x[j];
     }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) dot += shuffle_xor(dot, step);
-    return dot;
+    return warp_sum(dot);
   }
 
   // The row of token i in the order.
