@@ -25,13 +25,18 @@ void expected_rows(const IndexState& index, int32_t head, const RowFilter& filte
 
 void leave_out(const std::vector<int32_t>& rows, HeadSelection& selection) {
   if (rows.empty()) return;
-  uint64_t low_bits = 0;  // most rows are told apart by these
-  for (const int32_t row : rows) low_bits |= uint64_t{1} << (row & 63);
+  uint64_t low_bits[16] = {};  // nearly all rows are told apart by these
+  for (const int32_t row : rows) low_bits[(row >> 6) & 15] |= uint64_t{1} << (row & 63);
+  const auto leaves = [&](int32_t row) {
+    return ((low_bits[(row >> 6) & 15] >> (row & 63)) & 1) != 0 && std::binary_search(rows.begin(), rows.end(), row);
+  };
+  const size_t size = selection.tokens.size();
   size_t kept = 0;
-  int64_t certain = 0;
-  for (size_t i = 0; i < selection.tokens.size(); ++i) {
+  while (kept < size && !leaves(selection.tokens[kept])) ++kept;
+  int64_t certain = std::min(selection.num_certain, static_cast<int64_t>(kept));
+  for (size_t i = kept; i < size; ++i) {
     const int32_t row = selection.tokens[i];
-    if (((low_bits >> (row & 63)) & 1) != 0 && std::binary_search(rows.begin(), rows.end(), row)) continue;
+    if (leaves(row)) continue;
     certain += static_cast<int64_t>(i) < selection.num_certain;
     selection.tokens[kept] = row;
     selection.log_weights[kept] = selection.log_weights[i];

@@ -247,6 +247,9 @@ void store_clusters(const Centroids& centroids, const float* x, const std::vecto
 }  // namespace
 
 void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
+  // Pointers taken before Highway knows the processor would ask it anew at every call.
+  hwy::ChosenTarget& target = hwy::GetChosenTarget();
+  if (!target.IsInitialized()) target.Update(hwy::SupportedTargets());
   const auto decode = HWY_DYNAMIC_DISPATCH(decode_rows);
   const auto squares = HWY_DYNAMIC_DISPATCH(sum_squares);
   const auto nearest_of = HWY_DYNAMIC_DISPATCH(assign_rows);

@@ -21,8 +21,8 @@ constexpr int64_t kMinIndexedRows = 256;  // fewer are not worth a selection
 
 // What one thread has of one task's output.
 struct Partial {
-  std::vector<SoftmaxState> state;  // [group_size]
-  std::vector<float> values;        // [group_size, v_head_dim]
+  std::vector<SoftmaxState> state;  // [group_size] of a dense task; a sparse one has one state for all threads
+  std::vector<float> values;        // [group_size, v_head_dim] sum of weights times values
   std::vector<WeightSums> sums;     // [group_size] of selected rows
   bool used = false;
 };
@@ -75,10 +75,18 @@ class CpuRun : public BackendRun {
       list_rows(state.filter, state.dense == DenseReason::kNone, state.rows);
       if (query.bias != nullptr) std::erase_if(state.rows, [&](int32_t row) { return query.bias[row] == -HUGE_VALF; });
       for (int32_t head = 0; head < query.kv.num_kv_heads; ++head, ++t) {
-        tasks_[t].filter = state.filter;
-        tasks_[t].sparse = state.dense == DenseReason::kNone;
-        begin_task(tasks_[t], query, static_cast<int32_t>(i), head, state.rows);
+        Task& task = tasks_[t];
+        task.query = &query;
+        task.query_number = static_cast<int32_t>(i);
+        task.head = head;
+        task.filter = state.filter;
+        task.sparse = state.dense == DenseReason::kNone;
       }
+    }
+    // Tasks that share an index learn one after the other.
+    learn_apart_ = true;
+    for (size_t i = 1; i < queries.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) learn_apart_ = learn_apart_ && queries[i].index != queries[j].index;
     }
   }
 
@@ -118,6 +126,10 @@ class CpuRun : public BackendRun {
     };
     bool any_sparse = false;
     for (const Task& task : tasks_) any_sparse = any_sparse || task.sparse;
+    error.guard([&] {
+      for_tasks([&](size_t t) { begin_task(tasks_[t], queries_[static_cast<size_t>(tasks_[t].query_number)].rows); });
+    });
+#pragma omp barrier
     if (any_sparse) {
       error.guard([&] { score_phase(thread, threads); });
 #pragma omp barrier
@@ -127,28 +139,25 @@ class CpuRun : public BackendRun {
         });
       });
 #pragma omp barrier
-      error.guard([&] { weigh_phase(options, thread, threads); });
-#pragma omp barrier
-      error.guard([&] {
-        for_tasks([&](size_t t) {
-          if (tasks_[t].sparse && !tasks_[t].not_finite) settle_task(t, options, threads);
-        });
-      });
-#pragma omp barrier
     }
-    error.guard([&] { value_phase(options, thread, threads); });
+    error.guard([&] { read_phase(options, thread, threads); });
 #pragma omp barrier
-    error.guard([&] { for_tasks([&](size_t t) { merge_task(t, threads); }); });
+    error.guard([&] {
+      for_tasks([&](size_t t) {
+        Task& task = tasks_[t];
+        if (!task.sparse) return merge_dense(t, threads);
+        if (!task.not_finite) settle_task(t, options, threads);
+        if (task.not_finite) return;  // done anew
+        read_settled(task, partial_of(task, thread));
+        merge_sparse(t, threads);
+        if (learn_apart_ && !query_changed(task)) learn(task, options);
+      });
+    });
   }
 
-  void weigh_phase(const DecodeOptions& options, int32_t thread, int32_t threads) {
-    share(
-        thread, threads, 16, [](const Task& task) { return task.sparse ? task.selected.size() : 0; },
-        [&](Task& task, int64_t begin, int64_t end) {
-          score_rows(task, task.selected, begin, end);
-          weigh_rows(task, begin, end, partial_of(task, thread).sums.data());
-          if (options.check_rows && !rows_unchanged(task, begin, end, false)) mark_changed(task);
-        });
+  bool query_changed(const Task& task) const {
+    return std::any_of(tasks_.begin(), tasks_.end(),
+                       [&](const Task& other) { return other.query == task.query && other.changed; });
   }
 
   static void score_rows(Task& task, RowList& list, int64_t begin, int64_t end) {
@@ -181,7 +190,8 @@ class CpuRun : public BackendRun {
     return partial;
   }
 
-  void value_phase(const DecodeOptions& options, int32_t thread, int32_t threads) {
+  // Every row that is known by now: selected ones are scored and weighed, and all values added up.
+  void read_phase(const DecodeOptions& options, int32_t thread, int32_t threads) {
     share(
         thread, threads, kDenseChunk, [](const Task& task) { return task.sparse ? 0 : task.exact.size(); },
         [&](Task& task, int64_t begin, int64_t end) { dense_rows(task, begin, end, partial_of(task, thread)); });
@@ -194,24 +204,28 @@ class CpuRun : public BackendRun {
         thread, threads, 16,
         [](const Task& task) { return task.sparse && !task.not_finite ? task.selected.size() : 0; },
         [&](Task& task, int64_t begin, int64_t end) {
-          value_rows(task, task.selected, begin, end, partial_of(task, thread));
-          if (options.check_rows && !rows_unchanged(task, begin, end, true)) mark_changed(task);
-        });
-    share(
-        thread, threads, 16, [](const Task& task) { return task.sparse && !task.not_finite ? task.refined.size() : 0; },
-        [&](Task& task, int64_t begin, int64_t end) {
-          value_rows(task, task.refined, begin, end, partial_of(task, thread));
+          Partial& partial = partial_of(task, thread);
+          score_rows(task, task.selected, begin, end);
+          weigh_rows(task, begin, end, partial.sums.data());
+          for (int64_t at = begin; at < end;) {  // rows too heavy to be a sample wait until their clusters are read
+            const int64_t heavy = options.select == Select::kSample ? next_heavy(task, at, end) : end;
+            value_rows(task, task.selected, at, heavy, partial);
+            at = heavy + 1;
+          }
+          if (options.check_rows && !rows_unchanged(task, begin, end)) mark_changed(task);
         });
   }
 
+  // Rows added by refinement, and what it changed in the weights of others.
+  static void read_settled(Task& task, Partial& partial) {
+    value_rows(task, task.refined, 0, task.refined.size(), partial);
+    value_rows(task, task.corrected, 0, task.corrected.size(), partial);
+  }
+
   static void value_rows(Task& task, RowList& list, int64_t begin, int64_t end, Partial& partial) {
+    if (begin == end) return;
     attend_values(task.query->kv.v, task.head, list.tokens.data() + begin, end - begin, list.weights.data() + begin,
                   list.stride, task.v_head_dim(), task.group_size, partial.values.data());
-    for (int32_t g = 0; g < task.group_size; ++g) {
-      SoftmaxState& state = partial.state[static_cast<size_t>(g)];
-      state.max = task.state[static_cast<size_t>(g)].max;
-      for (int64_t i = begin; i < end; ++i) state.sum += list.weights_of(g)[i];
-    }
   }
 
   // Exact attention over listed rows with a running maximum.
@@ -254,9 +268,31 @@ class CpuRun : public BackendRun {
     }
   }
 
-  void merge_task(size_t t, int32_t threads) {
+  void merge_sparse(size_t t, int32_t threads) {
     Task& task = tasks_[t];
+    const auto dv = static_cast<size_t>(task.v_head_dim());
+    std::vector<float> values(dv);
+    for (int32_t g = 0; g < task.group_size; ++g) {
+      std::fill(values.begin(), values.end(), 0.0f);
+      for (int32_t thread = 0; thread < threads; ++thread) {
+        const Partial& partial = partials_[static_cast<size_t>(thread) * tasks_.size() + t];
+        if (!partial.used) continue;
+        const float* own = partial.values.data() + static_cast<size_t>(g) * dv;
+        for (size_t d = 0; d < dv; ++d) values[d] += own[d];
+      }
+      finish_head(task, g, task.state[static_cast<size_t>(g)], values.data());
+    }
+  }
+
+  static void finish_head(const Task& task, int32_t g, const SoftmaxState& state, const float* values) {
     const DecodeQuery& query = *task.query;
+    const int64_t q_head = int64_t{task.head} * task.group_size + g;
+    finish(state, values, task.v_head_dim(), query.out + q_head * query.out_head_stride,
+           query.lse != nullptr ? query.lse + q_head : nullptr);
+  }
+
+  void merge_dense(size_t t, int32_t threads) {
+    Task& task = tasks_[t];
     const auto dv = static_cast<size_t>(task.v_head_dim());
     std::vector<float> values(dv);
     for (int32_t g = 0; g < task.group_size; ++g) {
@@ -268,9 +304,7 @@ class CpuRun : public BackendRun {
           merge(state, values.data(), partial.state[static_cast<size_t>(g)],
                 partial.values.data() + static_cast<size_t>(g) * dv, task.v_head_dim());
       }
-      const int64_t q_head = int64_t{task.head} * task.group_size + g;
-      finish(state, values.data(), task.v_head_dim(), query.out + q_head * query.out_head_stride,
-             query.lse != nullptr ? query.lse + q_head : nullptr);
+      finish_head(task, g, state, values.data());
     }
   }
 
@@ -310,11 +344,7 @@ class CpuRun : public BackendRun {
     std::erase_if(tasks_, [&](const Task& task) {
       return reasons[static_cast<size_t>(task.query_number)] == DenseReason::kNone && keep(task);
     });
-    for (Task& task : tasks_) {
-      task.sparse = false;
-      begin_task(task, *task.query, task.query_number, task.head,
-                 queries_[static_cast<size_t>(task.query_number)].rows);
-    }
+    for (Task& task : tasks_) task.sparse = false;
     return true;
   }
 
@@ -322,7 +352,7 @@ class CpuRun : public BackendRun {
     for (Task& task : tasks_) kept_.push_back(std::move(task));
     tasks_.clear();
     for (Task& task : kept_) {
-      if (task.sparse) learn(task, options);
+      if (task.sparse && !learn_apart_) learn(task, options);
     }
     for (const DecodeQuery& query : queries) {
       if (query.selection != nullptr) query.selection->heads.resize(static_cast<size_t>(query.kv.num_kv_heads));
@@ -353,6 +383,7 @@ class CpuRun : public BackendRun {
   }
 
   RowBits no_rows_;
+  bool learn_apart_ = true;  // no two queries have the same index
   std::vector<QueryState> queries_;
   std::vector<Task> tasks_, kept_;
   std::vector<Partial> partials_;

@@ -159,19 +159,45 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
 
 namespace {
 
-// The members j of a cluster of `size` readable rows at which the running sum passes a whole number.
+// Drawn rows: what is known of them without a look at memory.
+struct Picks {
+  std::vector<int32_t> members, clusters;  // place among the segment's members, cluster number
+  std::vector<float> probabilities;
+  size_t count = 0;
+
+  void make_room(size_t more) {
+    if (count + more <= members.size()) return;
+    const size_t size = std::max(2 * members.size(), count + more);
+    members.resize(size), clusters.resize(size), probabilities.resize(size);
+  }
+  void set(int64_t member, int32_t cluster, float probability) {
+    members[count] = static_cast<int32_t>(member), clusters[count] = cluster, probabilities[count] = probability;
+  }
+};
+
+// Calls take(j) for the members j of a cluster of `size` readable rows at which the running sum passes a whole number,
+// and returns the new sum. The first one, or one that is not taken, goes without a branch: take(j, 0 or 1).
 template <class Fn>
 double systematic(double sum, int64_t size, double p, Fn take) {
   const double end = sum + static_cast<double>(size) * p;
-  int64_t last = -1;
-  for (auto step = static_cast<int64_t>(sum) + 1; step <= static_cast<int64_t>(end); ++step) {
-    const double j = (static_cast<double>(step) - sum) / p;  // the member after which the sum reaches `step`
-    const auto truncated = static_cast<int64_t>(j);
-    const int64_t at = std::clamp(static_cast<double>(truncated) < j ? truncated : truncated - 1, last + 1, size - 1);
-    if (at <= last) break;
-    take(last = at);
+  double step = static_cast<double>(static_cast<int64_t>(sum) + 1);
+  const auto member = [&] {  // after which the sum reaches `step`
+    const double j = (step - sum) / p;
+    const auto truncated = static_cast<int64_t>(std::min(j, static_cast<double>(size)));
+    return truncated - static_cast<int64_t>(static_cast<double>(truncated) >= j);
+  };
+  int64_t last = std::clamp(member(), int64_t{0}, size - 1);
+  take(last, static_cast<size_t>(step <= end));
+  for (step += 1; step <= end && last + 1 < size; step += 1) {
+    last = std::clamp(member(), last + 1, size - 1);
+    take(last, size_t{1});
   }
   return end;
+}
+
+template <class T>
+void append(std::vector<T>& to, const T* from, size_t count) {
+  to.insert(to.end(), from, from + count);
 }
 
 }  // namespace
@@ -179,52 +205,57 @@ double systematic(double sum, int64_t size, double p, Fn take) {
 void draw(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
           const Inclusion& inclusion, double offset, HeadSelection& out) {
   out.clear();
-  std::vector<int32_t> readable;
-  for (const bool certain : {true, false}) {
-    int32_t base = 0;
-    for (const Segment& segment : index.segments) {
-      double sum = segment_offset(offset, segment.row_begin);
-      const HeadClusters& clusters = segment.heads[static_cast<size_t>(head)];
-      const float* sizes = scores.sizes.data() + base;
-      const float* probability = inclusion.probability.data() + base;
-      const auto row_begin = static_cast<int32_t>(segment.row_begin);
-      const uint16_t* members = clusters.members.data();
-      for (int32_t c = 0; c < segment.num_clusters; ++c) {
-        const int32_t stored = clusters.sizes[static_cast<size_t>(c)];
-        const uint16_t* first = members;
-        members += stored;
-        const float p = probability[c];
-        if (sizes[c] == 0 || p == 0 || (p >= 1) != certain) continue;
-        const auto push = [&](int32_t row) {
-          out.tokens.push_back(row);
-          out.log_weights.push_back(p);  // probabilities until all are drawn
-          out.clusters.push_back(base + c);
-        };
-        const auto size = static_cast<int64_t>(sizes[c]);
-        if (size == stored) {
-          if (certain) {
-            for (int32_t m = 0; m < stored; ++m) push(row_begin + first[m]);
-          } else {
-            sum = systematic(sum, size, p, [&](int64_t m) { push(row_begin + first[m]); });
-          }
-          continue;
-        }
+  Picks sampled;
+  std::vector<int32_t> readable;  // places of a cluster's members that the query may read
+  int32_t base = 0;
+  for (const Segment& segment : index.segments) {
+    double sum = segment_offset(offset, segment.row_begin);
+    const HeadClusters& clusters = segment.heads[static_cast<size_t>(head)];
+    const float* sizes = scores.sizes.data() + base;
+    const float* probability = inclusion.probability.data() + base;
+    const auto row_begin = static_cast<int32_t>(segment.row_begin);
+    const size_t first_pick = sampled.count;
+    for (size_t m = 0; m < clusters.members.size(); m += 32) __builtin_prefetch(clusters.members.data() + m);
+    int32_t member = 0;
+    for (int32_t c = 0; c < segment.num_clusters; ++c) {
+      const int32_t first = member, stored = clusters.sizes[static_cast<size_t>(c)];
+      member += stored;
+      const float p = probability[c];
+      if (sizes[c] == 0 || p == 0) continue;
+      const auto size = static_cast<int64_t>(sizes[c]);
+      const bool all = size == stored;
+      if (!all) {
         readable.clear();
-        for (int32_t m = 0; m < stored; ++m) {
-          if (filter.reads_indexed(row_begin + first[m])) readable.push_back(row_begin + first[m]);
-        }
-        if (certain) {
-          for (const int32_t row : readable) push(row);
-        } else {
-          sum = systematic(sum, static_cast<int64_t>(readable.size()), p,
-                           [&](int64_t m) { push(readable[static_cast<size_t>(m)]); });
+        for (int32_t m = first; m < member; ++m) {
+          if (filter.reads_indexed(row_begin + clusters.members[static_cast<size_t>(m)])) readable.push_back(m);
         }
       }
-      base += padded_clusters(segment.num_clusters);
+      if (p >= 1) {
+        const size_t at = out.tokens.size(), count = static_cast<size_t>(size);
+        out.tokens.resize(at + count);
+        for (size_t m = 0; m < count; ++m) {
+          const auto place = all ? static_cast<size_t>(first) + m : static_cast<size_t>(readable[m]);
+          out.tokens[at + m] = row_begin + clusters.members[place];
+        }
+        out.clusters.resize(at + count, base + c);
+      } else {
+        sampled.make_room(static_cast<size_t>(size) + 1);
+        sum = systematic(sum, size, p, [&](int64_t m, size_t taken) {
+          sampled.set(all ? first + m : readable[static_cast<size_t>(m)], base + c, p);
+          sampled.count += taken;
+        });
+      }
     }
-    if (certain) out.num_certain = static_cast<int64_t>(out.tokens.size());
+    for (size_t i = first_pick; i < sampled.count; ++i)
+      sampled.members[i] = row_begin + clusters.members[static_cast<size_t>(sampled.members[i])];
+    base += padded_clusters(segment.num_clusters);
   }
-  HWY_DYNAMIC_DISPATCH(negative_logs)(out.log_weights.data(), out.log_weights.size());
+  out.num_certain = static_cast<int64_t>(out.tokens.size());
+  out.log_weights.resize(out.tokens.size(), 0.0f);
+  HWY_DYNAMIC_DISPATCH(negative_logs)(sampled.probabilities.data(), sampled.count);
+  append(out.tokens, sampled.members.data(), sampled.count);
+  append(out.log_weights, sampled.probabilities.data(), sampled.count);
+  append(out.clusters, sampled.clusters.data(), sampled.count);
 }
 
 }  // namespace tactic::cpu

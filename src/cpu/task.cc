@@ -20,11 +20,9 @@ const Segment* find_segment(const IndexState& index, int64_t row) {
 
 }  // namespace
 
-void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int32_t head,
-                const std::vector<int32_t>& recent) {
-  task.query = &query;
-  task.query_number = query_number;
-  task.head = head;
+void begin_task(Task& task, const std::vector<int32_t>& recent) {
+  const DecodeQuery& query = *task.query;
+  const int32_t head = task.head;
   task.group_size = query.num_q_heads / query.kv.num_kv_heads;
   task.refined_clusters = task.probed = 0;
   task.changed = task.not_finite = false;
@@ -50,6 +48,8 @@ void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int3
   task.selection.clear();
   task.selected.tokens.clear();
   task.refined.tokens.clear();
+  task.corrected.tokens.clear();
+  task.changes.clear();
   task.expected.clear();
   if (!task.sparse) return;
   const IndexState& index = query.index->state();
@@ -124,14 +124,36 @@ void select_rows(Task& task, const DecodeOptions& options) {
     exact.sum = exp_weights(task.exact.scores_of(g), task.exact.size(), max, task.exact.weights_of(g));
     exact.max = max;
   }
+  if (options.select != Select::kSample) return;
+  const float limit = refine_limit(options, task.inclusion);
+  task.heavy.resize(task.exact_state.size());
+  for (size_t g = 0; g < task.heavy.size(); ++g)
+    task.heavy[g] = limit * std::exp(task.inclusion.log_totals[g] - task.exact_state[g].max);
 }
 
 namespace {
 
-// Weight, relative to the task's state, from which on a sampled row refines its cluster.
-float heavy_weight(const Task& task, int32_t g, float limit) {
-  return limit *
-         std::exp(task.inclusion.log_totals[static_cast<size_t>(g)] - task.exact_state[static_cast<size_t>(g)].max);
+bool is_heavy(const Task& task, int64_t i) {
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    if (task.selected.weights[static_cast<size_t>(g * task.selected.stride + i)] > task.heavy[static_cast<size_t>(g)])
+      return true;
+  }
+  return false;
+}
+
+// A drawn row becomes a certain one, after its value was added with the weight it had (0 if it was too heavy).
+void make_certain(Task& task, size_t at) {
+  float& log_weight = task.selection.log_weights[at];
+  const float probability = std::exp(-log_weight);
+  const bool added = !is_heavy(task, static_cast<int64_t>(at));
+  log_weight = 0;
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    float& weight = task.selected.weights_of(g)[at];
+    const float before = added ? weight : 0.0f;
+    weight *= probability;
+    task.changes.push_back(weight - before);
+  }
+  task.corrected.tokens.push_back(task.selected.tokens[at]);
 }
 
 // Room for the scores of rows that were added; those of the rows before stay.
@@ -163,10 +185,7 @@ void read_whole(Task& task, const std::vector<int32_t>& found) {
         for (int32_t m = 0; m < size; ++m) {
           const auto row = static_cast<int32_t>(segment.row_begin + members[m]);
           if (at < selection.tokens.size() && selection.tokens[at] == row) {
-            const float probability = std::exp(-selection.log_weights[at]);
-            selection.log_weights[at] = 0;
-            for (int32_t g = 0; g < task.group_size; ++g) task.selected.weights_of(g)[at] *= probability;
-            ++at;
+            make_certain(task, at++);
           } else if (task.filter.reads_indexed(row) &&
                      !std::binary_search(task.expected.begin(), task.expected.end(), row)) {
             task.refined.tokens.push_back(row);
@@ -188,15 +207,11 @@ void read_whole(Task& task, const std::vector<int32_t>& found) {
 }
 
 // Clusters of which a sampled row speaks for too large a share in any head: they were underestimated.
-std::vector<int32_t> underestimated(const Task& task, float limit) {
+std::vector<int32_t> underestimated(const Task& task) {
   std::vector<int32_t> found;
-  for (int32_t g = 0; g < task.group_size; ++g) {
-    const float* weights = task.selected.weights.data() + g * task.selected.stride;
-    const float heavy = heavy_weight(task, g, limit);
-    for (int64_t i = task.selection.num_certain; i < task.selected.size(); ++i) {
-      if (weights[i] > heavy) found.push_back(task.selection.clusters[static_cast<size_t>(i)]);
-    }
-  }
+  for (int64_t i = next_heavy(task, 0, task.selected.size()); i < task.selected.size();
+       i = next_heavy(task, i + 1, task.selected.size()))
+    found.push_back(task.selection.clusters[static_cast<size_t>(i)]);
   std::sort(found.begin(), found.end());
   found.erase(std::unique(found.begin(), found.end()), found.end());
   return found;
@@ -255,6 +270,38 @@ void measure_masses(Task& task, bool first) {
   }
 }
 
+// Reads the clusters that the draw found underestimated.
+void refine_clusters(Task& task) {
+  const std::vector<double> certain = task.certain;
+  const std::vector<int32_t> found = underestimated(task);
+  task.refined_clusters = static_cast<int64_t>(found.size());
+  for (const int32_t c : found) task.refined_whole[static_cast<size_t>(c)] = 1;
+  read_whole(task, found);
+  settle_again(task);
+  for (size_t g = 0; g < certain.size(); ++g) task.refined_sum[g] = task.certain[g] - certain[g];
+}
+
+// Reads on until every head has the mass for certain.
+void reach_mass(Task& task, float target_mass) {
+  const SelectParams params{task.group_size, task.q_norms2.data(), task.exact_state.data(), task.beta, 1};
+  while (!task.not_finite) {
+    const std::vector<int32_t> next = read_on(task.clusters, params, task.whole, task.masses, target_mass);
+    if (next.empty()) return;
+    read_whole(task, next);
+    settle_again(task);
+    measure_masses(task, false);
+  }
+}
+
+// `changes`, row by row, as weights of the corrected rows.
+void list_changes(Task& task) {
+  task.corrected.reserve_scores(task.group_size);
+  auto change = task.changes.begin();
+  for (int64_t i = 0; i < task.corrected.size(); ++i) {
+    for (int32_t g = 0; g < task.group_size; ++g) task.corrected.weights_of(g)[i] = *change++;
+  }
+}
+
 }  // namespace
 
 void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums) {
@@ -270,14 +317,19 @@ void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums) {
   }
 }
 
+int64_t next_heavy(const Task& task, int64_t begin, int64_t end) {
+  int64_t i = std::max(begin, task.selection.num_certain);
+  while (i < end && !is_heavy(task, i)) ++i;
+  return std::min(std::max(i, begin), end);
+}
+
 void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums) {
   const bool sample = options.select == Select::kSample;
-  const float limit = sample ? refine_limit(options, task.inclusion) : 1.0f;
   bool refine = false;
   for (int32_t g = 0; g < task.group_size; ++g) {
     const double total = settle_head(task, g, sums[g]);
     task.independent_variance[static_cast<size_t>(g)] = sums[g].variance / (total * total);
-    refine = refine || (sample && sums[g].largest_sampled > heavy_weight(task, g, limit));
+    refine = refine || (sample && sums[g].largest_sampled > task.heavy[static_cast<size_t>(g)]);
   }
   if (task.not_finite || !sample) return;
   task.whole.resize(task.inclusion.probability.size());
@@ -288,43 +340,34 @@ void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* 
     const float* weights = task.selected.weights_of(g);
     task.drawn.insert(task.drawn.end(), weights + task.selection.num_certain, weights + task.selected.size());
   }
-  const std::vector<double> certain = task.certain;
-  if (refine) {
-    const std::vector<int32_t> found = underestimated(task, limit);
-    task.refined_clusters = static_cast<int64_t>(found.size());
-    for (const int32_t c : found) task.refined_whole[static_cast<size_t>(c)] = 1;
-    read_whole(task, found);
-    settle_again(task);
-    for (size_t g = 0; g < certain.size(); ++g) task.refined_sum[g] = task.certain[g] - certain[g];
-  }
+  if (refine) refine_clusters(task);
   measure_masses(task, true);
-  if (options.target_mass <= 0) return;
-  const SelectParams params{task.group_size, task.q_norms2.data(), task.exact_state.data(), task.beta, 1};
-  while (!task.not_finite) {
-    const std::vector<int32_t> next = read_on(task.clusters, params, task.whole, task.masses, options.target_mass);
-    if (next.empty()) return;
-    read_whole(task, next);
-    settle_again(task);
-    measure_masses(task, false);
-  }
+  if (options.target_mass > 0) reach_mass(task, options.target_mass);
+  list_changes(task);
 }
 
-bool rows_unchanged(const Task& task, int64_t begin, int64_t end, bool values) {
+bool rows_unchanged(const Task& task, int64_t begin, int64_t end) {
   const KvView& kv = task.query->kv;
-  const RowsView& rows = values ? kv.v : kv.k;
-  const size_t bytes = row_bytes(rows.dtype, values ? kv.v_head_dim : kv.head_dim);
+  const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
   const IndexState& index = task.query->index->state();
   const Segment* segment = nullptr;
+  constexpr int64_t kBlock = 32;
+  const uint8_t* stored[kBlock];
   uint32_t difference = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = task.selected.tokens[static_cast<size_t>(i)];
-    if (segment == nullptr || row < segment->row_begin || row >= segment->row_begin + segment->num_rows) {
-      segment = find_segment(index, row);
+  for (; begin < end; begin += kBlock) {
+    const int32_t* rows = task.selected.tokens.data() + begin;
+    const int64_t count = std::min(kBlock, end - begin);
+    for (int64_t i = 0; i < count; ++i) {  // the check values lie anywhere in memory
+      if (segment == nullptr || rows[i] < segment->row_begin || rows[i] >= segment->row_begin + segment->num_rows)
+        segment = find_segment(index, rows[i]);
+      stored[i] = segment->row_checks.data() + int64_t{task.head} * segment->num_rows + (rows[i] - segment->row_begin);
+      __builtin_prefetch(stored[i]);
     }
-    const size_t at = static_cast<size_t>(task.head) * static_cast<size_t>(segment->num_rows) +
-                      static_cast<size_t>(row - segment->row_begin);
-    const uint32_t stored = segment->row_checks[at];
-    difference |= check_row(rows.row(task.head, row), bytes, row) ^ (values ? stored >> 4 : stored & 15);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t k = check_row(kv.k.row(task.head, rows[i]), k_bytes, rows[i]);
+      const uint32_t v = check_row(kv.v.row(task.head, rows[i]), v_bytes, rows[i]);
+      difference |= (k | v << 4) ^ *stored[i];
+    }
   }
   return difference == 0;
 }

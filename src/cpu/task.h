@@ -40,6 +40,7 @@ struct Task {
   HeadSelection selection;
   RowList selected;                       // the selection's rows; log weights in `selection`
   RowList refined;                        // rows added by refinement
+  RowList corrected;                      // selected rows whose weights changed after their values were added: by what
   std::vector<SoftmaxState> exact_state;  // [group_size]
   std::vector<SoftmaxState> state;        // [group_size] over everything read; max is that of the exact rows and of the
                                           // estimates, so that rows are weighed as soon as they are scored
@@ -50,6 +51,8 @@ struct Task {
   std::vector<char> refined_whole;  // [num_clusters] read whole because of what was drawn
   std::vector<double> certain, refined_sum;  // [group_size] sums of weights of all certain rows; of refined clusters
   std::vector<double> relative_variance;     // [group_size] of the draw, 0: unknown
+  std::vector<float> changes;                // [corrected rows, group_size] of their weights
+  std::vector<float> heavy;                  // [group_size] weight from which on a drawn row refines its cluster
   float beta = 0;
   int64_t refined_clusters = 0, probed = 0;
   bool changed = false, not_finite = false;
@@ -58,9 +61,9 @@ struct Task {
   int32_t v_head_dim() const { return query->kv.v_head_dim; }
 };
 
-/// The queries, states and rows of the task for the step's first phase. `recent`: visible rows that are not indexed.
-void begin_task(Task& task, const DecodeQuery& query, int32_t query_number, int32_t head,
-                const std::vector<int32_t>& recent);
+/// The queries, states and rows of a task that has its query, head and filter. `recent`: visible rows that are not
+/// indexed, or all visible ones of a dense task.
+void begin_task(Task& task, const std::vector<int32_t>& recent);
 
 /// Exact rows are scored: choose the other rows to read.
 void select_rows(Task& task, const DecodeOptions& options);
@@ -75,14 +78,18 @@ struct WeightSums {
 /// Turns the scores of selected rows [begin, end) into weights and adds them up: sums [group_size].
 void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums);
 
+/// The first of the selected rows [begin, end) that was drawn and is too heavy to be a sample in some head, or `end`:
+/// its value is not added, since its cluster will be read whole.
+int64_t next_heavy(const Task& task, int64_t begin, int64_t end);
+
 /// All rows are weighed, `sums` [group_size] over all of them: refines clusters that were underestimated, sets the
 /// state and the mass. A row that outweighs every estimate beyond the range of f32 counts as not finite.
 void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums);
 
-/// Compares the check values of selected rows [begin, end): K's four bits, or V's.
-bool rows_unchanged(const Task& task, int64_t begin, int64_t end, bool values);
+/// Compares the check values of selected rows [begin, end).
+bool rows_unchanged(const Task& task, int64_t begin, int64_t end);
 
-/// What the step learned goes into the index, for later steps (learn.cc). Called from one thread.
+/// What the step learned goes into the index, for later steps (learn.cc). One thread at a time for one index and head.
 void learn(Task& task, const DecodeOptions& options);
 
 /// Masses and rows, as far as the query asks for them. Its selection has room for all heads.
