@@ -7,4 +7,10 @@ cmake -S "$1/tests/consumer" -B "$tmp/build" -DCMAKE_PREFIX_PATH="$tmp/prefix" -
 cmake --build "$tmp/build" > "$tmp/build.log" || { cat "$tmp/build.log"; exit 1; }
 "$tmp/build/consumer_cpp"
 "$tmp/build/consumer_c"
-if [ -e "$tmp/prefix/bin/tactic" ]; then "$tmp/prefix/bin/tactic" --help > /dev/null && ls "$tmp/prefix/lib/libggml-tactic.so"; fi
+if [ -e "$tmp/build/consumer_cuda" ]; then "$tmp/build/consumer_cuda"; fi
+if [ -e "$tmp/prefix/bin/tactic" ]; then
+  "$tmp/prefix/bin/tactic" --help > /dev/null
+  ls "$tmp/prefix/lib/libggml-tactic.so" "$tmp"/prefix/lib/tactic/libggml-cpu*.so
+  libraries=$(ldd "$tmp/prefix/bin/tactic" | grep -E 'libllama|libggml')
+  if grep -v "$tmp/prefix" <<< "$libraries"; then echo "these libraries are not the installed ones"; exit 1; fi
+fi

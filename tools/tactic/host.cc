@@ -64,8 +64,8 @@ std::string find_plugin(const std::string& asked) {
   if (!asked.empty()) return asked;
   if (const char* path = std::getenv("TACTIC_PLUGIN"); path != nullptr && *path != 0) return path;
   const fs::path base = executable_dir();
-  for (const char* dir : {".", TACTIC_PLUGIN_RELATIVE_DIR, "../lib", "../plugins", "../plugins/ggml", "../../plugins",
-                          "../../plugins/ggml", "../../lib"}) {
+  for (const char* dir :
+       {".", "../lib", "../plugins", "../plugins/ggml", "../../plugins", "../../plugins/ggml", "../../lib"}) {
     const fs::path path = base / dir / "libggml-tactic.so";
     if (fs::exists(path)) return path.lexically_normal().string();
   }
