@@ -23,22 +23,6 @@ double mass_bound(const HeadMass& head, double z) {
   return std::max(0.0, 1 - far);
 }
 
-Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability,
-                     const std::vector<char>& whole) {
-  Undrawn rows;
-  size_t c = 0;
-  for (const Segment& segment : index.segments) {
-    double expected = 0;
-    for (const size_t end = c + static_cast<size_t>(padded_clusters(segment.num_clusters)); c < end; ++c) {
-      if (!whole[c]) expected += double{sizes[c]} * probability[c];
-    }
-    rows.any = rows.any || expected > 0;
-    const double part = expected - std::floor(expected);
-    rows.count_variance += part * (1 - part);
-  }
-  return rows;
-}
-
 std::vector<int32_t> read_on(const ClusterScores& scores, const SelectParams& params, const std::vector<char>& whole,
                              std::span<const HeadMass> masses, double target_mass) {
   const auto n = static_cast<size_t>(scores.num_clusters);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/drawn_variance.h"
 #include "core/expected_rows.h"
 #include "core/random.h"
 #include "core/read_on.h"

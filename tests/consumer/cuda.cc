@@ -72,5 +72,6 @@ int main() try {
 } catch (const tactic::Error& e) {
   std::printf("%s\n", e.what());
   int devices = 0;
-  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 ? 1 : 0;  // without a device that is as it should be
+  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 ? 1
+                                                                    : 0;  // without a device that is as it should be
 }

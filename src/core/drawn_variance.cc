@@ -1,0 +1,23 @@
+#include "core/drawn_variance.h"
+
+#include <cmath>
+
+namespace tactic {
+
+Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability,
+                     const std::vector<char>& whole) {
+  Undrawn rows;
+  size_t c = 0;
+  for (const Segment& segment : index.segments) {
+    double expected = 0;
+    for (const size_t end = c + static_cast<size_t>(padded_clusters(segment.num_clusters)); c < end; ++c) {
+      if (!whole[c]) expected += double{sizes[c]} * probability[c];
+    }
+    rows.any = rows.any || expected > 0;
+    const double part = expected - std::floor(expected);
+    rows.count_variance += part * (1 - part);
+  }
+  return rows;
+}
+
+}  // namespace tactic

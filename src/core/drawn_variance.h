@@ -1,0 +1,68 @@
+// How sure a sum of drawn weights is, from the draw itself. Used by every backend on the CPU.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "core/steps.h"
+
+namespace tactic {
+
+/// Variance of the sum of drawn weights under systematic sampling, from the draw itself (docs/method.md, measuring
+/// itself). add() takes the weights, divided by their probabilities, in the order of the draw.
+class DrawnVariance {
+ public:
+  void add(double weight, double probability) {
+    if (count_ > 0) {
+      const double square = 0.5 * (2 - probability - last_probability_) * (weight - last_) * (weight - last_);
+      differences_ += square;
+      squares_ += square * square;
+    }
+    independent_ += weight * weight * (1 - probability);
+    sum_ += weight;
+    last_ = weight;
+    last_probability_ = probability;
+    ++count_;
+  }
+  /// `usual`: what earlier steps of this head found relative to the squared sum (a draw that missed the heavy rows
+  /// knows nothing of them, neither in the sum nor in the scatter), 0: nothing. `total`: of all weights. `tau`: what a
+  /// row stands for is about total / tau. `count_variance`: of the number of draws.
+  double variance(double total, double tau, double count_variance, double usual) const {
+    const auto n = static_cast<double>(count_);
+    const double mean = count_ > 0 ? sum_ / n : total / tau;
+    const double from_count = mean * mean * count_variance;
+    const double unseen = kUnseen * total / tau * (kUnseen * total / tau);
+    if (count_ < 2) return std::max(independent_, from_count) + unseen;
+    const double own = own_variance(count_variance), freedom = own_freedom();
+    return (usual > 0 ? (freedom * own + kUsualFreedom * usual * sum_ * sum_) / (freedom + kUsualFreedom) : own) +
+           unseen;
+  }
+  /// Variance over squared sum, for `usual` of later steps; 0 when two draws are not there.
+  double relative(double count_variance) const { return count_ < 2 ? 0 : own_variance(count_variance) / (sum_ * sum_); }
+  double freedom(double usual) const { return count_ < 2 ? 1 : own_freedom() + (usual > 0 ? kUsualFreedom : 0); }
+
+  static constexpr double kUsualFreedom = 10;  // of what earlier steps say
+  static constexpr double kUnseen = 2;         // ordinary rows that the heaviest row missed weighs as much as
+
+ private:
+  double own_variance(double count_variance) const {
+    const auto n = static_cast<double>(count_);
+    return differences_ / 2 * n / (n - 1) + sum_ / n * (sum_ / n) * count_variance;
+  }
+  // 2/3 of the draws when the weights scatter normally, few when few of them make up the variance.
+  double own_freedom() const { return std::max(1.0, squares_ > 0 ? 2 * differences_ * differences_ / squares_ : 1.0); }
+
+  double differences_ = 0, squares_ = 0, independent_ = 0, sum_ = 0, last_ = 0, last_probability_ = 0;
+  int64_t count_ = 0;
+};
+
+/// Rows that are neither read whole nor surely left out, as the draw sees them.
+struct Undrawn {
+  bool any = false;           // something can be drawn
+  double count_variance = 0;  // a segment's number of draws is one of the two whole numbers around its expectation
+};
+/// `probability`, `whole`, `sizes`: [num_clusters].
+Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability,
+                     const std::vector<char>& whole);
+
+}  // namespace tactic
