@@ -276,7 +276,9 @@ TEST(Sampling, VerifiedMassIsReached) {
     }
     EXPECT_GE(reached, heads * 95 / 100);
     EXPECT_GE(tokens, tokens_without);
-    if (target > 0.8f) EXPECT_GT(tokens, tokens_without);
+    if (target > 0.8f) {
+      EXPECT_GT(tokens, tokens_without);
+    }
     if (target < 0.95f) {
       EXPECT_LT(tokens, 40 * 4000 * 19 / 20);
     }
