@@ -96,7 +96,7 @@ Clusters cluster_keys(const Layer& layer, int32_t kv_head, Range range, int64_t 
       if (!members.empty()) clusters.members.push_back(std::move(members));
     }
     // Rows that cannot be clustered (not finite) stand alone.
-    for (const uint16_t row : found.outliers) clusters.members.push_back({static_cast<int32_t>(begin + row)});
+    for (const uint16_t row : found.not_finite) clusters.members.push_back({static_cast<int32_t>(begin + row)});
   }
   set_means(layer, kv_head, clusters);
   if (layer.clusterings != nullptr) layer.clusterings->found[key] = clusters;

@@ -62,9 +62,9 @@ class KvIndex {
 
   /// Bits of rows [64 * word, 64 * word + 64): the row was written.
   uint64_t written_word(int64_t word) const;
-  uint64_t indexed_word(int64_t word) const;  // the row is in clusters (or kept as an outlier) and unchanged since
+  uint64_t indexed_word(int64_t word) const;  // the row is in clusters and unchanged since
   int64_t rows_written() const;               // rows that hold something
-  int64_t rows_indexed() const;               // of those, rows in clusters (or kept as outliers) and unchanged since
+  int64_t rows_indexed() const;               // of those, rows in clusters and unchanged since
   int64_t num_clusters() const;               // per KV head
   double mean_spread(int32_t head) const;     // mean squared distance of rows to their centroids, per dimension
   size_t memory_bytes() const;                // all of it: centroids, spreads, members, row checks, bookkeeping

@@ -46,7 +46,7 @@ struct MassEstimate {
 /// The same for one KV head of a sparse step, for those who want to look at it.
 struct HeadStats {
   int64_t tokens = 0;         // rows read
-  int64_t exact_tokens = 0;   // of those, sinks, recent rows and outliers
+  int64_t exact_tokens = 0;   // of those, sinks, recent and expected rows
   double exact_mass = 0;      // estimated mass of those, mean over the group
   double estimated_mass = 0;  // of all certain rows, mean over the group
   float tau = 0;              // kSample: the one used

@@ -20,4 +20,11 @@ Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, c
   return rows;
 }
 
+bool all_read(const std::vector<float>& sizes, const std::vector<char>& whole) {
+  for (size_t c = 0; c < sizes.size(); ++c) {
+    if (sizes[c] > 0 && whole[c] == 0) return false;
+  }
+  return true;
+}
+
 }  // namespace tactic

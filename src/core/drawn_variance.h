@@ -65,4 +65,7 @@ struct Undrawn {
 Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability,
                      const std::vector<char>& whole);
 
+/// Whether every cluster that holds rows was read whole, for whatever reason: then the draw has nothing to say.
+bool all_read(const std::vector<float>& sizes, const std::vector<char>& whole);
+
 }  // namespace tactic

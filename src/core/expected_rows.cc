@@ -16,9 +16,9 @@ void expected_rows(const IndexState& index, int32_t head, const RowFilter& filte
     if (!filter.reads_indexed(row)) continue;
     while (segment != index.segments.end() && row >= segment->row_begin + segment->num_rows) ++segment;
     if (segment == index.segments.end()) break;
-    const std::vector<uint16_t>& outliers = segment->heads[static_cast<size_t>(head)].outliers;
+    const std::vector<uint16_t>& unclustered = segment->heads[static_cast<size_t>(head)].not_finite;
     const auto place = static_cast<uint16_t>(row - segment->row_begin);
-    if (!std::binary_search(outliers.begin(), outliers.end(), place)) out[kept++] = row;
+    if (!std::binary_search(unclustered.begin(), unclustered.end(), place)) out[kept++] = row;
   }
   out.resize(kept);
 }

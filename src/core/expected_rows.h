@@ -1,7 +1,7 @@
 // Rows that are expected to be heavy: those that earlier steps found so, though their clusters promised little, and
 // those that the step before named, the rows after the ones that weighed much then. A head that copies
 // attends to the row after the one it attended to last, and the key of that row is like no other in its cluster. They
-// are read for certain, as outliers are, and leave the selection; what they are expected for is known before the draw,
+// are read for certain and leave the selection; what they are expected for is known before the draw,
 // so that nothing is biased (docs/method.md, followers).
 #pragma once
 

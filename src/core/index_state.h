@@ -1,6 +1,7 @@
 // The data of a KvIndex, and how its steps see it. Backends fill it (cluster) and read it (score, select, attend).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -19,15 +20,22 @@ inline int32_t padded_clusters(int32_t num_clusters) {
   return (num_clusters + kCentroidBlock - 1) / kCentroidBlock * kCentroidBlock;
 }
 
-/// The clusters of one segment and one KV head.
+/// Rows of least key norm, and as many of least value norm, that get a cluster of their own: a share of the rows, but
+/// no more than an eighth of the clusters.
+inline int32_t outliers_of(float fraction, int32_t num_rows, int32_t num_clusters) {
+  const auto wanted = static_cast<int32_t>(std::lround(fraction * static_cast<float>(num_rows)));
+  return wanted < num_clusters / 8 ? wanted : num_clusters / 8;
+}
+
+/// The clusters of one segment and one KV head. The last ones are outliers, one row each.
 struct HeadClusters {
-  std::vector<float> mean;         // [head_dim] mean key of the segment; centroid = mean + scale * int8 residual
-  std::vector<int8_t> residuals;   // [padded / 16, head_dim, 16]
-  std::vector<float> scales;       // [padded]
-  std::vector<float> spreads;      // [padded] mean squared distance to the stored centroid, per dimension
-  std::vector<uint16_t> sizes;     // [padded] members
-  std::vector<uint16_t> members;   // rows relative to row_begin, cluster by cluster, ascending inside a cluster
-  std::vector<uint16_t> outliers;  // rows relative to row_begin, ascending; in no cluster
+  std::vector<float> mean;           // [head_dim] mean key of the segment; centroid = mean + scale * int8 residual
+  std::vector<int8_t> residuals;     // [padded / 16, head_dim, 16]
+  std::vector<float> scales;         // [padded]
+  std::vector<float> spreads;        // [padded] mean squared distance to the stored centroid, per dimension
+  std::vector<uint16_t> sizes;       // [padded] members
+  std::vector<uint16_t> members;     // rows relative to row_begin, cluster by cluster, ascending inside a cluster
+  std::vector<uint16_t> not_finite;  // rows relative to row_begin, ascending; in no cluster, read by every step
 };
 
 /// Rows [row_begin, row_begin + num_rows) clustered together. Rows below `sink_tokens` are left out.
@@ -90,7 +98,7 @@ struct IndexState {
   KvShape shape;
   std::vector<Segment> segments;         // ascending row_begin, disjoint
   RowBits written;                       // the row holds something
-  RowBits indexed;                       // the row is in a segment (clustered or an outlier) and has not changed since
+  RowBits indexed;                       // the row is in a segment and has not changed since
   int64_t rows_end = 0;                  // one past the last written row
   std::vector<Calibration> calibration;  // [num_kv_heads]
   int32_t num_threads = 0;               // for clustering; 0: OpenMP's default
@@ -105,7 +113,7 @@ struct IndexState {
 
 /// A row that was heavy although its cluster promised little is always read when that happens again: sinks in
 /// mid-context whose keys are long stand in ordinary clusters and draw 5-10% of whole heads for thousands of steps. As
-/// many such rows as outliers of least norm.
+/// many such rows as outliers.
 /// `row` must be visible and indexed.
 void found_heavy(IndexState& index, int32_t head, int32_t row);
 

@@ -259,7 +259,7 @@ Segment build_segment(const IndexState& s, const KvView& kv, const Due& due) {
     task.first_row = sinks;
     task.num_clusters = segment.num_clusters;
     task.iterations = o.iterations;
-    task.num_outliers = static_cast<int32_t>(std::lround(o.outlier_fraction * static_cast<float>(due.num_rows)));
+    task.num_outliers = outliers_of(o.outlier_fraction, due.num_rows, segment.num_clusters);
     task.seed = o.seed + static_cast<uint64_t>(due.row_begin) * 31 + static_cast<uint64_t>(head);
     cpu::cluster(task, s.num_threads, segment.heads[static_cast<size_t>(head)]);
     uint8_t* checks = segment.row_checks.data() + static_cast<size_t>(head) * static_cast<size_t>(due.num_rows);
@@ -378,7 +378,8 @@ size_t KvIndex::memory_bytes() const {
     bytes += sizeof(Segment) + segment.row_checks.capacity();
     for (const HeadClusters& h : segment.heads) {
       bytes += sizeof(HeadClusters) + h.mean.capacity() * 4 + h.residuals.capacity() + h.scales.capacity() * 4 +
-               h.spreads.capacity() * 4 + h.sizes.capacity() * 2 + h.members.capacity() * 2 + h.outliers.capacity() * 2;
+               h.spreads.capacity() * 4 + h.sizes.capacity() * 2 + h.members.capacity() * 2 +
+               h.not_finite.capacity() * 2;
     }
   }
   return bytes;

@@ -23,7 +23,7 @@ struct ClusterTask {
   int32_t first_row = 0;  // rows below row_begin + first_row are sinks and left out
   int32_t num_clusters = 0;
   int32_t iterations = 0;
-  int32_t num_outliers = 0;  // rows of least key norm, and as many of least value norm
+  int32_t num_outliers = 0;  // rows of least key norm, and as many of least value norm: each is a cluster of its own
   uint64_t seed = 0;
 };
 
@@ -45,7 +45,7 @@ struct SoftmaxState {
 struct SelectParams {
   int32_t group_size = 0;
   const float* q_norms2 = nullptr;      // [group_size] |sm_scale * q|^2
-  const SoftmaxState* exact = nullptr;  // [group_size] of the rows read anyway (sinks, recent, outliers)
+  const SoftmaxState* exact = nullptr;  // [group_size] of the rows read anyway (sinks, recent, expected)
   float beta = 0;                       // weight of the spread term in the estimate of a cluster's mean weight
   float variance_ratio = 1;             // measured over predicted variance, learned from earlier steps
 };

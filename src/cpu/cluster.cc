@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 
 #include "core/random.h"
@@ -141,24 +142,28 @@ struct Norms {
   std::vector<float> k, v;  // squared, per row of the task
 };
 
-// The rows to keep out of the clusters: the smallest keys, the smallest values, and whatever is not finite.
-std::vector<uint16_t> find_outliers(const ClusterTask& task, const Norms& norms) {
-  std::vector<uint16_t> rows, finite;
-  for (int32_t i = task.first_row; i < task.num_rows; ++i) {
-    const bool ok = std::isfinite(norms.k[static_cast<size_t>(i)]) && std::isfinite(norms.v[static_cast<size_t>(i)]);
-    (ok ? finite : rows).push_back(static_cast<uint16_t>(i));
+// What becomes of the task's rows; all ascending.
+struct Rows {
+  std::vector<uint16_t> clustered, outliers, not_finite;
+
+  Rows(const ClusterTask& task, const Norms& norms) {
+    std::vector<uint16_t> finite;
+    for (int32_t i = task.first_row; i < task.num_rows; ++i) {
+      const bool ok = std::isfinite(norms.k[static_cast<size_t>(i)]) && std::isfinite(norms.v[static_cast<size_t>(i)]);
+      (ok ? finite : not_finite).push_back(static_cast<uint16_t>(i));
+    }
+    const size_t count = std::min<size_t>(static_cast<size_t>(task.num_outliers), finite.size());
+    for (const std::vector<float>* norm : {&norms.k, &norms.v}) {
+      std::vector<uint16_t> order = finite;
+      std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count), order.end(),
+                        [&](uint16_t a, uint16_t b) { return std::pair((*norm)[a], a) < std::pair((*norm)[b], b); });
+      outliers.insert(outliers.end(), order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count));
+    }
+    std::sort(outliers.begin(), outliers.end());
+    outliers.erase(std::unique(outliers.begin(), outliers.end()), outliers.end());
+    std::set_difference(finite.begin(), finite.end(), outliers.begin(), outliers.end(), std::back_inserter(clustered));
   }
-  const size_t count = std::min<size_t>(static_cast<size_t>(task.num_outliers), finite.size());
-  for (const std::vector<float>* norm : {&norms.k, &norms.v}) {
-    std::vector<uint16_t> order = finite;
-    std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count), order.end(),
-                      [&](uint16_t a, uint16_t b) { return std::pair((*norm)[a], a) < std::pair((*norm)[b], b); });
-    rows.insert(rows.end(), order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count));
-  }
-  std::sort(rows.begin(), rows.end());
-  rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
-  return rows;
-}
+};
 
 // Centroids as the kernels want them: blocks of 16, dimension-major, and half their squared norms.
 struct Centroids {
@@ -203,7 +208,7 @@ void group_members(const std::vector<int32_t>& nearest, int32_t num, std::vector
 
 // Quantizes the centroids and measures the spread around what is stored.
 void store_clusters(const Centroids& centroids, const float* x, const std::vector<int32_t>& offsets,
-                    const std::vector<int32_t>& order, const std::vector<int32_t>& task_rows, HeadClusters& out) {
+                    const std::vector<int32_t>& order, const std::vector<uint16_t>& task_rows, HeadClusters& out) {
   const size_t dim = centroids.dim;
   const auto padded = static_cast<size_t>(centroids.padded);
   out.residuals.assign(padded * dim, 0);
@@ -237,7 +242,7 @@ void store_clusters(const Centroids& centroids, const float* x, const std::vecto
         distance += diff * diff;
       }
       spread += distance;
-      out.members[m] = static_cast<uint16_t>(task_rows[row]);
+      out.members[m] = task_rows[row];
     }
     out.scales[static_cast<size_t>(c)] = scale;
     out.spreads[static_cast<size_t>(c)] = static_cast<float>(spread / static_cast<double>((end - begin) * dim));
@@ -268,34 +273,28 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
     }
   });
 
-  out.outliers = find_outliers(task, norms);
-  std::vector<int32_t> rows;  // of the task, to be clustered
-  for (int32_t i = task.first_row, o = 0; i < task.num_rows; ++i) {
-    if (o < static_cast<int32_t>(out.outliers.size()) && out.outliers[static_cast<size_t>(o)] == i) {
-      ++o;
-    } else {
-      rows.push_back(i);
-    }
-  }
-  const auto n = static_cast<int64_t>(rows.size());
+  const Rows rows(task, norms);
+  out.not_finite = rows.not_finite;
+  const auto n = static_cast<int64_t>(rows.clustered.size());
+  const int32_t num_means = task.num_clusters - static_cast<int32_t>(rows.outliers.size());
+  std::vector<uint16_t> in_clusters = rows.clustered;
+  in_clusters.insert(in_clusters.end(), rows.outliers.begin(), rows.outliers.end());
 
   out.mean.assign(dim, 0.0f);
   std::vector<double> mean(dim, 0.0);
-  for (const int32_t row : rows) {
-    for (size_t d = 0; d < dim; ++d) mean[d] += keys[static_cast<size_t>(row) * dim + d];
+  for (const uint16_t row : rows.clustered) {
+    for (size_t d = 0; d < dim; ++d) mean[d] += keys[row * dim + d];
   }
   for (size_t d = 0; d < dim && n > 0; ++d) out.mean[d] = static_cast<float>(mean[d] / static_cast<double>(n));
-  std::vector<float> x(static_cast<size_t>(n) * dim);
-  for (int64_t i = 0; i < n; ++i) {
-    for (size_t d = 0; d < dim; ++d)
-      x[static_cast<size_t>(i) * dim + d] =
-          keys[static_cast<size_t>(rows[static_cast<size_t>(i)]) * dim + d] - out.mean[d];
+  std::vector<float> x(in_clusters.size() * dim);
+  for (size_t i = 0; i < in_clusters.size(); ++i) {
+    for (size_t d = 0; d < dim; ++d) x[i * dim + d] = keys[in_clusters[i] * dim + d] - out.mean[d];
   }
 
   Centroids centroids(dim, task.num_clusters);
-  for (int32_t c = 0; c < task.num_clusters && n > 0; ++c) {
+  for (int32_t c = 0; c < num_means && n > 0; ++c) {
     const double u = uniform(task.seed ^ hash64(static_cast<uint64_t>(c)));
-    const auto at = std::min(n - 1, static_cast<int64_t>((c + u) * static_cast<double>(n) / task.num_clusters));
+    const auto at = std::min(n - 1, static_cast<int64_t>((c + u) * static_cast<double>(n) / num_means));
     centroids.set(c, x.data() + static_cast<size_t>(at) * dim);
   }
 
@@ -306,13 +305,13 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
       nearest_of(x.data(), begin, end, dim, centroids.values.data(), centroids.half_norms.data(), centroids.padded,
                  nearest.data(), distances.data());
     });
-    group_members(nearest, task.num_clusters, offsets, order);
+    group_members(nearest, num_means, offsets, order);
   };
   for (int32_t round = 0; round < task.iterations; ++round) {
     previous = nearest;
     assign();
     if (nearest == previous) break;
-    parallel_ranges(num_threads, task.num_clusters, kCentroidBlock, [&](int64_t begin, int64_t end) {
+    parallel_ranges(num_threads, num_means, kCentroidBlock, [&](int64_t begin, int64_t end) {
       std::vector<float> sum(dim);
       for (int64_t c = begin; c < end; ++c) {
         const int32_t first = offsets[static_cast<size_t>(c)], last = offsets[static_cast<size_t>(c) + 1];
@@ -325,7 +324,7 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
       }
     });
     // An empty cluster starts anew at the row that is farthest from its centroid.
-    for (int32_t c = 0; c < task.num_clusters && n > 0; ++c) {
+    for (int32_t c = 0; c < num_means && n > 0; ++c) {
       if (offsets[static_cast<size_t>(c)] != offsets[static_cast<size_t>(c) + 1]) continue;
       int64_t farthest = 0;
       const auto distance = [&](int64_t i) {
@@ -341,7 +340,12 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
     }
   }
   assign();
-  store_clusters(centroids, x.data(), offsets, order, rows, out);
+  for (size_t i = 0; i < rows.outliers.size(); ++i) {
+    nearest.push_back(num_means + static_cast<int32_t>(i));
+    centroids.set(nearest.back(), x.data() + (static_cast<size_t>(n) + i) * dim);
+  }
+  group_members(nearest, task.num_clusters, offsets, order);
+  store_clusters(centroids, x.data(), offsets, order, in_clusters, out);
 }
 
 }  // namespace tactic::cpu

@@ -55,8 +55,8 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   if (!task.sparse) return;
   const IndexState& index = query.index->state();
   for (const Segment& segment : index.segments) {
-    for (const uint16_t outlier : segment.heads[static_cast<size_t>(head)].outliers) {
-      const int64_t row = segment.row_begin + outlier;
+    for (const uint16_t place : segment.heads[static_cast<size_t>(head)].not_finite) {
+      const int64_t row = segment.row_begin + place;
       if (task.filter.reads_indexed(row)) task.exact.tokens.push_back(static_cast<int32_t>(row));
     }
   }
@@ -248,6 +248,7 @@ void measure_masses(Task& task, bool first) {
   for (size_t c = 0; c < left.size(); ++c) left[c] = task.whole[c] != 0 && task.refined_whole[c] == 0;
   const Undrawn undrawn =
       undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, left);
+  const bool read = all_read(task.clusters.sizes, task.whole);
   const int64_t draws = task.selected.size() - task.selection.num_certain;
   for (int32_t g = 0; g < task.group_size; ++g) {
     DrawnVariance drawn;
@@ -261,9 +262,10 @@ void measure_masses(Task& task, bool first) {
       sum += z;
     }
     const double certain = task.certain[static_cast<size_t>(g)];
-    const double total = certain + std::max(0.0, sum - task.refined_sum[static_cast<size_t>(g)]);
+    const double total = certain + (read ? 0.0 : std::max(0.0, sum - task.refined_sum[static_cast<size_t>(g)]));
     const double mass = certain / total, usual = known.empty() ? 0 : known[static_cast<size_t>(g)];
-    const double variance = undrawn.any ? drawn.variance(total, task.inclusion.tau, undrawn.count_variance, usual) : 0;
+    const double variance =
+        undrawn.any && !read ? drawn.variance(total, task.inclusion.tau, undrawn.count_variance, usual) : 0;
     if (first)
       task.relative_variance[static_cast<size_t>(g)] = undrawn.any ? drawn.relative(undrawn.count_variance) : 0;
     task.masses[static_cast<size_t>(g)] = {mass, mass * std::sqrt(variance) / total, drawn.freedom(usual),

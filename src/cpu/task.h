@@ -33,7 +33,7 @@ struct Task {
   bool sparse = false;
   std::vector<float> q;         // [group_size, head_dim] scaled by sm_scale
   std::vector<float> q_norms2;  // [group_size]
-  RowList exact;  // sinks, recent and rewritten rows, outliers, expected rows; every visible one when dense
+  RowList exact;  // sinks, recent and rewritten rows, what is not finite, expected rows; every visible one when dense
   std::vector<int32_t> expected;  // indexed rows among `exact` that stand in clusters, ascending
   ClusterScores clusters;
   Inclusion inclusion;

@@ -1,49 +1,13 @@
 // cluster: k-means over the keys of a segment and KV head, one block each: the same initial keys, outliers and tie
 // rules as on the CPU. Sums are taken in a fixed order, so that the same rows give the same bits.
 #include "cuda/centroid_tile.h"
+#include "cuda/cluster_memory.cuh"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
 
 namespace tactic::cuda {
 
 namespace {
-
-constexpr int kClusterThreads = 256;
-constexpr int kRowTile = 64, kClusterTile = 128;
-/// Dimensions in shared memory at a time where a device has 99 KB: all, or parts in turn, which is slower.
-constexpr int small_dims(int dim) { return dim <= 96 ? dim : 64; }
-
-/// Per segment and head, in device memory.
-struct Scratch {
-  float* centroids;  // [clusters, kDim] relative to the mean key
-  float* k_norms2;   // [rows] of the keys, later of the kept ones relative to the mean
-  float* v_norms2;   // [rows], later the squared distance to the nearest centroid less the row's norm
-  int32_t* rows;     // [rows] kept, relative to the segment
-  int32_t* nearest;  // [rows] by kept row
-  int32_t* order;    // [rows] kept rows cluster by cluster
-  int32_t* starts;   // [clusters + 1]
-
-  __host__ __device__ Scratch(float* memory, int32_t num_rows, int32_t num_clusters, int32_t dim) {
-    centroids = memory;
-    k_norms2 = centroids + static_cast<int64_t>(num_clusters) * dim;
-    v_norms2 = k_norms2 + num_rows;
-    rows = reinterpret_cast<int32_t*>(v_norms2 + num_rows);
-    nearest = rows + num_rows;
-    order = nearest + num_rows;
-    starts = order + num_rows;
-  }
-};
-
-template <int kDim, int kDims>
-struct ClusterShared {
-  float x[kDims][kRowTile + 4];
-  float c[kDims][kClusterTile + 4];
-  float c_norms2[kClusterTile];
-  float mean[kDim];
-  float reduce[kClusterThreads];
-  int32_t reduce_index[kClusterThreads];
-  int32_t num_kept, num_outliers;
-};
 
 template <DType kDType, int kDim, int kDims>
 class SegmentClustering {
@@ -111,7 +75,7 @@ class SegmentClustering {
       const bool finite = isfinite(k2) && isfinite(v2);
       scratch.k_norms2[row] = finite ? k2 : INFINITY;
       scratch.v_norms2[row] = finite ? v2 : INFINITY;
-      // nearest: 1 marks an outlier until the rows are chosen. Sinks are in no segment.
+      // nearest: marks until the rows are chosen. 1: not finite, 2: sinks, which are in no segment, 4 and 8: outliers.
       scratch.nearest[row] = finite ? 0 : 1;
       if (first_row + row < p.index.geometry.sink_tokens) scratch.nearest[row] = 2;
     }
@@ -160,36 +124,43 @@ class SegmentClustering {
         __syncthreads();
       }
     }
-    // Kept rows and outliers, ascending, by one warp.
+    // Kept rows, outliers and rows that are not finite, ascending, by one warp.
     uint16_t* members = p.index.members + row_of_head * p.index.geometry.max_rows + first_row;
     if (threadIdx.x < 32) {
-      int32_t kept = 0, outliers = 0;
+      int32_t kept = 0, outliers = 0, unclustered = 0;
       for (int pass = 0; pass < 2; ++pass) {
-        int32_t before = 0;
+        int32_t outliers_before = 0, unclustered_before = 0;
         for (int base = 0; base < num_rows; base += 32) {
           const int row = base + threadIdx.x;
           const int mark = row < num_rows ? scratch.nearest[row] : 2;
-          const uint32_t keeps = __ballot_sync(kAllLanes, mark == 0),
-                         outs = __ballot_sync(kAllLanes, mark != 0 && mark != 2 && (mark & 2) == 0);
+          const bool is_sink = (mark & 2) != 0, is_unclustered = !is_sink && (mark & 1) != 0,
+                     is_outlier = !is_sink && !is_unclustered && mark != 0;
+          const uint32_t keeps = __ballot_sync(kAllLanes, mark == 0), outs = __ballot_sync(kAllLanes, is_outlier),
+                         rest = __ballot_sync(kAllLanes, is_unclustered);
           const uint32_t below = (1u << threadIdx.x) - 1;
           if (pass == 0) {
             if (mark == 0) scratch.rows[kept + __popc(keeps & below)] = row;
             kept += __popc(keeps);
             outliers += __popc(outs);
+            unclustered += __popc(rest);
           } else {
-            if ((outs >> threadIdx.x & 1) != 0)
-              members[num_rows - outliers + before + __popc(outs & below)] = static_cast<uint16_t>(row);
-            before += __popc(outs);
+            if (is_outlier) members[kept + outliers_before + __popc(outs & below)] = static_cast<uint16_t>(row);
+            if (is_unclustered)
+              members[num_rows - unclustered + unclustered_before + __popc(rest & below)] = static_cast<uint16_t>(row);
+            outliers_before += __popc(outs);
+            unclustered_before += __popc(rest);
           }
         }
       }
       if (threadIdx.x == 0) {
         s.num_kept = kept;
         s.num_outliers = outliers;
+        s.num_not_finite = unclustered;
       }
     }
     __syncthreads();
     n = s.num_kept;
+    num_means = p.num_clusters - s.num_outliers;
   }
 
   __device__ void mean() {
@@ -243,10 +214,10 @@ class SegmentClustering {
 
   __device__ void start() {
     const uint64_t seed = p.seed + static_cast<uint64_t>(first_row) * 31 + static_cast<uint64_t>(head);
-    for (int i = threadIdx.x; i < p.num_clusters * (kDim / 8); i += kClusterThreads) {
+    for (int i = threadIdx.x; i < num_means * (kDim / 8); i += kClusterThreads) {
       const int c = i / (kDim / 8), chunk = i % (kDim / 8);
       const double u = static_cast<double>(hash64(seed ^ hash64(static_cast<uint64_t>(c))) >> 11) * 0x1p-53;
-      const auto row = static_cast<int64_t>((c + u) * static_cast<double>(n) / p.num_clusters);
+      const auto row = static_cast<int64_t>((c + u) * static_cast<double>(n) / num_means);
       float x[8] = {};
       if (n > 0) decode_key(scratch.rows[min(static_cast<int64_t>(n - 1), row)], chunk, x);
       for (int j = 0; j < 8; ++j)
@@ -259,7 +230,7 @@ class SegmentClustering {
   __device__ void load_centroids(int c0, int d0) {
     for (int i = threadIdx.x; i < kClusterTile * kDims; i += kClusterThreads) {
       const int c = i / kDims, d = i % kDims;
-      s.c[d][c] = c0 + c < p.num_clusters ? scratch.centroids[static_cast<int64_t>(c0 + c) * kDim + d0 + d] : 0;
+      s.c[d][c] = c0 + c < num_means ? scratch.centroids[static_cast<int64_t>(c0 + c) * kDim + d0 + d] : 0;
     }
   }
   __device__ void load_keys(int i0, int d0) {
@@ -275,19 +246,19 @@ class SegmentClustering {
     const int lane = threadIdx.x % 32;
     for (int c = threadIdx.x / 32; c < kClusterTile; c += kClusterThreads / 32) {
       float norm2 = 0;
-      for (int d = lane; d < kDim && c0 + c < p.num_clusters; d += 32) {
+      for (int d = lane; d < kDim && c0 + c < num_means; d += 32) {
         const float x = scratch.centroids[static_cast<int64_t>(c0 + c) * kDim + d];
         norm2 += x * x;
       }
       norm2 = warp_sum(norm2);
-      if (lane == 0) s.c_norms2[c] = c0 + c < p.num_clusters ? norm2 : INFINITY;
+      if (lane == 0) s.c_norms2[c] = c0 + c < num_means ? norm2 : INFINITY;
     }
   }
 
   // nearest[i], and v_norms2[i] = |c|^2 - 2 x.c of it.
   __device__ void assign() {
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    for (int c0 = 0; c0 < p.num_clusters; c0 += kClusterTile) {
+    for (int c0 = 0; c0 < num_means; c0 += kClusterTile) {
       centroid_norms(c0);
       for (int i0 = 0; i0 < n; i0 += kRowTile) {
         float dots[4][8] = {};
@@ -338,17 +309,17 @@ class SegmentClustering {
 
   // Kept rows cluster by cluster, ascending inside: thread t counts and places clusters t, t + 256, ...
   __device__ void sort() {
-    for (int c = threadIdx.x; c <= p.num_clusters; c += kClusterThreads) scratch.starts[c] = 0;
+    for (int c = threadIdx.x; c <= num_means; c += kClusterThreads) scratch.starts[c] = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += kClusterThreads) atomicAdd(&scratch.starts[scratch.nearest[i] + 1], 1);
     __syncthreads();
     if (threadIdx.x == 0) {
-      for (int c = 0; c < p.num_clusters; ++c) scratch.starts[c + 1] += scratch.starts[c];
+      for (int c = 0; c < num_means; ++c) scratch.starts[c + 1] += scratch.starts[c];
     }
     __syncthreads();
     // One warp a cluster: ballots over all rows keep the order.
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int c = warp; c < p.num_clusters; c += kClusterThreads / 32) {
+    for (int c = warp; c < num_means; c += kClusterThreads / 32) {
       int32_t at = scratch.starts[c];
       const int32_t end = scratch.starts[c + 1];
       for (int base = 0; base < n && at < end; base += 32) {
@@ -363,7 +334,7 @@ class SegmentClustering {
 
   __device__ void update() {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int c = warp; c < p.num_clusters; c += kClusterThreads / 32) {
+    for (int c = warp; c < num_means; c += kClusterThreads / 32) {
       const int32_t begin = scratch.starts[c], end = scratch.starts[c + 1];
       if (begin == end) continue;
       for (int chunk = lane; chunk < kDim / 8; chunk += 32) {
@@ -377,7 +348,7 @@ class SegmentClustering {
       }
     }
     __syncthreads();
-    for (int c = 0; c < p.num_clusters; ++c) {  // empty ones start anew at the rows farthest from their centroids
+    for (int c = 0; c < num_means; ++c) {  // empty ones start anew at the rows farthest from their centroids
       if (scratch.starts[c] != scratch.starts[c + 1]) continue;
       const int32_t far = least(n, [&](int i) { return -(scratch.k_norms2[i] + scratch.v_norms2[i]); });
       if (far < 0) break;
@@ -393,9 +364,21 @@ class SegmentClustering {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint16_t* members = index.members + row_of_head * g.max_rows + first_row;
     for (int c = warp; c < padded_clusters(); c += kClusterThreads / 32) {
-      const int32_t begin = c < p.num_clusters ? scratch.starts[c] : 0,
-                    size = c < p.num_clusters ? scratch.starts[c + 1] - begin : 0;
-      const float* centroid = scratch.centroids + static_cast<int64_t>(c) * kDim;
+      const bool is_mean = c < num_means, is_outlier = !is_mean && c < p.num_clusters;
+      const int32_t begin = is_mean      ? scratch.starts[c]
+                            : is_outlier ? n + c - num_means
+                                         : 0,
+                    size = is_mean      ? scratch.starts[c + 1] - begin
+                           : is_outlier ? 1
+                                        : 0;
+      float* centroid = scratch.centroids + static_cast<int64_t>(c) * kDim;
+      const auto row_of = [&](int32_t i) { return is_outlier ? members[i] : scratch.rows[scratch.order[i]]; };
+      for (int chunk = lane; chunk < kDim / 8 && is_outlier; chunk += 32) {
+        float x[8];
+        decode_key(members[begin], chunk, x);
+        for (int j = 0; j < 8; ++j) centroid[chunk * 8 + j] = x[j] - s.mean[chunk * 8 + j];
+      }
+      __syncwarp();
       float largest = 0;
       for (int d = lane; d < kDim && size > 0; d += 32) largest = fmaxf(largest, fabsf(centroid[d]));
 #pragma unroll
@@ -409,7 +392,7 @@ class SegmentClustering {
       for (int chunk = lane; chunk < kDim / 8; chunk += 32) {
         float x[8];
         for (int i = begin; i < begin + size; ++i) {
-          decode_key(scratch.rows[scratch.order[i]], chunk, x);
+          decode_key(row_of(i), chunk, x);
           for (int j = 0; j < 8; ++j) {
             const float off = x[j] - s.mean[chunk * 8 + j] - scale * tile.code(c, chunk * 8 + j);
             spread += off * off;
@@ -421,8 +404,7 @@ class SegmentClustering {
         tile.facts(c) = {size > 0 ? scale : 0.0f, size > 0 ? spread / static_cast<float>(size) / kDim : 0.0f};
         tile.place(c) = static_cast<uint32_t>(begin) << 16 | static_cast<uint32_t>(size);
       }
-      for (int i = begin + lane; i < begin + size; i += 32)
-        members[i] = static_cast<uint16_t>(scratch.rows[scratch.order[i]]);
+      for (int i = begin + lane; i < begin + size && is_mean; i += 32) members[i] = static_cast<uint16_t>(row_of(i));
     }
     constexpr int kBytes = stored_bytes<kDType>(kDim);
     const int32_t sinks = max(0, min(g.sink_tokens - first_row, num_rows));
@@ -430,8 +412,10 @@ class SegmentClustering {
       index.row_checks[row_of_head * g.max_rows + first_row + row] = static_cast<uint8_t>(
           check_row(key(row), kBytes, first_row + row) | check_row(value(row), kBytes, first_row + row) << 4);
     }
-    if (threadIdx.x == 0)
-      index.num_outliers[row_of_head * g.all_segments + slot] = static_cast<uint16_t>(s.num_outliers);
+    if (threadIdx.x == 0) {
+      index.num_not_finite[row_of_head * g.all_segments + slot] = static_cast<uint16_t>(s.num_not_finite);
+      if (s.num_not_finite > 0) atomicOr(&index.any_not_finite[p.sequence], 1);
+    }
   }
 
   __device__ int32_t padded_clusters() const {
@@ -450,8 +434,8 @@ class SegmentClustering {
   const int32_t* pages;
   const std::byte *k, *v;
   int64_t row_of_head;
-  float k_scale;  // of what is stored
-  int32_t n = 0;
+  float k_scale;                 // of what is stored
+  int32_t n = 0, num_means = 0;  // rows and clusters of k-means
 };
 
 template <DType kDType, int kDim, int kDims>

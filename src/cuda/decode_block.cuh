@@ -25,6 +25,7 @@ class DecodeBlock {
         group(params.batch.num_q_heads / params.batch.num_kv_heads),
         state_of_sequence(params.index.states[sequence]),
         own(params.index.geometry, state_of_sequence, rank, params.splits),
+        not_finite(params.index.any_not_finite[sequence] != 0),
         buffers(*reinterpret_cast<MergeBuffers<kHeads>*>(shared)),
         followers(*reinterpret_cast<FollowerBuffers*>(shared + sizeof(MergeBuffers<kHeads>))),
         found(*reinterpret_cast<LearnBuffers*>(&followers + 1)),
@@ -60,8 +61,6 @@ class DecodeBlock {
                         p.stages);
     if (warp < score_warps) {
       for (int i = 0; i < p.stages; ++i) ring.ask(tile(warp + i * score_warps));
-    } else {
-      prefetch_outliers(warp - score_warps, kWarps - score_warps);
     }
     prefetch_queries();
     Mailbox::wait();
@@ -107,7 +106,7 @@ class DecodeBlock {
   static constexpr bool kLearns = kKind == StepKind::kLearning, kChecked = kKind != StepKind::kPlain;
   static constexpr int32_t kOfFollower = -1;  // in place of a row's cluster
 
-  /// What is read: rows that no segment holds, and outliers; rows that select took; every row.
+  /// What is read: rows that no segment holds, or no cluster; rows that select took; every row.
   enum class Phase { kExact, kSelected, kAll };
 
   // Where a tile of the block's clusters lies in the index; nullptr beyond the last.
@@ -177,15 +176,6 @@ class DecodeBlock {
   }
   // Where this block names followers.
   __device__ Followers* names() const { return p.index.followers + row_of_head * kMaxSplits + rank; }
-  // Outliers are rows of the index, which no kernel before this one changes: they come to L2 ahead of the queries.
-  __device__ void prefetch_outliers(int number, int warps) const {
-    if (!p.index.geometry.has_outliers || pages != nullptr) return;
-    for (int k_own = number; k_own < own.count(); k_own += warps) {
-      const OwnSegment segment = own.at(k_own);
-      const int32_t n = num_outliers(segment);
-      if ((lane & 15) < n) prefetch_row(row_tile(outlier_row(segment, n, lane & 15), 0));
-    }
-  }
   // Two lanes a row, each a half.
   __device__ void prefetch_row(const RowTile& tile) const {
     constexpr int kBytes = kDType == DType::kF8E4M3 ? kDim : 2 * kDim;
@@ -195,11 +185,12 @@ class DecodeBlock {
       prefetch(v + tile.v_offset + half);
     }
   }
-  // Where a warp is among the tiles of 16 rows that it reads in a phase: at a tile of a list, then at outliers of own
-  // segments and, as if of one segment more, followers. Few registers, as this is live while rows are on their way.
+  // Where a warp is among the tiles of 16 rows that it reads in a phase: at a tile of a list, then at rows of own
+  // segments that are not finite and, as if of one segment more, followers. Few registers, as this is live while rows
+  // are on their way.
   struct Cursor {
     int tile;
-    int k_own = -1, at = -16, outliers = 0;
+    int k_own = -1, at = -16, rows = 0;
   };
   // A warp's place among those that read in a phase, and their number.
   __device__ int reader(Phase phase, int score_warps) const {
@@ -216,21 +207,21 @@ class DecodeBlock {
     const int readers = num_readers(phase, score_warps);
     c.tile += phase == Phase::kSelected ? readers : p.splits * readers;
     if (c.tile * 16 < num_listed(phase)) return true;
-    if (phase != Phase::kExact || !(kLearns || p.index.geometry.has_outliers)) return false;
+    if (phase != Phase::kExact || !(kLearns || not_finite)) return false;
     c.at += 16;
-    while (c.at >= c.outliers) {
+    while (c.at >= c.rows) {
       c.k_own += c.k_own < 0 ? 1 + reader(phase, score_warps) : readers;
       if (c.k_own >= own.count() + kLearns) return false;
       c.at = 0;
-      c.outliers = always_read(c.k_own);
-      if (lane == 0 && c.outliers > 0) atomicAdd(&buffers.counts[kForCertain], c.outliers);
+      c.rows = always_read(c.k_own);
+      if (lane == 0 && c.rows > 0) atomicAdd(&buffers.counts[kForCertain], c.rows);
     }
     return true;
   }
-  // Outliers of an own segment, or followers.
+  // Rows of an own segment that are not finite, or followers.
   __device__ int32_t always_read(int k_own) const {
     if (kLearns && k_own == own.count()) return followers.count;
-    return p.index.geometry.has_outliers ? num_outliers(own.at(k_own)) : 0;
+    return not_finite ? num_not_finite(own.at(k_own)) : 0;
   }
   // The row of lane & 15; log weight kLowest: none.
   __device__ TakenRow row_at(Phase phase, const Cursor& c) const {
@@ -247,10 +238,10 @@ class DecodeBlock {
     }
     const ExactRows rows = exact_rows(phase);
     if (c.tile * 16 < rows.count) return {0, rows.row(min(i, rows.count - 1)), i < rows.count ? 0.0f : kLowest};
-    const int32_t outlier = c.at + (lane & 15), place = min(outlier, c.outliers - 1);
-    const float log_weight = outlier < c.outliers ? 0.0f : kLowest;
+    const int32_t number = c.at + (lane & 15), place = min(number, c.rows - 1);
+    const float log_weight = number < c.rows ? 0.0f : kLowest;
     if (kLearns && c.k_own == own.count()) return {kOfFollower, followers.rows[place], log_weight};
-    return {0, outlier_row(own.at(c.k_own), c.outliers, place), log_weight};
+    return {0, row_not_finite(own.at(c.k_own), c.rows, place), log_weight};
   }
   // A row that was read for certain already.
   __device__ void leave_out(TakenRow& taken) const {
@@ -261,11 +252,11 @@ class DecodeBlock {
     taken.log_weight = kLowest;
   }
   __device__ const uint8_t* row_checks() const { return p.index.row_checks + row_of_head * p.index.geometry.max_rows; }
-  __device__ int32_t num_outliers(const OwnSegment& segment) const {
-    return __ldg(p.index.num_outliers + row_of_head * p.index.geometry.all_segments + segment.slot);
+  __device__ int32_t num_not_finite(const OwnSegment& segment) const {
+    return __ldg(p.index.num_not_finite + row_of_head * p.index.geometry.all_segments + segment.slot);
   }
-  __device__ int32_t outlier_row(const OwnSegment& segment, int32_t outliers, int32_t i) const {
-    return segment.first_row + __ldg(members + segment.first_row + segment.num_rows - outliers + i);
+  __device__ int32_t row_not_finite(const OwnSegment& segment, int32_t rows, int32_t i) const {
+    return segment.first_row + __ldg(members + segment.first_row + segment.num_rows - rows + i);
   }
 
   // The state of what this warp attended to, by head, as the buffers want it.
@@ -479,6 +470,7 @@ class DecodeBlock {
   bool changed = false;
   const SequenceState state_of_sequence;
   const OwnSegments own;
+  const bool not_finite;  // the sequence may have rows that are
   MergeBuffers<kHeads>& buffers;
   FollowerBuffers& followers;
   LearnBuffers& found;

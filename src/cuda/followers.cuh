@@ -82,9 +82,9 @@ __device__ __forceinline__ bool next_is_clustered(const IndexView& index, const 
                 number = (row - begin) / tokens, first = begin + number * tokens;
   if (next >= first + tokens) return false;
   const int32_t slot = full ? number : g.max_segments + number;
-  const int32_t outliers = __ldg(index.num_outliers + pair * g.all_segments + slot);
-  const uint16_t* list = index.members + pair * g.max_rows + first + tokens - outliers;
-  for (int i = 0; i < outliers; ++i) {
+  const int32_t unclustered = __ldg(index.num_not_finite + pair * g.all_segments + slot);
+  const uint16_t* list = index.members + pair * g.max_rows + first + tokens - unclustered;
+  for (int i = 0; i < unclustered; ++i) {
     if (__ldg(list + i) == next - first) return false;
   }
   return true;

@@ -75,7 +75,6 @@ IndexGeometry index_geometry(const IndexOptions& options, const KvShape& shape, 
   g.max_clusters = g.provisional_begin + provisional * g.provisional_clusters;
   g.max_rows = g.max_segments * options.segment_tokens;
   g.sink_tokens = options.sink_tokens;
-  g.has_outliers = options.outlier_fraction > 0;
   g.code_bytes = (shape.head_dim + 63) / 64 * 64;
   return g;
 }
@@ -245,7 +244,7 @@ StepStats step_stats(const StepRecord* records, const DecodeBatch& batch, const 
     stats.tokens_sampled += r.tokens_sampled;
     stats.refined_clusters += r.clusters_refined;
     stats.kv_bytes += read * (k_bytes + v_bytes) + r.tokens_probed * k_bytes;
-    // Per segment: its outliers. Per row: number and check.
+    // Per segment: its rows that are not finite. Per row: number and check.
     stats.index_bytes +=
         int64_t{r.clusters / kTileClusters} * tile_bytes(code_bytes) + int64_t{r.segments} * 2 + listed * 3;
     stats.estimated_mass += double{r.certain_mass} / batch.num_kv_heads;

@@ -49,7 +49,8 @@ size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   size_t at = 0;
   view.tiles = take<std::byte>(memory, at, clusters / kTileClusters * static_cast<size_t>(tile_bytes(g.code_bytes)));
   view.members = take<uint16_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
-  view.num_outliers = take<uint16_t>(memory, at, slots);
+  view.num_not_finite = take<uint16_t>(memory, at, slots);
+  view.any_not_finite = take<int32_t>(memory, at, static_cast<size_t>(max_sequences));
   view.calibration = take<HeadCalibration>(memory, at, pairs);
   view.followers = take<Followers>(memory, at, pairs * kMaxSplits);
   view.row_checks = take<uint8_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
@@ -98,6 +99,8 @@ void set_state(LayerIndex::Impl& impl, int32_t sequence, const SequenceState& st
   check(cudaMemsetAsync(impl.view.followers + static_cast<size_t>(sequence) * followers, 0,
                         followers * sizeof(Followers), stream),
         "followers");
+  if (state.full_segments + state.provisional_segments == 0)
+    check(cudaMemsetAsync(impl.view.any_not_finite + sequence, 0, sizeof(int32_t), stream), "rows not finite");
   check(cudaMemcpyAsync(impl.view.states + sequence, &impl.states[static_cast<size_t>(sequence)], sizeof state,
                         cudaMemcpyHostToDevice, stream),
         "index state");
@@ -154,6 +157,7 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
     return keep.back().data();
   };
   int64_t next_row = 0;
+  int32_t any_not_finite = 0;
   for (const Segment& segment : from.segments) {
     if (segment.row_begin != next_row || (state.provisional_segments > 0 && !segment.provisional) ||
         next_row + segment.num_rows > g.max_rows) {
@@ -172,7 +176,7 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
       const int64_t pair = int64_t{sequence} * impl.shape.num_kv_heads + head;
       std::vector<uint16_t> members(static_cast<size_t>(segment.num_rows));
       std::copy(c.members.begin(), c.members.end(), members.begin());
-      std::copy(c.outliers.begin(), c.outliers.end(), members.end() - static_cast<int64_t>(c.outliers.size()));
+      std::copy(c.not_finite.begin(), c.not_finite.end(), members.end() - static_cast<int64_t>(c.not_finite.size()));
       copy(tile_of(impl.view, pair, first).data, kept(tiles_of(c, padded, impl.shape.head_dim, g.code_bytes)),
            static_cast<size_t>(padded / kTileClusters * tile_bytes(g.code_bytes)));
       copy(impl.view.members + pair * g.max_rows + segment.row_begin, kept(members), members.size() * 2);
@@ -180,8 +184,9 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
           segment.row_checks.data() + static_cast<size_t>(head) * static_cast<size_t>(segment.num_rows);
       copy(impl.view.row_checks + pair * g.max_rows + segment.row_begin,
            kept(std::vector<uint8_t>(checks, checks + segment.num_rows)), static_cast<size_t>(segment.num_rows));
-      const auto outliers = static_cast<uint16_t>(c.outliers.size());
-      copy(impl.view.num_outliers + pair * g.all_segments + slot, kept(std::vector<uint16_t>{outliers}), 2);
+      const auto unclustered = static_cast<uint16_t>(c.not_finite.size());
+      copy(impl.view.num_not_finite + pair * g.all_segments + slot, kept(std::vector<uint16_t>{unclustered}), 2);
+      any_not_finite |= unclustered > 0;
     }
   }
   std::vector<HeadCalibration> calibration;
@@ -191,6 +196,7 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
   }
   copy(impl.view.calibration + int64_t{sequence} * impl.shape.num_kv_heads, kept(calibration),
        calibration.size() * sizeof(HeadCalibration));
+  copy(impl.view.any_not_finite + sequence, kept(std::vector<int32_t>{any_not_finite}), sizeof any_not_finite);
   set_state(impl, sequence, state, stream);
   check(cudaStreamSynchronize(stream), "upload");
 }
@@ -222,7 +228,7 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
     params.provisional = provisional;
     params.full_segments = now.full_segments;
     params.num_clusters = clusters_of(impl.options, provisional);
-    params.num_outliers = static_cast<int32_t>(std::lround(impl.options.outlier_fraction * static_cast<float>(rows)));
+    params.num_outliers = outliers_of(impl.options.outlier_fraction, rows, params.num_clusters);
     const size_t bytes = cluster_scratch_bytes(rows, params.num_clusters, impl.shape.head_dim) *
                          static_cast<size_t>(impl.shape.num_kv_heads) *
                          static_cast<size_t>(std::min(end - begin, kSegmentsAtOnce));

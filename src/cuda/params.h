@@ -12,17 +12,16 @@ namespace tactic::cuda {
 /// full segment s covers rows [s * segment_tokens, + segment_tokens) and has its clusters at s * full_clusters;
 /// provisional segment p of a sequence with f full ones covers rows [f * segment_tokens + p * provisional_tokens, +
 /// provisional_tokens) and has its clusters at provisional_begin + p * provisional_clusters. Members of a segment stand
-/// in `members` at the segment's own rows, cluster by cluster, and behind them its outliers.
+/// in `members` at the segment's own rows, cluster by cluster, and at the end those that are not finite, in no cluster.
 struct IndexGeometry {
   int32_t segment_tokens = 0, provisional_tokens = 0;
   int32_t full_clusters = 0, provisional_clusters = 0;  // per segment and KV head, multiples of 16
   int32_t provisional_begin = 0;                        // clusters of full segments before them
   int32_t max_clusters = 0;                             // per sequence and KV head
   int32_t max_segments = 0;                             // full ones, per sequence
-  int32_t all_segments = 0;                             // and behind them the provisional ones: slots of outliers
+  int32_t all_segments = 0;                             // and behind them the provisional ones: slots of num_not_finite
   int32_t max_rows = 0;
   int32_t sink_tokens = 0;
-  bool has_outliers = false;
   int32_t code_bytes = 0;  // of one centroid: head_dim up to a multiple of 64
 };
 
@@ -53,7 +52,8 @@ struct IndexView {
   int32_t num_kv_heads = 0, head_dim = 0;
   std::byte* tiles = nullptr;              // [sequences, heads, max_clusters / 16, tile_bytes()]
   uint16_t* members = nullptr;             // [sequences, heads, max_rows] rows relative to the segment's first
-  uint16_t* num_outliers = nullptr;        // [sequences, heads, all segments]
+  uint16_t* num_not_finite = nullptr;      // [sequences, heads, all segments] rows that are read by every step
+  int32_t* any_not_finite = nullptr;       // [sequences] not 0: a segment had such rows since the sequence was empty
   HeadCalibration* calibration = nullptr;  // [sequences, heads]
   Followers* followers = nullptr;          // [sequences, heads, kMaxSplits]
   uint8_t* row_checks = nullptr;           // [sequences, heads, max_rows] as core's Segment

@@ -71,13 +71,12 @@ __device__ __forceinline__ void quantize_query(Query q, int head, QuantizedQueri
   }
 }
 
-/// Some warps score clusters, the last ones read sinks, recent rows and outliers meanwhile: about as many as have that
-/// share of the bytes, a tile of rows being four times a tile of centroids, when half a provisional segment is recent.
+/// Some warps score clusters, the last ones read sinks and recent rows meanwhile: about as many as have that share of
+/// the bytes, a tile of rows being four times a tile of centroids, when half a provisional segment is recent.
 __device__ __forceinline__ int num_score_warps(const OwnSegments& own, int splits) {
   const IndexGeometry& g = own.geometry;
   const int tiles = own.clusters() / kTileClusters;
-  const int exact_tiles =
-      (g.provisional_tokens / 2 + g.sink_tokens) / 16 / splits + 1 + (g.has_outliers ? own.count() : 0);
+  const int exact_tiles = (g.provisional_tokens / 2 + g.sink_tokens) / 16 / splits + 1;
   const int exact_warps = static_cast<int>(__fdividef(kWarps * 4.0f * exact_tiles, 4.0f * exact_tiles + tiles) + 0.5f);
   return tiles > 0 ? kWarps - min(max(exact_warps, 1), kWarps - 1) : 0;
 }

@@ -12,7 +12,7 @@ struct OwnSegment {
   int32_t cluster;        // first of its clusters among the sequence's
   int32_t local_cluster;  // and among the block's own
   int32_t num_clusters;
-  int32_t slot;  // of its outliers
+  int32_t slot;  // of its number of rows that are not finite
   int32_t first_row, num_rows;
 };
 
@@ -93,7 +93,7 @@ struct ClusterPlace {
   }
 };
 
-/// Rows that are read anyway, besides outliers: sinks, and those that no segment holds yet.
+/// Rows that are read anyway: sinks, and those that no segment holds yet.
 struct ExactRows {
   int32_t sinks, indexed, count;
 

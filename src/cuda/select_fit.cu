@@ -199,7 +199,7 @@ class HeadChoice {
     for (int i = warp; i < anyway.count; i += kRankWarps) add(anyway.row(i));
     for (int segment = 0; segment < state.full_segments + state.provisional_segments; ++segment) {
       const SegmentPlace place(g, state, segment);
-      const int32_t number = p.index.num_outliers[static_cast<int64_t>(pair) * g.all_segments + place.slot];
+      const int32_t number = p.index.num_not_finite[static_cast<int64_t>(pair) * g.all_segments + place.slot];
       for (int i = warp; i < number; i += kRankWarps)
         add(place.first_row + members[place.first_row + place.num_rows - number + i]);
     }
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kRankThreads) list_kernel(const __grid_constan
   int32_t count = anyway.count;
   for (int segment = 0; segment < state.full_segments + state.provisional_segments; ++segment) {
     const SegmentPlace place(g, state, segment);
-    const int32_t number = p.index.num_outliers[static_cast<int64_t>(pair) * g.all_segments + place.slot];
+    const int32_t number = p.index.num_not_finite[static_cast<int64_t>(pair) * g.all_segments + place.slot];
     for (int i = threadIdx.x; i < number; i += kRankThreads)
       rows[count + i] = place.first_row + members[place.first_row + place.num_rows - number + i];
     count += number;

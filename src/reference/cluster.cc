@@ -37,37 +37,43 @@ void mark_least(const Row& norms2, int32_t count, std::vector<bool>& marked) {
 }  // namespace
 
 void cluster(const ClusterTask& task, HeadClusters& out) {
-  const int32_t dim = task.kv.head_dim, num = task.num_clusters;
+  const int32_t dim = task.kv.head_dim;
   const Row zero_k(dim), zero_v(task.kv.v_head_dim);
   std::vector<Row> keys;
   Row k_norms2, v_norms2;
-  std::vector<bool> outlier;
+  std::vector<bool> finite;
   for (int64_t row = task.row_begin + task.first_row; row < task.row_begin + task.num_rows; ++row) {
     keys.push_back(decode(task.kv.k, task.head, row, dim));
     const double k2 = distance2(keys.back(), zero_k),
                  v2 = distance2(decode(task.kv.v, task.head, row, task.kv.v_head_dim), zero_v);
-    outlier.push_back(!std::isfinite(static_cast<float>(k2)) || !std::isfinite(static_cast<float>(v2)));
-    k_norms2.push_back(outlier.back() ? HUGE_VAL : k2);
-    v_norms2.push_back(outlier.back() ? HUGE_VAL : v2);
+    finite.push_back(std::isfinite(static_cast<float>(k2)) && std::isfinite(static_cast<float>(v2)));
+    k_norms2.push_back(finite.back() ? k2 : HUGE_VAL);
+    v_norms2.push_back(finite.back() ? v2 : HUGE_VAL);
   }
+  std::vector<bool> outlier(keys.size());
   mark_least(k_norms2, task.num_outliers, outlier);
   mark_least(v_norms2, task.num_outliers, outlier);
 
   out = {};
-  std::vector<Row> x;
-  std::vector<uint16_t> rows;
+  std::vector<Row> x, outliers;
+  std::vector<uint16_t> rows, outlier_rows;
   Row mean(dim);
   for (size_t i = 0; i < keys.size(); ++i) {
     const auto row = static_cast<uint16_t>(i + task.first_row);
-    (outlier[i] ? out.outliers : rows).push_back(row);
-    if (outlier[i]) continue;
-    x.push_back(keys[i]);
-    for (int32_t d = 0; d < dim; ++d) mean[d] += keys[i][d];
+    if (!finite[i]) {
+      out.not_finite.push_back(row);
+      continue;
+    }
+    (outlier[i] ? outlier_rows : rows).push_back(row);
+    (outlier[i] ? outliers : x).push_back(keys[i]);
+    for (int32_t d = 0; d < dim && !outlier[i]; ++d) mean[d] += keys[i][d];
   }
   const size_t n = x.size();
+  const auto num = static_cast<int32_t>(task.num_clusters - outliers.size());  // of the means
   for (int32_t d = 0; d < dim; ++d) {
     out.mean.push_back(n == 0 ? 0.0f : static_cast<float>(mean[d] / static_cast<double>(n)));
     for (Row& row : x) row[d] -= out.mean[d];
+    for (Row& row : outliers) row[d] -= out.mean[d];
   }
 
   std::vector<Row> centroids(num, zero_k);
@@ -109,13 +115,19 @@ void cluster(const ClusterTask& task, HeadClusters& out) {
     }
   }
   assign();
+  for (size_t i = 0; i < outliers.size(); ++i) {
+    nearest.push_back(num + static_cast<int32_t>(i));
+    centroids.push_back(outliers[i]);
+    x.push_back(outliers[i]);
+    rows.push_back(outlier_rows[i]);
+  }
 
-  const int32_t padded = padded_clusters(num);
+  const int32_t padded = padded_clusters(task.num_clusters);
   out.residuals.assign(static_cast<size_t>(padded) * dim, 0);
   out.scales.assign(padded, 0);
   out.spreads.assign(padded, 0);
   out.sizes.assign(padded, 0);
-  for (int32_t c = 0; c < num; ++c) {
+  for (int32_t c = 0; c < task.num_clusters; ++c) {
     Row stored(dim);
     double largest = 0, spread = 0;
     for (const double value : centroids[c]) largest = std::max(largest, std::fabs(value));
@@ -127,7 +139,7 @@ void cluster(const ClusterTask& task, HeadClusters& out) {
       out.residuals[static_cast<size_t>(c / kCentroidBlock * dim + d) * kCentroidBlock + c % kCentroidBlock] = residual;
       stored[d] = static_cast<double>(out.scales[c]) * residual;
     }
-    for (size_t i = 0; i < n; ++i) {
+    for (size_t i = 0; i < x.size(); ++i) {
       if (nearest[i] != c) continue;
       spread += distance2(x[i], stored);
       out.members.push_back(rows[i]);

@@ -13,16 +13,16 @@ namespace tactic {
 namespace reference {
 namespace {
 
-// Row numbers read whatever the selection: not in the index, or outliers in it.
+// Row numbers read whatever the selection: not in the index, or not finite.
 HeadSelection rows_read_anyway(const IndexState& index, int32_t head, const RowFilter& filter) {
   HeadSelection rows;
   for (int64_t row = 0; row < filter.kv_len; ++row) {
     if (filter.reads_exact(row)) rows.tokens.push_back(static_cast<int32_t>(row));
   }
   for (const Segment& segment : index.segments) {
-    for (const int64_t outlier : segment.heads[head].outliers) {
-      if (filter.reads_indexed(segment.row_begin + outlier))
-        rows.tokens.push_back(static_cast<int32_t>(segment.row_begin + outlier));
+    for (const int64_t place : segment.heads[head].not_finite) {
+      if (filter.reads_indexed(segment.row_begin + place))
+        rows.tokens.push_back(static_cast<int32_t>(segment.row_begin + place));
     }
   }
   rows.log_weights.assign(rows.tokens.size(), 0.0f);
@@ -41,11 +41,12 @@ bool unchanged(const IndexState& index, const KvView& kv, int32_t head, const He
 
 // What the draw says of the mass read with certainty. `anyway`: rows read anyway. `drawn`: the selection before any
 // cluster was read whole because of it; clusters that `planned` names do not speak (they were read whole whatever was
-// drawn).
+// drawn). `whole`: clusters read whole by now.
 void measure(const IndexState& index, const RowsView& k, int32_t head, const HeadSelection& anyway,
              const HeadSelection& drawn, const HeadSelection& selection, const Inclusion& inclusion,
-             const std::vector<char>& planned, const std::vector<float>& sizes, const float* q, int32_t dim,
-             std::vector<HeadMass>& masses) {
+             const std::vector<char>& planned, const std::vector<char>& whole, const std::vector<float>& sizes,
+             const float* q, int32_t dim, std::vector<HeadMass>& masses) {
+  const bool read = all_read(sizes, whole);
   const Undrawn undrawn = undrawn_rows(index, sizes, inclusion.probability, planned);
   const std::vector<double>& known = index.calibration[head].usual_variance;
   for (size_t g = 0; g < masses.size(); ++g) {
@@ -73,10 +74,11 @@ void measure(const IndexState& index, const RowsView& k, int32_t head, const Hea
     for (int64_t i = 0; i < selection.num_certain; ++i) {
       if (refined[selection.clusters[i]]) rest -= std::exp(score(selection.tokens[i]) - max);
     }
-    const double total = sum + std::max(0.0, rest), usual = known.empty() ? 0 : known[g], mass = sum / total;
+    const double total = sum + (read ? 0.0 : std::max(0.0, rest)), usual = known.empty() ? 0 : known[g],
+                 mass = sum / total;
     if (!(total > 0)) continue;
     masses[g] = {mass,
-                 undrawn.any
+                 undrawn.any && !read
                      ? mass * std::sqrt(variance.variance(total, inclusion.tau, undrawn.count_variance, usual)) / total
                      : 0,
                  variance.freedom(usual), max + std::log(total)};
@@ -137,7 +139,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
     whole = planned;
     for (int64_t i = 0; i < selection.num_certain; ++i) whole[selection.clusters[i]] = 1;
     for (;;) {
-      measure(index, kv.k, head, all, drawn, selection, inclusion, planned, scores.sizes, q.data(), dim, masses);
+      measure(index, kv.k, head, all, drawn, selection, inclusion, planned, whole, scores.sizes, q.data(), dim, masses);
       const std::vector<int32_t> next = options.target_mass > 0
                                             ? read_on(scores, params, whole, masses, options.target_mass)
                                             : std::vector<int32_t>();

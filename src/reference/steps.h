@@ -11,8 +11,8 @@ double element(DType dtype, const std::byte* row, int64_t i);
 /// q.k of a stored row.
 double dot_row(const RowsView& rows, int32_t head, int64_t row, const float* q, int32_t head_dim);
 
-/// k-means on doubles, with the same initial keys and tie rules as every backend. Rows whose squared key or value norm
-/// is not finite in f32 are outliers too.
+/// k-means on doubles, with the same initial keys and tie rules as every backend, over all rows but the outliers, which
+/// are the last clusters. Rows whose squared key or value norm is not finite in f32 are in none.
 void cluster(const ClusterTask& task, HeadClusters& out);
 
 /// Every row the query may read through the index, by cluster number, all certain.

@@ -50,7 +50,7 @@ void expect_same(const KvIndex& a, const KvIndex& b) {
       EXPECT_EQ(sa[i].heads[h].residuals, sb[i].heads[h].residuals);
       EXPECT_EQ(sa[i].heads[h].sizes, sb[i].heads[h].sizes);
       EXPECT_EQ(sa[i].heads[h].members, sb[i].heads[h].members);
-      EXPECT_EQ(sa[i].heads[h].outliers, sb[i].heads[h].outliers);
+      EXPECT_EQ(sa[i].heads[h].not_finite, sb[i].heads[h].not_finite);
     }
   }
   const int64_t rows = std::max(a.state().rows_end, b.state().rows_end);
@@ -58,7 +58,8 @@ void expect_same(const KvIndex& a, const KvIndex& b) {
     ASSERT_EQ(a.state().indexed.test(row), b.state().indexed.test(row)) << "row " << row;
 }
 
-// Every written row is read exactly once by a query that selects everything: exact, member of one cluster, or outlier.
+// Every written row is read exactly once by a query that selects everything: exact, or member of one cluster, or not
+// finite.
 void expect_partition(const KvIndex& index) {
   const IndexState& state = index.state();
   for (int32_t head = 0; head < state.shape.num_kv_heads; ++head) {
@@ -81,8 +82,8 @@ void expect_partition(const KvIndex& index) {
         members += clusters.sizes[c];
       }
       ASSERT_EQ(members, clusters.members.size());
-      EXPECT_TRUE(std::is_sorted(clusters.outliers.begin(), clusters.outliers.end()));
-      for (const std::vector<uint16_t>* rows : {&clusters.members, &clusters.outliers}) {
+      EXPECT_TRUE(std::is_sorted(clusters.not_finite.begin(), clusters.not_finite.end()));
+      for (const std::vector<uint16_t>* rows : {&clusters.members, &clusters.not_finite}) {
         for (const uint16_t r : *rows) {
           ASSERT_LT(r, segment.num_rows);
           if (segment.row_begin + r < state.rows_end)

@@ -156,8 +156,7 @@ TEST(Decode, TauWithoutEndIsDense) {
   const Device<cuda::StepRecord> records(2);
   decode.run(device.batch, &index, nullptr, records.get());
   for (const cuda::StepRecord& r : records.values()) {
-    EXPECT_EQ(r.tokens_exact + r.tokens_selected,
-              9000);  // every row in exactly one of sinks, clusters, outliers, recent
+    EXPECT_EQ(r.tokens_exact + r.tokens_selected, 9000);  // every row in exactly one of sinks, clusters, recent
     EXPECT_EQ(r.certain_mass, 1);
   }
   problem.run({.select = Select::kDense}, Backend::kReference);
@@ -272,10 +271,10 @@ TEST(Sanitized, EveryKernel) {
   for (int32_t i = 0; i < 3; ++i)
     index.build(i, device.batch, static_cast<int32_t>(problems[static_cast<size_t>(i)]->cache.spec().kv_len), nullptr);
   const Device<cuda::StepRecord> records(6);
-  cuda::Decode sample({.tau = 400, .refine = 0.001f, .beta = 0.1f}, device.limits),
+  cuda::Decode sample({.tau = 200, .refine = 0.001f, .beta = 0.1f}, device.limits),
       dense({.select = Select::kDense}, device.limits);
   sample.run(device.batch, &index, nullptr, records.get());
-  EXPECT_GT(records.values()[4].clusters_refined, 0);
+  EXPECT_GT(records.values()[4].clusters_refined + records.values()[5].clusters_refined, 0);
   const std::vector<float> sampled = device.out(2);
   dense.run(device.batch, nullptr, nullptr);
   const std::vector<float> exact = device.out(2);

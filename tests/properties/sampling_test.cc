@@ -74,7 +74,7 @@ TEST(Sampling, StandardErrorIsTheErrorOfTheMass) {
     for (const float tau : {50.0f, 200.0f}) {
       SCOPED_TRACE(text("sharpness ", sharpness, " tau ", tau));
       Moments error, excess, covered;  // one value a cache
-      for (uint64_t seed = 1; seed <= 40; ++seed) {
+      for (uint64_t seed = 1; seed <= 120; ++seed) {
         Problem problem(spec_of(4000), 1, seed, sharpness);
         problem.build_index();
         problem.run({.select = Select::kDense});

@@ -146,7 +146,8 @@ std::string render_bars(const InspectPage& page) {
   for (const LayerFigures& layer : page.layers) high = std::max(high, means(layer).first);
   std::string out =
       "<h2>Always read, and chosen</h2><p>Tokens read per KV head and step, mean over the layer's heads. Below, in the "
-      "strong color: the first tokens, the newest ones and the outliers, which are always read. Above: those that the "
+      "strong color: the first tokens, the newest ones and those expected to weigh much, which are always read. Above: "
+      "those that the "
       "index chose.</p>";
   out += svg_begin(kLeft + kPlotWidth + 20, kHeight + 30);
   const double width = column_width(page);
@@ -273,7 +274,8 @@ std::string render_page(const InspectPage& page) {
        "everywhere, are strong.",
        [](const HeadFigures& h) { return h.tokens; }, 0, true},
       {"Attention on the tokens always read",
-       "The share of the attention, as the step estimates it, on the first tokens, the newest ones and the outliers.",
+       "The share of the attention, as the step estimates it, on the first tokens, the newest ones and those expected "
+       "to weigh much.",
        [](const HeadFigures& h) { return h.exact_mass; }, 3, true},
       {"Attention read with certainty",
        "The share on all tokens read with certainty, those of chosen clusters included. With sample, sampled tokens "

@@ -13,7 +13,7 @@ struct HeadFigures {
   int64_t steps = 0;                                        // sparse ones; without any the rest means nothing
   double clusters = 0, mean_spread = 0, beta = 0, tau = 0;  // last step
   double tokens = 0;                                        // mean rows read
-  double exact_tokens = 0;                                  // of those, sinks, recent rows and outliers
+  double exact_tokens = 0;                                  // of those, sinks, recent and expected rows
   double exact_mass = 0;                                    // mean estimated mass of those
   double estimated_mass = 0, least_mass = 0;                // of all rows read with certainty: mean, least
 };
