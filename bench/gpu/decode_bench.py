@@ -281,7 +281,7 @@ def main():
     parser.add_argument("--shapes", default="1x32768,1x131072,1x524288,8x32768,8x131072")
     parser.add_argument("--sizes", default="16,32,64", help="tokens per cluster")
     parser.add_argument("--recent", type=int, default=64)
-    parser.add_argument("--outliers", type=float, default=0.0)
+    parser.add_argument("--outliers", type=float, default=0.0025, help="share of a segment, as IndexOptions has it")
     parser.add_argument("--tau", default="1000")
     parser.add_argument("--refine", type=float, default=0.01)
     parser.add_argument("--checks", default="0", help="1: rows are compared with their check values; 0,1: both")
