@@ -4,7 +4,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/build.sh"
 build -DTACTIC_BUILD_TESTS=OFF -DTACTIC_BUILD_BENCH=OFF -DTACTIC_BUILD_CUDA=OFF
 TEXT=${1:-/usr/share/common-licenses/GPL-3}
-PROMPT=${2:-"In two or three sentences: what may a person who receives a program under this license do with it?"}
+PROMPT=${2:-"In two sentences: what must a person who distributes copies of a program under this license give to the recipients?"}
 [ -r "$TEXT" ] || die "$TEXT cannot be read"
 say "Asking about $TEXT"
 exec "$BUILD_DIR/bin/tactic" run -m "$MODEL" --file "$TEXT" --prompt "$PROMPT" -n 96 --compare

@@ -67,7 +67,7 @@ struct HostTables {
 /// What one step read of one sequence and KV head.
 struct StepRecord {
   int32_t kv_len;
-  int32_t tokens_exact;      // sinks, recent rows, outliers; all of them when dense
+  int32_t tokens_exact;      // sinks, recent and followed rows; all of them when dense
   int32_t tokens_selected;   // by the selector, certain and sampled
   int32_t tokens_sampled;    // of those, drawn, their clusters not having been refined
   int32_t clusters_refined;  // sample

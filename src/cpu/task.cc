@@ -244,10 +244,10 @@ void settle_again(Task& task) {
 void measure_masses(Task& task, bool first) {
   const std::vector<double>& known =
       task.query->index->state().calibration[static_cast<size_t>(task.head)].usual_variance;
-  std::vector<char> left = task.whole;  // clusters whose draws speak
-  for (size_t c = 0; c < left.size(); ++c) left[c] = task.whole[c] != 0 && task.refined_whole[c] == 0;
+  std::vector<char> planned = task.whole;  // clusters read whole whatever was drawn, whose draws do not speak
+  for (size_t c = 0; c < planned.size(); ++c) planned[c] = task.whole[c] != 0 && task.refined_whole[c] == 0;
   const Undrawn undrawn =
-      undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, left);
+      undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, planned);
   const bool read = all_read(task.clusters.sizes, task.whole);
   const int64_t draws = task.selected.size() - task.selection.num_certain;
   for (int32_t g = 0; g < task.group_size; ++g) {
@@ -256,7 +256,7 @@ void measure_masses(Task& task, bool first) {
     for (int64_t i = 0; i < draws; ++i) {
       const auto cluster =
           static_cast<size_t>(task.selection.clusters[static_cast<size_t>(task.selection.num_certain + i)]);
-      if (left[cluster] != 0) continue;
+      if (planned[cluster] != 0) continue;
       const float z = task.drawn[static_cast<size_t>(g * draws + i)];
       drawn.add(z, task.inclusion.probability[cluster]);
       sum += z;
