@@ -31,7 +31,7 @@ struct IndexOptions {
   int32_t iterations = 4;                  // k-means rounds (10 with Clustering::kWhole in the paper)
   int32_t sink_tokens = 4;                 // first rows, always read
   float outlier_fraction = 0.0025f;  // share of a segment's rows of least key norm, and of least value norm, that are
-                                     // a cluster each; no more than an eighth of the clusters
+                                     // a cluster each; no more than a sixteenth of the clusters
   uint64_t seed = 0;
 
   bool operator==(const IndexOptions&) const = default;

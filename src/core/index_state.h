@@ -21,10 +21,10 @@ inline int32_t padded_clusters(int32_t num_clusters) {
 }
 
 /// Rows of least key norm, and as many of least value norm, that get a cluster of their own: a share of the rows, but
-/// no more than an eighth of the clusters.
+/// no more than a sixteenth of the clusters, as what they take the others lack.
 inline int32_t outliers_of(float fraction, int32_t num_rows, int32_t num_clusters) {
   const auto wanted = static_cast<int32_t>(std::lround(fraction * static_cast<float>(num_rows)));
-  return wanted < num_clusters / 8 ? wanted : num_clusters / 8;
+  return wanted < num_clusters / 16 ? wanted : num_clusters / 16;
 }
 
 /// The clusters of one segment and one KV head. The last ones are outliers, one row each.

@@ -412,6 +412,15 @@ TEST(KvIndex, RemovedRowsTakeTheirSegmentsAlong) {
   EXPECT_THAT([&] { index->remove(-1, 2); }, ThrowsMessage<Error>(HasSubstr("rows -1")));
 }
 
+TEST(Outliers, AreAShareOfTheRowsButFewOfTheClusters) {
+  EXPECT_EQ(outliers_of(0.0025f, 2048, 128), 5);
+  EXPECT_EQ(outliers_of(0.0025f, 256, 64), 1);
+  EXPECT_EQ(outliers_of(0.0025f, 2048, 32), 2);
+  EXPECT_EQ(outliers_of(0.25f, 2048, 128), 8);
+  EXPECT_EQ(outliers_of(0.25f, 2048, 15), 0);
+  EXPECT_EQ(outliers_of(0, 2048, 128), 0);
+}
+
 TEST(FoundHeavy, TwiceIsReadForCertain) {
   const CacheSpec spec = spec_of(1100);
   const Cache cache(spec);
