@@ -11,7 +11,8 @@ tactic_rows rows_of(const RowsView& rows) {
           rows.head_stride_bytes,
           rows.page_table,
           rows.page_tokens,
-          rows.page_stride_bytes};
+          rows.page_stride_bytes,
+          rows.num_pages};
 }
 
 tactic_query query_of(const DecodeQuery& q) {
