@@ -250,8 +250,9 @@ Segment build_segment(const IndexState& s, const KvView& kv, const Due& due) {
   segment.heads.resize(static_cast<size_t>(kv.num_kv_heads));
   segment.row_checks.resize(static_cast<size_t>(kv.num_kv_heads) * static_cast<size_t>(due.num_rows));
   const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
+  std::vector<ClusterTask> tasks(segment.heads.size());
   for (int32_t head = 0; head < kv.num_kv_heads; ++head) {
-    ClusterTask task;
+    ClusterTask& task = tasks[static_cast<size_t>(head)];
     task.kv = kv;
     task.head = head;
     task.row_begin = due.row_begin;
@@ -261,7 +262,9 @@ Segment build_segment(const IndexState& s, const KvView& kv, const Due& due) {
     task.iterations = o.iterations;
     task.num_outliers = outliers_of(o.outlier_fraction, due.num_rows, segment.num_clusters);
     task.seed = o.seed + static_cast<uint64_t>(due.row_begin) * 31 + static_cast<uint64_t>(head);
-    cpu::cluster(task, s.num_threads, segment.heads[static_cast<size_t>(head)]);
+  }
+  cpu::cluster_heads(tasks, s.num_threads, segment.heads);
+  for (int32_t head = 0; head < kv.num_kv_heads; ++head) {
     uint8_t* checks = segment.row_checks.data() + static_cast<size_t>(head) * static_cast<size_t>(due.num_rows);
     for (int32_t i = sinks; i < due.num_rows; ++i) {
       const int64_t row = due.row_begin + i;

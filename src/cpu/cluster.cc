@@ -6,6 +6,7 @@
 #include <iterator>
 #include <numeric>
 
+#include "core/backend.h"
 #include "core/random.h"
 #include "cpu/parallel.h"
 #include "cpu/steps.h"
@@ -346,6 +347,21 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
   }
   group_members(nearest, task.num_clusters, offsets, order);
   store_clusters(centroids, x.data(), offsets, order, in_clusters, out);
+}
+
+void cluster_heads(std::span<const ClusterTask> tasks, int32_t num_threads, std::span<HeadClusters> out) {
+  const int32_t threads = thread_count(num_threads);
+  const auto heads = static_cast<int64_t>(tasks.size());
+  if (heads < threads || threads == 1 || omp_in_parallel()) {
+    for (size_t i = 0; i < tasks.size(); ++i) cluster(tasks[i], num_threads, out[i]);
+    return;
+  }
+  TeamError error;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t i = 0; i < heads; ++i) {
+    error.guard([&] { cluster(tasks[static_cast<size_t>(i)], 1, out[static_cast<size_t>(i)]); });
+  }
+  error.rethrow();
 }
 
 }  // namespace tactic::cpu
