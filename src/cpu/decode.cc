@@ -21,7 +21,7 @@ constexpr int64_t kMinIndexedRows = 256;  // fewer are not worth a selection
 
 // What one thread has of one task's output.
 struct Partial {
-  std::vector<SoftmaxState> state;  // [group_size] of a dense task; a sparse one has one state for all threads
+  std::vector<SoftmaxState> state;  // [group_size]; of a sparse task the maximum alone, which all threads share
   std::vector<float> values;        // [group_size, v_head_dim] sum of weights times values
   std::vector<WeightSums> sums;     // [group_size] of selected rows
   bool used = false;
@@ -145,12 +145,11 @@ class CpuRun : public BackendRun {
     error.guard([&] {
       for_tasks([&](size_t t) {
         Task& task = tasks_[t];
-        if (!task.sparse) return merge_dense(t, threads);
-        if (!task.not_finite) settle_task(t, options, threads);
-        if (task.not_finite) return;  // done anew
-        read_settled(task, partial_of(task, thread));
-        merge_sparse(t, threads);
-        if (learn_apart_ && !query_changed(task)) learn(task, options);
+        if (task.sparse && !task.not_finite) settle_task(t, options, threads);
+        if (task.sparse && task.not_finite) return;  // done anew
+        if (task.sparse) read_settled(task, partial_of(task, thread));
+        merge_task(t, threads);
+        if (task.sparse && learn_apart_ && !query_changed(task)) learn(task, options);
       });
     });
   }
@@ -207,8 +206,9 @@ class CpuRun : public BackendRun {
           Partial& partial = partial_of(task, thread);
           score_rows(task, task.selected, begin, end);
           weigh_rows(task, begin, end, partial.sums.data());
+          const bool refines = options.select == Select::kSample && draws_too_heavy(task, partial.sums.data());
           for (int64_t at = begin; at < end;) {  // rows too heavy to be a sample wait until their clusters are read
-            const int64_t heavy = options.select == Select::kSample ? next_heavy(task, at, end) : end;
+            const int64_t heavy = refines ? next_heavy(task, at, end) : end;
             value_rows(task, task.selected, at, heavy, partial);
             at = heavy + 1;
           }
@@ -224,6 +224,7 @@ class CpuRun : public BackendRun {
 
   static void value_rows(Task& task, RowList& list, int64_t begin, int64_t end, Partial& partial) {
     if (begin == end) return;
+    for (size_t g = 0; g < partial.state.size(); ++g) partial.state[g].max = task.exact_state[g].max;
     attend_values(task.query->kv.v, task.head, list.tokens.data() + begin, end - begin, list.weights.data() + begin,
                   list.stride, task.v_head_dim(), task.group_size, partial.values.data());
   }
@@ -268,31 +269,9 @@ class CpuRun : public BackendRun {
     }
   }
 
-  void merge_sparse(size_t t, int32_t threads) {
+  void merge_task(size_t t, int32_t threads) {
     Task& task = tasks_[t];
-    const auto dv = static_cast<size_t>(task.v_head_dim());
-    std::vector<float> values(dv);
-    for (int32_t g = 0; g < task.group_size; ++g) {
-      std::fill(values.begin(), values.end(), 0.0f);
-      for (int32_t thread = 0; thread < threads; ++thread) {
-        const Partial& partial = partials_[static_cast<size_t>(thread) * tasks_.size() + t];
-        if (!partial.used) continue;
-        const float* own = partial.values.data() + static_cast<size_t>(g) * dv;
-        for (size_t d = 0; d < dv; ++d) values[d] += own[d];
-      }
-      finish_head(task, g, task.state[static_cast<size_t>(g)], values.data());
-    }
-  }
-
-  static void finish_head(const Task& task, int32_t g, const SoftmaxState& state, const float* values) {
     const DecodeQuery& query = *task.query;
-    const int64_t q_head = int64_t{task.head} * task.group_size + g;
-    finish(state, values, task.v_head_dim(), query.out + q_head * query.out_head_stride,
-           query.lse != nullptr ? query.lse + q_head : nullptr);
-  }
-
-  void merge_dense(size_t t, int32_t threads) {
-    Task& task = tasks_[t];
     const auto dv = static_cast<size_t>(task.v_head_dim());
     std::vector<float> values(dv);
     for (int32_t g = 0; g < task.group_size; ++g) {
@@ -304,7 +283,10 @@ class CpuRun : public BackendRun {
           merge(state, values.data(), partial.state[static_cast<size_t>(g)],
                 partial.values.data() + static_cast<size_t>(g) * dv, task.v_head_dim());
       }
-      finish_head(task, g, state, values.data());
+      if (task.sparse) state = task.state[static_cast<size_t>(g)];
+      const int64_t q_head = int64_t{task.head} * task.group_size + g;
+      finish(state, values.data(), task.v_head_dim(), query.out + q_head * query.out_head_stride,
+             query.lse != nullptr ? query.lse + q_head : nullptr);
     }
   }
 

@@ -320,6 +320,13 @@ void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums) {
   }
 }
 
+bool draws_too_heavy(const Task& task, const WeightSums* sums) {
+  for (size_t g = 0; g < task.heavy.size(); ++g) {
+    if (sums[g].largest_sampled > task.heavy[g]) return true;
+  }
+  return false;
+}
+
 int64_t next_heavy(const Task& task, int64_t begin, int64_t end) {
   int64_t i = std::max(begin, task.selection.num_certain);
   while (i < end && !is_heavy(task, i)) ++i;
@@ -328,11 +335,9 @@ int64_t next_heavy(const Task& task, int64_t begin, int64_t end) {
 
 void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums) {
   const bool sample = options.select == Select::kSample;
-  bool refine = false;
   for (int32_t g = 0; g < task.group_size; ++g) {
     const double total = settle_head(task, g, sums[g]);
     task.independent_variance[static_cast<size_t>(g)] = sums[g].variance / (total * total);
-    refine = refine || (sample && sums[g].largest_sampled > task.heavy[static_cast<size_t>(g)]);
   }
   if (task.not_finite || !sample) return;
   task.whole.resize(task.inclusion.probability.size());
@@ -343,7 +348,7 @@ void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* 
     const float* weights = task.selected.weights_of(g);
     task.drawn.insert(task.drawn.end(), weights + task.selection.num_certain, weights + task.selected.size());
   }
-  if (refine) refine_clusters(task);
+  if (draws_too_heavy(task, sums)) refine_clusters(task);
   measure_masses(task, true);
   if (options.target_mass > 0) reach_mass(task, options.target_mass);
   list_changes(task);

@@ -78,6 +78,9 @@ struct WeightSums {
 /// Turns the scores of selected rows [begin, end) into weights and adds them up: sums [group_size].
 void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums);
 
+/// Whether a drawn row among those of `sums` [group_size] is too heavy to be a sample.
+bool draws_too_heavy(const Task& task, const WeightSums* sums);
+
 /// The first of the selected rows [begin, end) that was drawn and is too heavy to be a sample in some head, or `end`:
 /// its value is not added, since its cluster will be read whole.
 int64_t next_heavy(const Task& task, int64_t begin, int64_t end);

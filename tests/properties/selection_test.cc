@@ -116,7 +116,7 @@ TEST(Selection, TopKReadsItsBudget) {
   for (const int32_t budget : {1, 100, 1000}) {
     const StepStats stats = problem.run({.select = Select::kTopK, .budget = budget});
     EXPECT_GE(stats.tokens_certain, exact + 2 * budget);
-    EXPECT_LE(stats.tokens_certain, exact + 2 * budget + 2 * 2 * 20) << "outliers besides";
+    EXPECT_LE(stats.tokens_certain, exact + 2 * budget + 2 * 2 * 20) << "a cluster more for each head";
   }
 }
 
