@@ -49,12 +49,9 @@ class SegmentClustering {
   }
 
  private:
-  __device__ void decode(const std::byte* row, int chunk, float (&x)[8]) const {
-    to_floats<kDType>(Chunk<kDType>::load(row, chunk), x);
-  }
   // Eight elements of a key of the segment.
   __device__ void decode_key(int32_t row, int chunk, float (&x)[8]) const {
-    decode(key(row), chunk, x);
+    load_floats<kDType>(key(row), chunk, x);
     if constexpr (kDType == DType::kF8E4M3) {
 #pragma unroll
       for (float& e : x) e *= k_scale;
@@ -69,7 +66,7 @@ class SegmentClustering {
       for (int chunk = 0; chunk < kDim / 8; ++chunk) {
         decode_key(row, chunk, x);
         for (const float e : x) k2 += e * e;
-        decode(value(row), chunk, x);
+        load_floats<kDType>(value(row), chunk, x);
         for (const float e : x) v2 += e * e;
       }
       const bool finite = isfinite(k2) && isfinite(v2);

@@ -69,7 +69,7 @@ struct WholeClusters {
 #pragma unroll 4
       for (int chunk = 0; chunk < kDim / 8; ++chunk) {
         float x[8];
-        to_floats<kDType>(Chunk<kDType>::load(row, chunk), x);
+        load_floats<kDType>(row, chunk, x);
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) {
           if (h >= group) continue;

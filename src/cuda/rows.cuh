@@ -1,4 +1,4 @@
-// Where a stored row lies in device memory, and eight of its elements as halves in registers.
+// Where a stored row lies in device memory, and eight of its elements in registers, as halves or as floats.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -52,23 +52,6 @@ struct Chunk<DType::kF8E4M3> {
   }
 };
 
-/// Eight halves as floats.
-template <DType kDType>
-__device__ __forceinline__ void to_floats(const uint4& halves, float (&x)[8]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t word = (&halves.x)[i];
-    float2 pair;
-    if constexpr (Chunk<kDType>::kBf16) {
-      pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
-    } else {
-      pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
-    }
-    x[2 * i] = pair.x;
-    x[2 * i + 1] = pair.y;
-  }
-}
-
 template <DType kDType>
 __host__ __device__ constexpr int stored_bytes(int dim) {
   return kDType == DType::kF8E4M3 ? dim
@@ -99,47 +82,81 @@ __device__ __forceinline__ float head_scale(const DeviceRows& rows, int head) {
   }
 }
 
-/// Blocks of 32 elements: an f16 scale and 32 signed bytes. Rows lie at even addresses.
-template <>
-struct Chunk<DType::kQ8_0> {
+/// Rows of blocks of 32 elements, an f16 scale and integers. Derived: kBlockBytes, and integers(block, chunk of the
+/// block), which leaves eight of them in halves. They are exact; scaled halves are rounded, as tensor cores want them.
+template <class Derived>
+struct BlockChunk {
   static constexpr bool kBf16 = false;
+  static __device__ __forceinline__ const uint16_t* block(const std::byte* row, int chunk) {
+    return reinterpret_cast<const uint16_t*>(row + (chunk >> 2) * Derived::kBlockBytes);
+  }
   static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) {
-    const auto* block = reinterpret_cast<const uint16_t*>(row + (chunk >> 2) * 34);
-    const __half2 scale = __half2half2(__ushort_as_half(__ldg(block)));
-    const uint16_t* codes = block + 1 + (chunk & 3) * 4;
-    uint32_t out[4];
+    const __half2 scale = __half2half2(__ushort_as_half(__ldg(block(row, chunk))));
+    uint4 halves = Derived::integers(block(row, chunk), chunk & 3);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = __ldg(codes + i) ^ 0x8080u;                // unsigned, 128 too many
-      const uint32_t biased = __byte_perm(pair, 0x64646464u, 0x4140);  // f16 1024 + code
-      const __half2 value = __hsub2(*reinterpret_cast<const __half2*>(&biased), __float2half2_rn(1024 + 128));
-      const __half2 scaled = __hmul2(value, scale);
-      out[i] = *reinterpret_cast<const uint32_t*>(&scaled);
+      uint32_t& word = (&halves.x)[i];
+      const __half2 scaled = __hmul2(*reinterpret_cast<const __half2*>(&word), scale);
+      word = *reinterpret_cast<const uint32_t*>(&scaled);
     }
-    return {out[0], out[1], out[2], out[3]};
+    return halves;
+  }
+  /// A pair of bytes, each of a code and kZero, as halves of the codes.
+  template <int kZero>
+  static __device__ __forceinline__ uint32_t pair(uint32_t bytes) {
+    const uint32_t biased = __byte_perm(bytes, 0x64646464u, 0x4140);  // f16 1024 + byte
+    const __half2 value = __hsub2(*reinterpret_cast<const __half2*>(&biased), __float2half2_rn(1024 + kZero));
+    return *reinterpret_cast<const uint32_t*>(&value);
   }
 };
 
-/// Blocks of 32 elements: an f16 scale and 16 bytes; the low nibbles are elements 0..15, the high ones 16..31.
+/// 32 signed bytes. Rows lie at even addresses.
 template <>
-struct Chunk<DType::kQ4_0> {
-  static constexpr bool kBf16 = false;
-  static __device__ __forceinline__ uint4 load(const std::byte* row, int chunk) {
-    const auto* block = reinterpret_cast<const uint16_t*>(row + (chunk >> 2) * 18);
-    const __half2 scale = __half2half2(__ushort_as_half(__ldg(block)));
-    const uint16_t* codes = block + 1 + (chunk & 1) * 4;
-    const int shift = (chunk & 2) * 2;
-    uint32_t out[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = (__ldg(codes + i) >> shift) & 0x0F0Fu;
-      const uint32_t biased = __byte_perm(pair, 0x64646464u, 0x4140);
-      const __half2 value = __hsub2(*reinterpret_cast<const __half2*>(&biased), __float2half2_rn(1024 + 8));
-      const __half2 scaled = __hmul2(value, scale);
-      out[i] = *reinterpret_cast<const uint32_t*>(&scaled);
-    }
-    return {out[0], out[1], out[2], out[3]};
+struct Chunk<DType::kQ8_0> : BlockChunk<Chunk<DType::kQ8_0>> {
+  static constexpr int kBlockBytes = 34;
+  static __device__ __forceinline__ uint4 integers(const uint16_t* block, int chunk) {
+    const uint16_t* codes = block + 1 + chunk * 4;
+    const auto at = [&](int i) { return pair<128>(__ldg(codes + i) ^ 0x8080u); };
+    return {at(0), at(1), at(2), at(3)};
   }
 };
+
+/// 16 bytes; the low nibbles are elements 0..15, the high ones 16..31.
+template <>
+struct Chunk<DType::kQ4_0> : BlockChunk<Chunk<DType::kQ4_0>> {
+  static constexpr int kBlockBytes = 18;
+  static __device__ __forceinline__ uint4 integers(const uint16_t* block, int chunk) {
+    const uint16_t* codes = block + 1 + (chunk & 1) * 4;
+    const int shift = (chunk & 2) * 2;
+    const auto at = [&](int i) { return pair<8>((__ldg(codes + i) >> shift) & 0x0F0Fu); };
+    return {at(0), at(1), at(2), at(3)};
+  }
+};
+
+/// Eight neighbouring elements of a row, exactly.
+template <DType kDType>
+__device__ __forceinline__ void load_floats(const std::byte* row, int chunk, float (&x)[8]) {
+  using C = Chunk<kDType>;
+  float scale = 1;
+  uint4 halves;
+  if constexpr (kDType == DType::kQ8_0 || kDType == DType::kQ4_0) {
+    scale = __half2float(__ushort_as_half(__ldg(C::block(row, chunk))));
+    halves = C::integers(C::block(row, chunk), chunk & 3);
+  } else {
+    halves = C::load(row, chunk);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t word = (&halves.x)[i];
+    float2 pair;
+    if constexpr (C::kBf16) {
+      pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
+    } else {
+      pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+    }
+    x[2 * i] = scale * pair.x;
+    x[2 * i + 1] = scale * pair.y;
+  }
+}
 
 }  // namespace tactic::cuda

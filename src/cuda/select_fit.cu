@@ -154,7 +154,7 @@ class HeadChoice {
     const std::byte* data = k + row_offset(p.batch.k, pages, row);
     float dot = 0, x[8];
     for (int chunk = threadIdx.x & 31; chunk < kDim / 8; chunk += 32) {
-      to_floats<kDType>(Chunk<kDType>::load(data, chunk), x);
+      load_floats<kDType>(data, chunk, x);
 #pragma unroll
       for (int j = 0; j < 8; ++j) dot += s.q[8 * chunk + j] * x[j];
     }

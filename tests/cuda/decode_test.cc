@@ -28,6 +28,18 @@ TEST(Dense, EqualsTheReference) {
   }
 }
 
+// Of the rows in clusters whose inclusion probability is within a thousandth of 1, which is what scores in 16-bit
+// integers resolve.
+double tied_mass(Problem& problem, float tau) {
+  const auto certain = [&](float t) {
+    Selection selection;
+    problem.query.selection = &selection;
+    problem.run({.tau = t, .refine = 1, .seed = 11}, Backend::kReference);
+    return read_mass(problem, selection).certain;
+  };
+  return certain(tau * 1.001f) - certain(tau * 0.999f);
+}
+
 TEST(Decode, EqualsTheReferenceOnAnUploadedIndex) {
   for (const DType dtype : kTypes) {
     for (const int32_t dim : kDims) {
@@ -67,8 +79,10 @@ TEST(Decode, EqualsTheReferenceOnAnUploadedIndex) {
                         2 + 24.0 * std::abs(static_cast<double>(refined - stats.refined_clusters)) +
                             0.005 * expected);  // a tie at the limit refines a cluster or not
             EXPECT_NEAR(static_cast<double>(refined), static_cast<double>(stats.refined_clusters), 2);
-            EXPECT_NEAR(mass, read.certain, 0.02);
             expect_near(problem, device.out(0), device.lse(0), dtype, 2 * std::sqrt(read.variance));
+            // A cluster whose probability rounds to 1 or to just below is read whole by either, and certain to one.
+            const double off = std::abs(mass - read.certain);
+            EXPECT_LT(off, 0.02 + (off > 0.02 ? tied_mass(problem, tau) : 0));
           }
         }
       }
