@@ -14,6 +14,7 @@ inline std::atomic<int64_t> allocations_failed = 0;
 }  // namespace tactic::test
 
 // Not inlined: the compiler would take malloc for the counterpart of delete.
+// NOLINTBEGIN(misc-definitions-in-headers): may not be inline
 [[gnu::noinline]] void* operator new(size_t bytes) {
   if (tactic::test::allocations_left.fetch_sub(1) == 0) {
     ++tactic::test::allocations_failed;
@@ -25,3 +26,4 @@ inline std::atomic<int64_t> allocations_failed = 0;
 }
 [[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
 [[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+// NOLINTEND(misc-definitions-in-headers)

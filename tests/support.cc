@@ -169,6 +169,7 @@ Cache::Cache(const CacheSpec& spec) : spec_(spec) {
   Random random(spec.seed);
   for (int32_t head = 0; head < spec.num_kv_heads; ++head) {
     std::vector<std::vector<float>> topics;
+    topics.reserve(static_cast<size_t>(spec.topics));
     for (int32_t t = 0; t < spec.topics; ++t) topics.push_back(topic(head, t));
     std::vector<float> k(spec.head_dim), v(spec.v_head_dim);
     size_t current = 0;

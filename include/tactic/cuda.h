@@ -77,13 +77,14 @@ struct StepRecord {
   int32_t segments;          // of those
   float tau, beta;           // sample: the ones used
   float certain_mass;        // share that certain rows have of the output's weights, mean over the group's heads
-  float mass_variance;       // of the total, relative, had the draws been independent; likewise
+  float mass_std_error;      // of that, root mean square over the heads: with DecodeBatch::learn as the draw measures
+                             // it (as on the CPU), else that of independent draws, which is larger
   DenseReason dense;         // why every row was read, if so: asked for, or a row that was read is not the one that was
                              // clustered (check_rows; only for this KV head)
 };
 
-/// The records of one sequence, [batch.num_kv_heads] in host memory, as the statistics of a step on the CPU. A step is
-/// dense when every head was. The mass's standard error is that of independent draws.
+/// The records of one sequence, [batch.num_kv_heads] in host memory, as the statistics of a step on the CPU.
+/// A step is dense when every head was.
 StepStats step_stats(const StepRecord* records, const DecodeBatch& batch, const IndexOptions& options);
 
 /// The indexes of one layer for up to max_sequences sequences, in device memory.

@@ -175,7 +175,7 @@ __device__ __forceinline__ void raise_max(AttendState<kDim>& state, const float 
 
 /// Reads a tile of rows. Rows of log weight 0 are certain, of a greater one sampled. Returns whether a sampled row that
 /// this lane weighed stands for more than `limit` (log2, of the lane's head), as a bit per row. meanwhile() runs while
-/// the rows are on their way, scored(scores) sees their own scores, as score_rows has them.
+/// the rows are on their way, scored(scores, log_weights) sees their own scores, as score_rows has them.
 template <DType kDType, int kDim, class Meanwhile, class Scored>
 __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const std::byte* k, const std::byte* v,
                                                 const RowTile& tile, const SharedFragments<kDim>& q, float scale,
@@ -187,13 +187,12 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
   float x[4];
   score_rows<kDType, kDim>(q, low, high, scale, x);
   const int t = threadIdx.x & 3;
-  scored(x);
   float log_weights[4];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    log_weights[j] = shuffle(tile.log_weight, 2 * t + (j & 1) + 8 * (j >> 1));
-    x[j] += log_weights[j];
-  }
+  for (int j = 0; j < 4; ++j) log_weights[j] = shuffle(tile.log_weight, 2 * t + (j & 1) + 8 * (j >> 1));
+  scored(x, log_weights);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) x[j] += log_weights[j];
   raise_max(state, x);
   float weights[4];
   uint32_t heavy = 0;
@@ -213,7 +212,7 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
 
 /// Reads a tile of rows of a cluster that was sampled and is to be read whole. Lane l says of row l & 15 whether it is
 /// `inside`, and whether it was `taken` with `log_weight` (log2): such a row is lowered to the weight of a certain one.
-/// scored as in attend_tile.
+/// scored(scores) as in attend_tile; kLowest: not inside.
 template <DType kDType, int kDim, class Scored>
 __device__ __forceinline__ void attend_rest(AttendState<kDim>& state, const std::byte* k, const std::byte* v,
                                             const RowTile& tile, bool inside, bool taken, float log_weight,

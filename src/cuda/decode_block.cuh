@@ -29,7 +29,8 @@ class DecodeBlock {
         buffers(*reinterpret_cast<MergeBuffers<kHeads>*>(shared)),
         followers(*reinterpret_cast<FollowerBuffers*>(shared + sizeof(MergeBuffers<kHeads>))),
         found(*reinterpret_cast<LearnBuffers*>(&followers + 1)),
-        quantized(*reinterpret_cast<QuantizedQueries<kDim, kHeads>*>(&found + 1)),
+        measures(*reinterpret_cast<MeasureBuffers*>(&found + 1)),
+        quantized(*reinterpret_cast<QuantizedQueries<kDim, kHeads>*>(&measures + 1)),
         fragments{reinterpret_cast<uint4*>(&quantized + 1)},
         from_blocks(reinterpret_cast<float*>(&quantized + 1) + QueryFragments<kDim>::kLoads * 32 * 4),
         values(from_blocks + kHeads * kDim + kMaxSplits * kHeads * 4),
@@ -165,6 +166,10 @@ class DecodeBlock {
                                });
     }
   }
+  // Where somebody asks: at batch 1 it takes 3 us, instructions that run once.
+  __device__ bool measures_draw() const { return kLearns && p.records != nullptr; }
+  // log2 of all weights of a head, once the blocks have told each other.
+  __device__ float estimate(int h) const { return followers.floors[h] - kHeavyLog2; }
   __device__ float beta() const { return buffers.beta; }
   __device__ float tau() const { return p.tau > 0 ? p.tau : tau_for_error(p.target_error, buffers.variance_ratio); }
   __device__ RowTile row_tile(int32_t row, float log_weight) const {
@@ -186,8 +191,8 @@ class DecodeBlock {
     }
   }
   // Where a warp is among the tiles of 16 rows that it reads in a phase: at a tile of a list, then at rows of own
-  // segments that are not finite and, as if of one segment more, followers. Few registers, as this is live while rows
-  // are on their way.
+  // segments that are not finite and, as if of one more, followers. Few registers: it is live while rows are on their
+  // way.
   struct Cursor {
     int tile;
     int k_own = -1, at = -16, rows = 0;
@@ -221,7 +226,8 @@ class DecodeBlock {
   // Rows of an own segment that are not finite, or followers.
   __device__ int32_t always_read(int k_own) const {
     if (kLearns && k_own == own.count()) return followers.count;
-    return not_finite ? num_not_finite(own.at(k_own)) : 0;
+    if (!not_finite) return 0;
+    return __ldg(p.index.num_not_finite + row_of_head * p.index.geometry.all_segments + own.at(k_own).slot);
   }
   // The row of lane & 15; log weight kLowest: none.
   __device__ TakenRow row_at(Phase phase, const Cursor& c) const {
@@ -241,7 +247,8 @@ class DecodeBlock {
     const int32_t number = c.at + (lane & 15), place = min(number, c.rows - 1);
     const float log_weight = number < c.rows ? 0.0f : kLowest;
     if (kLearns && c.k_own == own.count()) return {kOfFollower, followers.rows[place], log_weight};
-    return {0, row_not_finite(own.at(c.k_own), c.rows, place), log_weight};
+    const OwnSegment segment = own.at(c.k_own);
+    return {0, segment.first_row + __ldg(members + segment.first_row + segment.num_rows - c.rows + place), log_weight};
   }
   // A row that was read for certain already.
   __device__ void leave_out(TakenRow& taken) const {
@@ -252,21 +259,6 @@ class DecodeBlock {
     taken.log_weight = kLowest;
   }
   __device__ const uint8_t* row_checks() const { return p.index.row_checks + row_of_head * p.index.geometry.max_rows; }
-  __device__ int32_t num_not_finite(const OwnSegment& segment) const {
-    return __ldg(p.index.num_not_finite + row_of_head * p.index.geometry.all_segments + segment.slot);
-  }
-  __device__ int32_t row_not_finite(const OwnSegment& segment, int32_t rows, int32_t i) const {
-    return segment.first_row + __ldg(members + segment.first_row + segment.num_rows - rows + i);
-  }
-
-  // The state of what this warp attended to, by head, as the buffers want it.
-  __device__ void put_state(float2* heads) const {
-    const int g = lane >> 2, t = lane & 3;
-    float sum = state.sum;
-    sum += shuffle_xor(sum, 1);
-    sum += shuffle_xor(sum, 2);
-    if (t == 0 && g < kHeads) heads[g] = {state.max, sum};
-  }
 
   // shifts[h]: log2 of the estimated sum of all weights of head h, over tau and sqrt(group). Returns, for head g of
   // lane (g, t), log2 of the weight from which on a sampled row refines its cluster.
@@ -282,7 +274,7 @@ class DecodeBlock {
         if (lane < 4) buffers.warp_states[warp][4 * set + lane] = {estimates[set].max, estimates[set].sum};
       }
     } else {
-      put_state(buffers.warp_states[warp]);
+      store_state<kDim, kHeads>(state, buffers.warp_states[warp]);
     }
     __syncthreads();
     share_states(buffers, rank, p.splits);
@@ -308,16 +300,17 @@ class DecodeBlock {
       key = key * 0xD6E8FEB86659FD93u + part + 1;
     }
     uint32_t sampled = 0;  // by this lane
-    float variance = 0;    // of its clusters, times tau^2
+    Foreseen foreseen;
     for (int k_own = warp; k_own < own.count(); k_own += kWarps) {
       const OwnSegment segment = own.at(k_own);
       const int32_t taken = select_segment<kHeads>(
-          tables, segment, members, segment_offset(hash64(key), segment.first_row), group, shifts, sampled, variance);
+          tables, segment, members, segment_offset(hash64(key), segment.first_row), group, shifts, sampled, foreseen);
       if (lane == 0) tables.segment_counts[k_own] = taken;
     }
     if constexpr (kLearns) {
-      variance = warp_sum(variance);
+      const float variance = warp_sum(foreseen.variance);
       if (lane == 0) found.of_warps[warp].variance = variance;
+      if (measures_draw()) draw.foresee(foreseen);
     }
     if (p.records != nullptr) {
       sampled = __reduce_add_sync(kAllLanes, sampled);
@@ -357,8 +350,10 @@ class DecodeBlock {
         prefetch_row(row_tile(next.row, 0));
         if (kChecked && phase == Phase::kSelected) prefetch(row_checks() + next.row);
       };
-      const auto scored = [&](const float(&scores)[4]) {
-        if constexpr (kLearns) note(followers, taken.row, scores, group, taken.local_cluster == kOfFollower, state.max);
+      const auto scored = [&](const float(&scores)[4], const float(&log_weights)[4]) {
+        if constexpr (!kLearns) return;
+        note(followers, taken.row, scores, group, taken.local_cluster == kOfFollower, state.max);
+        if (phase == Phase::kSelected && measures_draw()) draw.add_rows(scores, log_weights, estimate(lane >> 2));
       };
       const uint32_t heavy =
           attend_tile<kDType, kDim>(state, k, v, now, fragments, key_scale, limit, meanwhile, scored);
@@ -417,15 +412,17 @@ class DecodeBlock {
     const int32_t row = segment.first_row + __ldg(members + first + min(member, size - 1));
     const bool inside = member < size && !(kLearns && is_follower(followers, row)),
                taken = inside && is_taken(tables.begins[c], tables.probabilities[c], member);
-    const uint32_t added = __ballot_sync(kAllLanes, inside && !taken) & 0xFFFFu;
-    const uint32_t drawn = __ballot_sync(kAllLanes, taken) & 0xFFFFu;
+    const uint32_t added = __ballot_sync(kAllLanes, inside && !taken) & 0xFFFFu,
+                   drawn = __ballot_sync(kAllLanes, taken) & 0xFFFFu;
     if (lane == 0) {
       atomicAdd(&buffers.counts[kRefinedRows], __popc(added));
       atomicSub(&buffers.counts[kSampled], __popc(drawn));
     }
     attend_rest<kDType, kDim>(state, k, v, row_tile(row, 0), inside, taken, log_weight, fragments, key_scale,
                               [&](const float(&scores)[4]) {
-                                if constexpr (kLearns) note(followers, row, scores, group);
+                                if constexpr (!kLearns) return;
+                                note(followers, row, scores, group);
+                                if (measures_draw()) draw.add_refined(scores, estimate(lane >> 2));
                               });
   }
   __device__ void raise_block_maximum() {
@@ -434,13 +431,15 @@ class DecodeBlock {
   }
 
   __device__ OutputSlices<kDim, kHeads, kChecked> slices() const {
-    return {group, rank, p.splits, p.records != nullptr};
+    return {group, rank, p.splits, p.records != nullptr, measures_draw() ? kDrawBytes : 0};
   }
   // The block's output relative to its own maximum.
   __device__ void send_output() {
     const float maximum = __int_as_float(ordered(buffers.maxima[(lane >> 2) % kHeads]));
     store_warp<kDim, kHeads>(state, maximum, values + warp * kHeads * value_stride(kDim), buffers.warp_sums[warp]);
+    if (measures_draw()) store_draw(measures, draw);
     __syncthreads();
+    if (measures_draw()) send_draw(measures, rank, &buffers.mailboxes[1]);
     slices().send(buffers, values, from_blocks);
   }
 
@@ -461,7 +460,8 @@ class DecodeBlock {
                      state_of_sequence, row_of_head, p.splits, *names());
     }
     if (rank == 0 && warp == kWarps - 1)
-      report<kHeads>(p, buffers, sequence, row_of_head, kv_len, exact_rows().count, tau(), changed);
+      report<kHeads>(p, buffers, sequence, row_of_head, kv_len, exact_rows().count, tau(), changed,
+                     measures_draw() ? &measures : nullptr, measures_draw() ? estimate(lane % kHeads) : 0);
   }
 
   const DecodeParams& p;
@@ -474,6 +474,7 @@ class DecodeBlock {
   MergeBuffers<kHeads>& buffers;
   FollowerBuffers& followers;
   LearnBuffers& found;
+  MeasureBuffers& measures;
   QuantizedQueries<kDim, kHeads>& quantized;
   const SharedFragments<kDim> fragments;
   float* const from_blocks;  // [splits, slice]
@@ -485,6 +486,7 @@ class DecodeBlock {
   int64_t row_of_head;
   float key_scale, value_scale;  // of scores and outputs of the stored numbers
   AttendState<kDim> state;
+  DrawSums draw;  // kLearns
   RunningSum estimates[kHeads / 4];
 };
 

@@ -248,7 +248,7 @@ StepStats step_stats(const StepRecord* records, const DecodeBatch& batch, const 
     stats.index_bytes +=
         int64_t{r.clusters / kTileClusters} * tile_bytes(code_bytes) + int64_t{r.segments} * 2 + listed * 3;
     stats.estimated_mass += double{r.certain_mass} / batch.num_kv_heads;
-    variance += double{r.certain_mass} * r.certain_mass * r.mass_variance / batch.num_kv_heads;
+    variance += double{r.mass_std_error} * r.mass_std_error / batch.num_kv_heads;
     if (r.dense == DenseReason::kNone) stats.dense = DenseReason::kNone;
   }
   stats.tokens_value = stats.tokens_certain + stats.tokens_sampled;

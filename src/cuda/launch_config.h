@@ -42,6 +42,8 @@ constexpr size_t merge_bytes(int32_t heads) {
 inline constexpr size_t kFollowerBytes = 16 + kMaxGroup * 4 + kMaxFollowers * 4 + 256 * 8;
 /// Bytes of LearnBuffers.
 inline constexpr size_t kLearnBytes = (kMaxSplits + kWarps) * 16;
+/// Bytes of MeasureBuffers.
+inline constexpr size_t kMeasureBytes = (kMaxSplits + kWarps) * kMaxGroup * 32;
 /// Bytes of QuantizedQueries<head_dim, heads>.
 constexpr size_t quantized_bytes(int32_t head_dim, int32_t heads) {
   return static_cast<size_t>(heads) * static_cast<size_t>(2 * ((head_dim + 63) / 64 * 64) + 8);
@@ -53,7 +55,7 @@ constexpr int32_t value_stride(int32_t head_dim) { return head_dim + 4; }
 constexpr size_t fixed_bytes(int32_t head_dim, int32_t heads, int32_t stages) {
   const size_t h = static_cast<size_t>(heads), values = kWarps * h * static_cast<size_t>(value_stride(head_dim)) * 4,
                tiles = kWarps * static_cast<size_t>(stages * tile_bytes((head_dim + 63) / 64 * 64));
-  return merge_bytes(heads) + kFollowerBytes + kLearnBytes + quantized_bytes(head_dim, heads) +
+  return merge_bytes(heads) + kFollowerBytes + kLearnBytes + kMeasureBytes + quantized_bytes(head_dim, heads) +
          static_cast<size_t>((head_dim + 31) / 32 * 512) + h * static_cast<size_t>(head_dim + kMaxSplits * 4) * 4 +
          (values > tiles ? values : tiles);
 }

@@ -191,8 +191,14 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
   }
   std::vector<HeadCalibration> calibration;
   for (const Calibration& known : from.calibration) {
-    calibration.push_back({known.beta(), static_cast<float>(known.variance_ratio), static_cast<float>(known.sum_xx),
-                           static_cast<float>(known.sum_xy)});
+    HeadCalibration& head = calibration.emplace_back();
+    head = {known.beta(),
+            static_cast<float>(known.variance_ratio),
+            static_cast<float>(known.sum_xx),
+            static_cast<float>(known.sum_xy),
+            {}};
+    for (size_t i = 0; i < std::min(known.usual_variance.size(), std::size(head.usual_variance)); ++i)
+      head.usual_variance[i] = static_cast<float>(known.usual_variance[i]);
   }
   copy(impl.view.calibration + int64_t{sequence} * impl.shape.num_kv_heads, kept(calibration),
        calibration.size() * sizeof(HeadCalibration));

@@ -107,9 +107,8 @@ struct WholeClusters {
   }
 };
 
-/// What a head knows after a step. measured: its variance, relative, had the draws been independent.
-__device__ __forceinline__ HeadCalibration learned(HeadCalibration known, const LearnSums& sums, float tau,
-                                                   float measured) {
+/// Into what a head knows. measured: its variance, relative, had the draws been independent.
+__device__ __forceinline__ void add_learned(HeadCalibration& known, const LearnSums& sums, float tau, float measured) {
   const float predicted = sums.variance / (tau * tau);
   if (measured > 0 && predicted > 0) {
     const float ratio = fminf(fmaxf(measured / predicted, 0.05f), 20.0f);
@@ -121,7 +120,6 @@ __device__ __forceinline__ HeadCalibration learned(HeadCalibration known, const 
   const float slope = (known.sum_xy + static_cast<float>(kPriorWeight * kPriorSlope)) /
                       (known.sum_xx + static_cast<float>(kPriorWeight));
   known.beta = fminf(fmaxf(slope, 0.0f), 2.0f);
-  return known;
 }
 
 /// All blocks of a thread-block cluster, when nobody needs the shared memory at `memory` any more: what the warps found
@@ -168,8 +166,7 @@ __device__ __forceinline__ void learn(const DecodeParams& p, WholeClusters<kDTyp
   if (warp != 0) return;
   const BlockSums all = cluster_sums<kHeads>(buffers, p.splits, lane % kHeads, [](int, float) {});
   const float measured = warp_sum(lane < group ? all.variance / (all.sum * all.sum) : 0) / static_cast<float>(group);
-  HeadCalibration& known = p.index.calibration[whole.pair];
-  if (lane == 0) known = learned(known, add(found.of_blocks, p.splits), tau, measured);
+  if (lane == 0) add_learned(p.index.calibration[whole.pair], add(found.of_blocks, p.splits), tau, measured);
 }
 
 }  // namespace tactic::cuda

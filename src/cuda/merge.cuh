@@ -150,6 +150,16 @@ __device__ __forceinline__ BlockSums cluster_sums(const MergeBuffers<kHeads>& bu
   return total;
 }
 
+/// Maximum and sum of what a warp attended to, by head.
+template <int kDim, int kHeads>
+__device__ __forceinline__ void store_state(const AttendState<kDim>& state, float2* heads) {
+  const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+  float sum = state.sum;
+  sum += shuffle_xor(sum, 1);
+  sum += shuffle_xor(sum, 2);
+  if (t == 0 && g < kHeads) heads[g] = {state.max, sum};
+}
+
 /// A warp's output, rescaled to the block's maximum of each head: values [kHeads, value_stride(kDim)] in shared memory,
 /// and its sums.
 /// maxima: lane (g, t) has that of head g.
@@ -190,11 +200,13 @@ __device__ __forceinline__ void store_warp(const AttendState<kDim>& state, float
 }
 
 /// How the blocks of a cluster share out their output: each gets a slice of it from all and writes that.
-/// kChecked: they also say whether they found a changed row; counted: and what they read.
+/// kChecked: they also say whether they found a changed row; counted: and what they read; draw_bytes: and what their
+/// draw measured (send_draw).
 template <int kDim, int kHeads, bool kChecked>
 struct OutputSlices {
   int group, rank, splits;
   bool counted;
+  uint32_t draw_bytes;
 
   /// An even number of outputs, as they are summed in pairs.
   __device__ int size() const { return ((group * kDim + splits - 1) / splits + 1) & ~1; }
@@ -202,7 +214,7 @@ struct OutputSlices {
   __device__ uint32_t bytes() const {
     const int floats = min(max(group * kDim - rank * size(), 0), size());
     return splits * (floats * sizeof(float) + kHeads * sizeof(BlockSums) + (kChecked ? sizeof(int32_t) : 0) +
-                     (counted && rank == 0 ? kCounts * sizeof(int32_t) : 0));
+                     (rank == 0 ? draw_bytes + (counted ? kCounts * sizeof(int32_t) : 0) : 0));
   }
   /// After a block barrier behind store_warp. `from_blocks`: [splits, size()] of whom it is sent to.
   __device__ void send(MergeBuffers<kHeads>& buffers, const float* values, float* from_blocks) const {

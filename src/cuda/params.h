@@ -36,6 +36,7 @@ struct HeadCalibration {
   float beta = 0;
   float variance_ratio = 1;
   float sum_xx = 0, sum_xy = 0;
+  float usual_variance[8] = {};  // [group] of a draw, relative; 0: unknown
 };
 
 inline constexpr int kMaxFollowers = 32;

@@ -1,33 +1,53 @@
 // What a sparse step says of itself: the logarithms of its sums, and its record.
 #pragma once
 
-#include "cuda/merge.cuh"
+#include "cuda/measure.cuh"
 #include "cuda/segments.h"
 
 namespace tactic::cuda {
 
 /// One warp of one block of the cluster, after all have sent their sums. pair: (sequence, KV head). changed: every row
-/// was read, because one was not what the index knows.
+/// was read, because one was not what the index knows. measures: where the draw measures itself (then the head's
+/// calibration learns what it usually says), else nullptr; estimate: of all weights of head lane % kHeads, log2.
 template <int kHeads>
 __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers<kHeads>& buffers, int sequence,
-                                       int64_t pair, int kv_len, int32_t exact_rows, float tau, bool changed) {
+                                       int64_t pair, int kv_len, int32_t exact_rows, float tau, bool changed,
+                                       const MeasureBuffers* measures, float estimate) {
+  constexpr float kUsualRate = 0.05f;
   const int lane = threadIdx.x & 31, group = p.batch.num_q_heads / p.batch.num_kv_heads;
+  const auto count = [&](Count what) {
+    int32_t total = 0;
+    for (int s = 0; s < p.splits; ++s) total += buffers.block_counts[s][what];
+    return total;
+  };
   const BlockSums sums = cluster_sums<kHeads>(buffers, p.splits, lane % kHeads, [](int, float) {});
   if (p.batch.lse != nullptr && lane < group)
     p.batch.lse[pair * group + lane] = kv_len > 0 ? (sums.max + log2f(sums.sum)) * kLn2 : -INFINITY;
   if (p.records == nullptr) return;
-  float mass = lane < group ? 1 - sums.sampled / sums.sum : 0,
-        variance = lane < group ? sums.variance / (sums.sum * sums.sum) : 0;
+  const int32_t refined_clusters = count(kRefinedClusters);
+  float mass = 1, variance = 0;
+  if (sums.sum > 0) {
+    mass = 1 - sums.sampled / sums.sum;
+    variance = mass * mass * sums.variance / (sums.sum * sums.sum);
+  }
+  if (measures != nullptr && lane < group && !changed) {
+    DrawSums draw;
+    for (int s = 0; s < p.splits; ++s) draw.add(measures->of_blocks[s][lane]);
+    const float unit = exp2_fast(sums.max - estimate);
+    float& usual = p.index.calibration[pair].usual_variance[lane];
+    const MeasuredMass found = measure(draw, (sums.sum - sums.sampled) * unit, sums.variance * unit * unit,
+                                       draw.clusters == static_cast<float>(refined_clusters), tau, usual);
+    mass = found.mass;
+    variance = found.variance;
+    if (found.relative > 0) usual += (usual > 0 ? kUsualRate : 1.0f) * (found.relative - usual);
+  }
+  if (lane >= group) mass = variance = 0;
 #pragma unroll
   for (int step = 1; step < 8; step *= 2) {
     mass += shuffle_xor(mass, step);
     variance += shuffle_xor(variance, step);
   }
   if (lane != 0) return;
-  int32_t counts[kCounts] = {};
-  for (int s = 0; s < p.splits; ++s) {
-    for (int i = 0; i < kCounts; ++i) counts[i] += buffers.block_counts[s][i];
-  }
   const SequenceState state = p.index.states[sequence];
   StepRecord record{};
   record.kv_len = kv_len;
@@ -37,14 +57,14 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
   record.tau = tau;
   record.beta = buffers.beta;
   record.dense = changed ? DenseReason::kRowChanged : DenseReason::kNone;
-  record.tokens_exact = changed ? kv_len : counts[kForCertain] + exact_rows;
+  record.tokens_exact = changed ? kv_len : count(kForCertain) + exact_rows;
   record.certain_mass = changed ? 1 : mass / group;
   if (!changed) {
-    record.tokens_selected = counts[kSelected] - counts[kLeftOut];
-    record.tokens_sampled = counts[kSampled];
-    record.clusters_refined = counts[kRefinedClusters];
-    record.tokens_refined = counts[kRefinedRows];
-    record.mass_variance = variance / group;
+    record.tokens_selected = count(kSelected) - count(kLeftOut);
+    record.tokens_sampled = count(kSampled);
+    record.clusters_refined = refined_clusters;
+    record.tokens_refined = count(kRefinedRows);
+    record.mass_std_error = sqrtf(variance / group);
   }
   p.records[pair] = record;
 }

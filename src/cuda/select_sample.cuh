@@ -57,15 +57,23 @@ __device__ __forceinline__ T warp_inclusive_sum(T x) {
   return x;
 }
 
+/// What a lane's clusters say of the draw before it.
+struct Foreseen {
+  float variance = 0;        // times tau^2
+  float count_variance = 0;  // of the number of rows taken
+  int32_t clusters = 0;      // that are not taken whole
+};
+
 /// One warp, one segment, a lane a cluster: fills begins, probabilities and counts of its clusters; returns the rows
-/// taken, and adds to `sampled` those that this lane's clusters took by chance, to `variance` what they predict, times
-/// tau^2. Short, because a step at batch 1 runs
+/// taken, and adds to `sampled` those that this lane's clusters took by chance, to `foreseen` what is known of them.
+/// Short, because a step at batch 1 runs
 /// it once or twice a warp, and then instructions take longer to come than to run. shifts[h]: log2 of the normalizer of
 /// head h over tau, and of sqrt(group size).
 template <int kHeads>
 __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, const OwnSegment& segment,
                                                   const uint16_t* members, uint64_t offset, int group_size,
-                                                  const float (&shifts)[kHeads], uint32_t& sampled, float& variance) {
+                                                  const float (&shifts)[kHeads], uint32_t& sampled,
+                                                  Foreseen& foreseen) {
   const int lane = threadIdx.x & 31;
   uint64_t sum = offset;
   uint32_t taken = 0;
@@ -86,7 +94,8 @@ __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, co
     const uint64_t after = warp_inclusive_sum(width), end = sum + after, begin = end - width;
     const uint32_t count = certain ? size : static_cast<uint32_t>((end >> 32) - (begin >> 32));
     if (!certain) sampled += count;
-    if (!certain) variance += static_cast<float>(size) * p * (1 - p);
+    if (!certain) foreseen.variance += static_cast<float>(size) * p * (1 - p);
+    foreseen.clusters += !certain && size > 0;
     const uint32_t counted = warp_inclusive_sum(count);
     if (inside) {
       tables.probabilities[c] = fixed;
@@ -97,6 +106,8 @@ __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, co
     sum += shuffle(after, 31);
     taken += shuffle(counted, 31);
   }
+  const float part = static_cast<float>(static_cast<uint32_t>(sum - offset)) * 0x1p-32f;
+  if (lane == 0) foreseen.count_variance += part * (1 - part);
   return static_cast<int32_t>(taken);
 }
 

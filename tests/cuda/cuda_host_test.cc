@@ -217,7 +217,7 @@ TEST(StepStats, AddsUpTheHeadsOfASequence) {
   sparse.clusters = 160;
   sparse.segments = 2;
   sparse.certain_mass = 0.5f;
-  sparse.mass_variance = 0.04f;
+  sparse.mass_std_error = 0.1f;
   dense.tokens_exact = 1000;
   dense.certain_mass = 1;
   dense.dense = DenseReason::kRowChanged;
@@ -232,7 +232,7 @@ TEST(StepStats, AddsUpTheHeadsOfASequence) {
   EXPECT_EQ(stats.kv_bytes_present, 2000 * 256);
   EXPECT_EQ(stats.index_bytes, 160 / 16 * cuda::tile_bytes(64) + 2 * 2 + 107 * 3);
   EXPECT_DOUBLE_EQ(stats.estimated_mass, 0.75);
-  EXPECT_NEAR(stats.mass_std_error, std::sqrt(0.5 * 0.5 * 0.04 / 2), 1e-7);
+  EXPECT_NEAR(stats.mass_std_error, std::sqrt(0.1 * 0.1 / 2), 1e-7);
   EXPECT_EQ(stats.dense, DenseReason::kNone);
   batch.num_kv_heads = 1;
   EXPECT_EQ(cuda::step_stats(&dense, batch, {}).dense, DenseReason::kRowChanged);

@@ -301,6 +301,8 @@ TEST(Sanitized, EveryKernel) {
   device.batch.layer = 5;  // a position at which a step learns
   device.batch.learn = true;
   sample.run(device.batch, &index, nullptr);
+  sample.run(device.batch, &index, nullptr, records.get());  // and measures its draw
+  EXPECT_GT(records.values()[4].mass_std_error + records.values()[5].mass_std_error, 0);
   // Rows that the index was not made of: every row is read.
   DeviceBatch moved({problems[2].get(), problems[0].get(), problems[1].get()}, DeviceLayout::kTokenMajor);
   cuda::LayerIndex other({}, {2, 64, 64}, 3, 4096);

@@ -3,6 +3,7 @@
 
 #include "cuda/device.h"
 #include "cuda/launch_config.h"
+#include "cuda/layer_index.h"
 
 namespace tactic::test {
 namespace {
@@ -57,6 +58,82 @@ TEST(Stats, AreTheReferences) {
       }
     }
   }
+}
+
+// Without refinement the rows read for certain are the same whatever the seed, and only the draw moves their mass.
+TEST(Stats, TheDrawMeasuresItself) {
+  constexpr int kSeeds = 40;
+  for (const int32_t group : {1, 4, 7}) {
+    for (const float refine : {1.0f, 0.02f}) {
+      SCOPED_TRACE(text("group ", group, " refine ", refine));
+      Problem problem(spec_of(DType::kF16, 64, 9000), group);
+      round_queries(problem);
+      problem.build_index();
+      problem.query.position = 8999;
+      DeviceBatch device({&problem}, DeviceLayout::kPages16);
+      device.batch.learn = true;
+      double got = 0, expected = 0;
+      std::vector<double> masses[2], errors[2];
+      for (uint64_t seed = 1; seed <= kSeeds; ++seed) {
+        const DecodeOptions options{.tau = 200, .refine = refine, .beta = 0.5f, .seed = seed};
+        cuda::LayerIndex index({}, {2, 64, 64}, 1, 9000);  // knows of no step before
+        index.upload(0, *problem.index, nullptr);
+        cuda::Decode decode(options, device.limits);
+        const Device<cuda::StepRecord> records(2);
+        decode.run(device.batch, &index, nullptr, records.get());
+        const std::vector<cuda::StepRecord> read = records.values();
+        const StepStats stats = problem.run(options, Backend::kReference);
+        ASSERT_EQ(stats.dense, DenseReason::kNone);
+        got += cuda::step_stats(read.data(), device.batch, {}).mass_std_error;
+        expected += stats.mass_std_error;
+        for (size_t h = 0; h < 2; ++h) {
+          masses[h].push_back(read[h].certain_mass);
+          errors[h].push_back(read[h].mass_std_error);
+        }
+      }
+      EXPECT_NEAR(got / expected, 1, 0.1);
+      for (size_t h = 0; h < 2 && group == 1 && refine == 1; ++h) {
+        double mean = 0, variance = 0, told = 0;
+        for (const double mass : masses[h]) mean += mass / kSeeds;
+        for (const double mass : masses[h]) variance += (mass - mean) * (mass - mean) / (kSeeds - 1);
+        for (const double error : errors[h]) told += error * error / kSeeds;
+        EXPECT_GT(told, 0);
+        EXPECT_LT(std::sqrt(variance / told), 1.3) << "head " << h;  // 40 draws know it to a ninth
+        EXPECT_GT(std::sqrt(variance / told), 0.2) << "head " << h;
+      }
+    }
+  }
+}
+
+TEST(Stats, WhatIsUsualIsLearned) {
+  Problem problem(spec_of(DType::kF16, 64, 9000), 4);
+  round_queries(problem);
+  problem.build_index();
+  DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+  device.batch.learn = true;
+  cuda::LayerIndex index({}, {2, 64, 64}, 1, 9000);
+  index.upload(0, *problem.index, nullptr);
+  const Device<cuda::StepRecord> records(2);
+  problem.query.position = 8999;                 // no multiple of eight: no pairs for beta
+  for (uint64_t seed = 1; seed <= 30; ++seed) {  // of one position, as if they followed one another
+    const DecodeOptions options{.tau = 200, .refine = 0.02f, .beta = 0.5f, .seed = seed};
+    cuda::Decode decode(options, device.limits);
+    decode.run(device.batch, &index, nullptr, records.get());
+    problem.run(options);
+  }
+  std::vector<cuda::HeadCalibration> known(2);
+  cudaMemcpy(known.data(), index.impl().view.calibration, 2 * sizeof(known[0]), cudaMemcpyDeviceToHost);
+  double got = 0, expected = 0;
+  for (size_t h = 0; h < 2; ++h) {
+    const std::vector<double>& usual = problem.index->state().calibration[h].usual_variance;
+    ASSERT_EQ(usual.size(), 4u);
+    for (size_t g = 0; g < 4; ++g) {
+      EXPECT_GT(known[h].usual_variance[g], 0);
+      got += std::log(known[h].usual_variance[g]) / 8;
+      expected += std::log(usual[g]) / 8;
+    }
+  }
+  EXPECT_NEAR(got, expected, 0.25);
 }
 
 TEST(Stats, FitCountsItsProbes) {

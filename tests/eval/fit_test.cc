@@ -1,5 +1,6 @@
 // Curves fitted to the tail: the paper's is select_fit's, and each finds the truth in data of its own kind.
 #include <functional>
+#include <numeric>
 
 #include "paper/fit.h"
 #include "reference/steps.h"
@@ -63,8 +64,8 @@ TEST(Fit, EdgesAreHandled) {
     EXPECT_NEAR(static_cast<double>(fitted_tokens(equal, 0, curve, 0.5)), 500, 1) << curve_name(curve);
   }
   EXPECT_EQ(fitted_tokens(few, 100, Curve::kReciprocal, 0.75), 50);  // half of the mass is there already
-  std::vector<double> rising;
-  for (int i = 0; i < 1000; ++i) rising.push_back(i);
+  std::vector<double> rising(1000);
+  std::iota(rising.begin(), rising.end(), 0);
   for (const Curve curve : kCurves) EXPECT_LE(fitted_tokens(rising, 0, curve, 0.9), 1000) << curve_name(curve);
   std::vector<double> dead(1000, 0.0);
   std::fill(dead.begin(), dead.begin() + 200, 1.0);  // nothing left in the far window

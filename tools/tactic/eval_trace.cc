@@ -148,6 +148,7 @@ std::vector<SettingCases> measure_settings(const eval::TraceLayer& layer, int32_
   std::vector<SettingCases> own_cases = eval::measure_layer(layer, number, answers, own);
   std::vector<SettingCases> other_cases = eval::measure_baselines(layer, number, answers, others, 1);
   std::vector<SettingCases> all;
+  all.reserve(settings.size());
   auto next_own = own_cases.begin(), next_other = other_cases.begin();
   for (const Setting& setting : settings)
     all.push_back(std::move(eval::is_baseline(setting.name) ? *next_other++ : *next_own++));
