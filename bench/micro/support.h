@@ -1,7 +1,6 @@
 // Rows, queries and indexes for the micro benchmarks: keys in topics, so that clusters mean something.
 #pragma once
 
-#include <hwy/base.h>
 #include <omp.h>
 
 #include <cstdlib>
@@ -41,17 +40,16 @@ struct Cache {
     for (int32_t layer = 0; layer < layers; ++layer) {
       k.push_back(aligned_buffer(static_cast<size_t>(len) * row_elements * 2));
       v.push_back(aligned_buffer(static_cast<size_t>(len) * row_elements * 2));
-      auto* keys = reinterpret_cast<hwy::float16_t*>(k.back().get());
-      auto* values = reinterpret_cast<hwy::float16_t*>(v.back().get());
+      auto* keys = reinterpret_cast<_Float16*>(k.back().get());
+      auto* values = reinterpret_cast<_Float16*>(v.back().get());
       size_t topic = 0;
       for (int64_t t = 0; t < len; ++t) {
         if (random() % 8 == 0) topic = random() % 64;
         for (size_t i = 0; i < row_elements; ++i) {
           const size_t at = random() % noise.size();
-          const size_t to = static_cast<size_t>(t) * row_elements + i;
-          keys[to] = hwy::F16FromF32(topics[topic * static_cast<size_t>(dim) + i % static_cast<size_t>(dim)] +
-                                     0.6f * noise[at]);
-          values[to] = hwy::F16FromF32(noise[(at * 7) % noise.size()]);
+          keys[static_cast<size_t>(t) * row_elements + i] = static_cast<_Float16>(
+              topics[topic * static_cast<size_t>(dim) + i % static_cast<size_t>(dim)] + 0.6f * noise[at]);
+          values[static_cast<size_t>(t) * row_elements + i] = static_cast<_Float16>(noise[(at * 7) % noise.size()]);
         }
       }
     }
