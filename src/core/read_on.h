@@ -13,7 +13,7 @@ inline constexpr double kNormal95 = 1.96;  // standard errors either way
 
 /// How many standard errors a mass must lie above its target to count as reached. Successes at 0.9 against it:
 /// docs/method.md, verified mass.
-inline constexpr double kSureness = 1.5;
+inline constexpr double kSureness = 3;
 
 /// What a query head knows of itself.
 struct HeadMass {
@@ -29,7 +29,8 @@ double mass_bound(const HeadMass& head, double z);
 /// Clusters to read whole next, ascending; empty when every head of the group has `target_mass`, or nothing is left.
 /// Those heads that fall short share out the rest they measured over the clusters not read whole, in proportion to the
 /// estimates, and clusters are taken by falling share per row until all would have the target.
-/// `whole`: [num_clusters] is read whole already. `masses`: [group_size].
+/// `whole`: [num_clusters] is read whole already. `masses`: [group_size], as the draws of the other clusters say alone:
+/// a heavy draw whose cluster was read whole says nothing of the rest any more, and much of its scatter is its own.
 std::vector<int32_t> read_on(const ClusterScores& scores, const SelectParams& params, const std::vector<char>& whole,
                              std::span<const HeadMass> masses, double target_mass);
 

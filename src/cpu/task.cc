@@ -240,14 +240,16 @@ void settle_again(Task& task) {
   }
 }
 
-// The masses as the whole draw measures them, and how sure they are.
-void measure_masses(Task& task, bool first) {
+// The masses as the draws of clusters that are not `silent` measure them, and how sure they are. `refined`:
+// [group_size] weight of the rows of those that were read whole because of a draw. `first`: what steps find usual is to
+// learn of it.
+std::vector<HeadMass> measure(Task& task, const std::vector<char>& silent, const std::vector<double>& refined,
+                              bool first) {
   const std::vector<double>& known =
       task.query->index->state().calibration[static_cast<size_t>(task.head)].usual_variance;
-  std::vector<char> planned = task.whole;  // clusters read whole whatever was drawn, whose draws do not speak
-  for (size_t c = 0; c < planned.size(); ++c) planned[c] = task.whole[c] != 0 && task.refined_whole[c] == 0;
   const Undrawn undrawn =
-      undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, planned);
+      undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, silent);
+  std::vector<HeadMass> masses;
   const bool read = all_read(task.clusters.sizes, task.whole);
   const int64_t draws = task.selected.size() - task.selection.num_certain;
   for (int32_t g = 0; g < task.group_size; ++g) {
@@ -256,21 +258,29 @@ void measure_masses(Task& task, bool first) {
     for (int64_t i = 0; i < draws; ++i) {
       const auto cluster =
           static_cast<size_t>(task.selection.clusters[static_cast<size_t>(task.selection.num_certain + i)]);
-      if (planned[cluster] != 0) continue;
+      if (silent[cluster] != 0) continue;
       const float z = task.drawn[static_cast<size_t>(g * draws + i)];
       drawn.add(z, task.inclusion.probability[cluster]);
       sum += z;
     }
     const double certain = task.certain[static_cast<size_t>(g)];
-    const double total = certain + (read ? 0.0 : std::max(0.0, sum - task.refined_sum[static_cast<size_t>(g)]));
+    const double total = certain + (read ? 0.0 : std::max(0.0, sum - refined[static_cast<size_t>(g)]));
     const double mass = certain / total, usual = known.empty() ? 0 : known[static_cast<size_t>(g)];
     const double variance =
         undrawn.any && !read ? drawn.variance(total, task.inclusion.tau, undrawn.count_variance, usual) : 0;
     if (first)
       task.relative_variance[static_cast<size_t>(g)] = undrawn.any ? drawn.relative(undrawn.count_variance) : 0;
-    task.masses[static_cast<size_t>(g)] = {mass, mass * std::sqrt(variance) / total, drawn.freedom(usual),
-                                           task.state[static_cast<size_t>(g)].max + std::log(total)};
+    masses.push_back({mass, mass * std::sqrt(variance) / total, drawn.freedom(usual),
+                      task.state[static_cast<size_t>(g)].max + std::log(total)});
   }
+  return masses;
+}
+
+// By the whole draw: only the draws of clusters that are read whole whatever was drawn do not speak.
+void measure_masses(Task& task, bool first) {
+  std::vector<char> planned = task.whole;
+  for (size_t c = 0; c < planned.size(); ++c) planned[c] = task.whole[c] != 0 && task.refined_whole[c] == 0;
+  task.masses = measure(task, planned, task.refined_sum, first);
 }
 
 // Reads the clusters that the draw found underestimated.
@@ -284,11 +294,13 @@ void refine_clusters(Task& task) {
   for (size_t g = 0; g < certain.size(); ++g) task.refined_sum[g] = task.certain[g] - certain[g];
 }
 
-// Reads on until every head has the mass for certain.
+// Reads on until every head has the mass for certain, by what the draws of clusters not read whole say of the rest.
 void reach_mass(Task& task, float target_mass) {
   const SelectParams params{task.group_size, task.q_norms2.data(), task.exact_state.data(), task.beta, 1};
+  const std::vector<double> none(task.refined_sum.size());
   while (!task.not_finite) {
-    const std::vector<int32_t> next = read_on(task.clusters, params, task.whole, task.masses, target_mass);
+    const std::vector<int32_t> next =
+        read_on(task.clusters, params, task.whole, measure(task, task.whole, none, false), target_mass);
     if (next.empty()) return;
     read_whole(task, next);
     settle_again(task);

@@ -40,14 +40,13 @@ bool unchanged(const IndexState& index, const KvView& kv, int32_t head, const He
 }
 
 // What the draw says of the mass read with certainty. `anyway`: rows read anyway. `drawn`: the selection before any
-// cluster was read whole because of it; clusters that `planned` names do not speak (they were read whole whatever was
-// drawn). `whole`: clusters read whole by now.
+// cluster was read whole because of it; clusters that are `silent` do not speak. `whole`: clusters read whole by now.
 void measure(const IndexState& index, const RowsView& k, int32_t head, const HeadSelection& anyway,
              const HeadSelection& drawn, const HeadSelection& selection, const Inclusion& inclusion,
-             const std::vector<char>& planned, const std::vector<char>& whole, const std::vector<float>& sizes,
+             const std::vector<char>& silent, const std::vector<char>& whole, const std::vector<float>& sizes,
              const float* q, int32_t dim, std::vector<HeadMass>& masses) {
   const bool read = all_read(sizes, whole);
-  const Undrawn undrawn = undrawn_rows(index, sizes, inclusion.probability, planned);
+  const Undrawn undrawn = undrawn_rows(index, sizes, inclusion.probability, silent);
   const std::vector<double>& known = index.calibration[head].usual_variance;
   for (size_t g = 0; g < masses.size(); ++g) {
     const auto score = [&](int32_t row) { return dot_row(k, head, row, q + g * dim, dim); };
@@ -62,10 +61,10 @@ void measure(const IndexState& index, const RowsView& k, int32_t head, const Hea
     // Rows of clusters read whole because of the draw are certain now; what they were drawn to speak for is still
     // missing.
     DrawnVariance variance;
-    std::vector<bool> refined(planned.size());
+    std::vector<bool> refined(silent.size());
     for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i) {
       const int32_t c = drawn.clusters[i];
-      if (planned[c]) continue;
+      if (silent[c]) continue;
       const double weight = std::exp(score(drawn.tokens[i]) + drawn.log_weights[i] - max);
       variance.add(weight, inclusion.probability[c]);
       rest += weight;
@@ -138,16 +137,19 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
     for (size_t c = 0; c < planned.size(); ++c) planned[c] = inclusion.probability[c] >= 1;
     whole = planned;
     for (int64_t i = 0; i < selection.num_certain; ++i) whole[selection.clusters[i]] = 1;
-    for (;;) {
-      measure(index, kv.k, head, all, drawn, selection, inclusion, planned, whole, scores.sizes, q.data(), dim, masses);
-      const std::vector<int32_t> next = options.target_mass > 0
-                                            ? read_on(scores, params, whole, masses, options.target_mass)
-                                            : std::vector<int32_t>();
+    const auto measured = [&](const std::vector<char>& silent) {
+      std::vector<HeadMass> result(group_size);
+      measure(index, kv.k, head, all, drawn, selection, inclusion, silent, whole, scores.sizes, q.data(), dim, result);
+      return result;
+    };
+    while (options.target_mass > 0) {
+      const std::vector<int32_t> next = read_on(scores, params, whole, measured(whole), options.target_mass);
       if (next.empty()) break;
       for (const int32_t c : next) whole[c] = planned[c] = 1;
       read_whole(index, head, filter, next, selection);
       leave_out(expected, selection);
     }
+    masses = measured(planned);
   }
   const size_t num_sampled = selection.tokens.size() - selection.num_certain, num_selected = selection.tokens.size();
   if (query.selection != nullptr) {

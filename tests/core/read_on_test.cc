@@ -28,8 +28,8 @@ struct Scene {
 
 TEST(ReadOn, StopsWhenEveryHeadIsSure) {
   const Scene scene;
-  EXPECT_TRUE(scene.next({{0.95, 0.01, 5}, {0.93, 0.01, 5}}, 0.9).empty());
-  EXPECT_FALSE(scene.next({{0.95, 0.01, 5}, {0.91, 0.01, 5}}, 0.9).empty())
+  EXPECT_TRUE(scene.next({{0.95, 0.005, 50}, {0.93, 0.005, 50}}, 0.9).empty());
+  EXPECT_FALSE(scene.next({{0.95, 0.005, 50}, {0.91, 0.005, 50}}, 0.9).empty())
       << "within " << kSureness << " standard errors";
 }
 
