@@ -172,10 +172,8 @@ TEST(Sampling, CalibrationKeepsTheErrorNearItsTarget) {
   EXPECT_GT(known.variance_ratio, 0);
 }
 
-// One row weighs 0.3 of everything, and its cluster does not know (it changed unseen). When it is drawn it would stand
-// for far more than that; refinement reads its cluster whole instead.
-TEST(Sampling, RefinementReadsAnUnderestimatedClusterWhole) {
-  Problem problem(spec_of(4000), 1, 7, 0.2f);
+// Row 1000 weighs 0.3 of everything, and its cluster does not know (it changed unseen).
+void make_heavy_unseen(Problem& problem) {
   problem.build_index();
   problem.run({.select = Select::kDense});
   std::vector<float> heavy = problem.cache.key(0, 1000);
@@ -186,6 +184,12 @@ TEST(Sampling, RefinementReadsAnUnderestimatedClusterWhole) {
   problem.cache.set_key(0, 1000, heavy);
   problem.cache.set_value(0, 1000, std::vector<float>(64, 3.0f));
   problem.run({.select = Select::kDense});
+}
+
+// When such a row is drawn it would stand for far more than it weighs; refinement reads its cluster whole instead.
+TEST(Sampling, RefinementReadsAnUnderestimatedClusterWhole) {
+  Problem problem(spec_of(4000), 1, 7, 0.2f);
+  make_heavy_unseen(problem);
   const std::vector<float> exact = problem.out;
   int64_t refined = 0;
   double worst_with = 0, worst_without = 0;
@@ -200,6 +204,25 @@ TEST(Sampling, RefinementReadsAnUnderestimatedClusterWhole) {
   EXPECT_GT(refined, 3);
   EXPECT_LT(worst_with, 0.15);
   EXPECT_GT(worst_without, 2 * worst_with);
+}
+
+// Its cluster read whole, the row is known; what its draw stood for is no reason to read on.
+TEST(Sampling, AHeavyDrawReadWholeDoesNotKeepAStepReading) {
+  Problem problem(spec_of(4000), 1, 7, 0.2f);
+  make_heavy_unseen(problem);
+  int64_t refined = 0, tokens = 0, tokens_without = 0;
+  for (int i = 0; i < 300; ++i) {
+    DecodeOptions options{.tau = 400, .refine = 0.02f, .beta = 1, .check_rows = false};
+    const StepStats without = draw(problem, options, i);
+    if (without.refined_clusters == 0) continue;
+    ++refined;
+    tokens_without += without.tokens_certain + without.tokens_sampled;
+    options.target_mass = 0.25f;  // less than the row has
+    const StepStats stats = draw(problem, options, i);
+    tokens += stats.tokens_certain + stats.tokens_sampled;
+  }
+  EXPECT_GT(refined, 3);
+  EXPECT_LT(static_cast<double>(tokens), 1.1 * static_cast<double>(tokens_without));
 }
 
 // A head that copies: step after step half of its attention lies on the row after the last one, and no cluster says so.
