@@ -13,6 +13,7 @@ configure_package_config_file(cmake/tactic-config.cmake.in ${PROJECT_BINARY_DIR}
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/tactic-config-version.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/tactic-config.cmake ${PROJECT_BINARY_DIR}/tactic-config-version.cmake
   DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/tactic)
+install(FILES ${PROJECT_SOURCE_DIR}/LICENSE DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/tactic)
 if(TACTIC_BUILD_PLUGIN)
   # Beside the library and not in a directory for multiarch packages: the command looks in ../lib.
   install(TARGETS ggml-tactic LIBRARY DESTINATION lib)

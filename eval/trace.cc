@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 
 #include "tactic/error.h"
 
@@ -311,11 +312,31 @@ struct TraceWriter::Impl {
   }
 };
 
+namespace {
+
+// A trace is written beside its place and then put there. Of a link that place is where it leads; what is no file (a
+// device, a pipe, a directory) is not to be replaced.
+std::string place_of(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  fs::path place = path;
+  for (int links = 0; fs::is_symlink(fs::symlink_status(place, error)); ++links) {
+    if (links == 40) fail(path, "cannot be written: it is a circle of links");
+    place = place.parent_path() / fs::read_symlink(place, error);
+  }
+  const fs::file_status status = fs::status(place, error);
+  if (fs::exists(status) && !fs::is_regular_file(status))
+    fail(path, "cannot be written: it is there and no regular file");
+  return place.string();
+}
+
+}  // namespace
+
 TraceWriter::TraceWriter(const std::string& path, const TraceInfo& info) : impl_(std::make_unique<Impl>()) {
   Impl& s = *impl_;
   validate(info, path);
-  s.path = path;
-  s.part = path + ".part";
+  s.path = place_of(path);
+  s.part = s.path + ".part";
   s.info = info;
   uint64_t at = aligned(header_bytes(info));
   const auto place = [&](uint64_t bytes) {

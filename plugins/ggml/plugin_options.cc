@@ -4,6 +4,7 @@
 #include <cctype>
 #include <charconv>
 #include <functional>
+#include <limits>
 #include <string>
 #include <system_error>
 #include <type_traits>
@@ -38,7 +39,12 @@ template <class T>
 T number(std::string_view key, std::string_view value) {
   T result{};
   const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), result);
-  if (error == std::errc::result_out_of_range) fail(key, value, "a number that is not so large or small");
+  if (error == std::errc::result_out_of_range) {
+    using L = std::numeric_limits<T>;
+    fail(key, value,
+         std::is_integral_v<T> ? "in " + std::to_string(L::min()) + ".." + std::to_string(L::max())
+                               : "0 or of a size in 1.2e-38..3.4e38");
+  }
   if (error != std::errc() || end != value.data() + value.size())
     fail(key, value, std::is_integral_v<T> ? "a whole number" : "a number");
   return result;

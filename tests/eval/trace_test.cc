@@ -221,5 +221,24 @@ TEST_F(TraceTest, WriterRefusesWhatCannotBeRead) {
   EXPECT_FALSE(std::filesystem::exists(path + ".part"));
 }
 
+// Running as root, a rename would put a file in a device's place.
+TEST_F(TraceTest, GoesWhereALinkLeadsAndReplacesNoDevice) {
+  namespace fs = std::filesystem;
+  EXPECT_THROW(TraceWriter("/dev/null", info), Error);
+  EXPECT_THROW(TraceWriter(fs::temp_directory_path().string(), info), Error);
+  EXPECT_TRUE(fs::is_character_file("/dev/null"));
+  const std::string link = path + ".link", file = path;
+  fs::create_symlink(fs::path(path).filename(), link);  // relative, and it leads nowhere yet
+  path = link;
+  write();
+  EXPECT_TRUE(fs::is_symlink(link));
+  EXPECT_TRUE(fs::is_regular_file(file));
+  fs::remove(link);
+  fs::create_symlink(link, link);
+  EXPECT_THROW(TraceWriter(link, info), Error);
+  fs::remove(link);
+  path = file;
+}
+
 }  // namespace
 }  // namespace tactic::test

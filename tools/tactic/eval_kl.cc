@@ -312,8 +312,10 @@ void report(const Host& host, const EvalOptions& options, const std::vector<Eval
     const ReadFigures read(results[m].totals, mean_kv_len(options));
     exact_perplexity = s.exact_perplexity;
     table.add({modes[m].mode.name, format("%.5f", s.mean_kl),
-               format("%.5f-%.5f", s.mean_interval.low, s.mean_interval.high), format("%.5f", s.median_kl),
-               format("%.4f", s.p99_kl), format("%.4f", s.max_kl), format("%.1f%%", 100 * s.same_top),
+               results[m].tokens.size() < 32 ? "-"  // one block of 16: nothing to resample
+                                             : format("%.5f-%.5f", s.mean_interval.low, s.mean_interval.high),
+               format("%.5f", s.median_kl), format("%.4f", s.p99_kl), format("%.4f", s.max_kl),
+               format("%.1f%%", 100 * s.same_top),
                format("%.1f-%.1f%%", 100 * s.same_top_interval.low, 100 * s.same_top_interval.high),
                format("%.4f", s.perplexity), format("%.0f", read.tokens_per_kv_head),
                format("%.3f", read.read_fraction),

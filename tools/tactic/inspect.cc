@@ -172,7 +172,9 @@ void add_inspect(CLI::App& app) {
   verb->add_option("-n,--tokens", options->steps, "steps to decode")
       ->check(CLI::Range(1, 1 << 16))
       ->capture_default_str();
-  verb->add_option("--tactic", options->mode, "mode, as in 'sample,error=0.03'; default: the plug-in's own")
+  verb->add_option("--tactic", options->mode,
+                   "mode, as in 'sample,error=0.03'; default: what TACTIC says, else the plug-in's own")
+      ->envname("TACTIC")
       ->type_name("MODE");
   verb->add_option("--cache-type", options->cache_type, "f32, f16, bf16, q8_0, q4_0 ...")->capture_default_str();
   verb->add_option("-t,--threads", options->threads, "0: all processors")->check(CLI::Range(0, 512));
