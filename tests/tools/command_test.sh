@@ -57,7 +57,10 @@ printf ' \n\t\n' > "$work/blank"
 for i in $(seq 400); do printf 'line %d of a text that is too long. ' "$i"; done > "$work/long"
 refuses 1 "the prompt is empty; give --prompt or --file" run -m "$model"
 refuses 1 "the prompt is empty; give --prompt or --file" run -m "$model" --prompt ""
-refuses 1 "the prompt is empty; give --prompt or --file" run -m "$model" --file "$work/blank"
+refuses 1 "$work/blank has no text" run -m "$model" --file "$work/blank" --prompt "a question"
+refuses 1 "--temp must be a number in 0..10" run -m "$model" --prompt hi --temp nan
+TACTIC=quality=best refuses 1 "quality=best: must be exact, high, balanced or fast" run -m "$model" --prompt hi
+refuses 1 "/dev/null: cannot be written: it is there and no regular file" trace --synthetic flat-128 -o /dev/null
 refuses 1 "and the context holds 256 (-c)" run -m "$model" --file "$work/long" -c 256
 refuses 1 "cannot read $work/none" run -m "$model" --file "$work/none"
 refuses 1 "it is a directory" run -m "$model" --file "$work"
