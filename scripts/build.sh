@@ -1,12 +1,9 @@
 #!/usr/bin/env bash
-# Sets up and builds everything into build/. Sourced by demo.sh and test.sh. One at a time: both build there, and share the cache.
+# Sets up and builds everything into build/. Sourced by demo.sh and test.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 build() {
-  mkdir -p "$TACTIC_CACHE"
-  exec 9> "$TACTIC_CACHE/lock"
-  flock -n 9 || { say "Waiting for another set-up to end"; flock 9; }
   setup
   local jobs; jobs=$(nproc)
   export CCACHE_DIR=$TACTIC_CACHE/ccache CCACHE_MAXSIZE=1G
@@ -17,7 +14,7 @@ build() {
     || { tail -30 "$TACTIC_CACHE/configure.log" >&2; die "the project did not configure"; }
   cmake --build "$BUILD_DIR" -j "$jobs" > "$TACTIC_CACHE/build.log" 2>&1 \
     || { grep -E -A8 'error|FAILED' "$TACTIC_CACHE/build.log" | head -60 >&2; die "the project did not build"; }
-  exec 9>&-
+  exec 9>&-  # setup's lock
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then build "$@"; fi

@@ -120,8 +120,11 @@ get_python() {
   touch "$venv/ok"
 }
 
+# One at a time: they share the cache, and build() the build folder. Whoever goes on working closes 9.
 setup() {
   mkdir -p "$TACTIC_CACHE"
+  exec 9> "$TACTIC_CACHE/lock"
+  flock -n 9 || { say "Waiting for another set-up to end"; flock 9; }
   install_packages
   get_model
   get_llama

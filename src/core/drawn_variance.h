@@ -42,6 +42,7 @@ class DrawnVariance {
   double freedom(double usual) const { return count_ < 2 ? 1 : own_freedom() + (usual > 0 ? kUsualFreedom : 0); }
 
   static constexpr double kUsualFreedom = 10;  // of what earlier steps say
+  static constexpr double kUsualRate = 0.05;   // at which they forget
   static constexpr double kUnseen = 2;         // ordinary rows that the heaviest row missed weighs as much as
 
  private:

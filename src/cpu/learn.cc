@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/drawn_variance.h"
 #include "core/read_on.h"
 #include "cpu/task.h"
 
@@ -10,7 +11,6 @@ namespace tactic::cpu {
 namespace {
 
 constexpr double kForget = 0.98;
-constexpr double kUsualRate = 0.05;
 constexpr float kHeavy = 0.01f;   // share of a head
 constexpr size_t kExpected = 32;  // rows that a step names for the next, at most; the first of them
 
@@ -72,7 +72,7 @@ void learn(Task& task, const DecodeOptions& options) {
     if (!(task.relative_variance[g] > 0)) continue;
     known.usual_variance.resize(task.relative_variance.size(), 0.0);
     double& usual = known.usual_variance[g];
-    usual += (usual > 0 ? kUsualRate : 1.0) * (task.relative_variance[g] - usual);
+    usual += (usual > 0 ? DrawnVariance::kUsualRate : 1.0) * (task.relative_variance[g] - usual);
   }
   find_heavy(task, known);
   // Whole clusters give pairs of spread term and true log mean weight; they are read anyway, but logarithms cost.

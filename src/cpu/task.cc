@@ -298,14 +298,16 @@ void refine_clusters(Task& task) {
 void reach_mass(Task& task, float target_mass) {
   const SelectParams params{task.group_size, task.q_norms2.data(), task.exact_state.data(), task.beta, 1};
   const std::vector<double> none(task.refined_sum.size());
+  bool read = false;
   while (!task.not_finite) {
     const std::vector<int32_t> next =
         read_on(task.clusters, params, task.whole, measure(task, task.whole, none, false), target_mass);
-    if (next.empty()) return;
+    if (next.empty()) break;
     read_whole(task, next);
     settle_again(task);
-    measure_masses(task, false);
+    read = true;
   }
+  if (read) measure_masses(task, false);
 }
 
 // `changes`, row by row, as weights of the corrected rows.

@@ -12,7 +12,6 @@ namespace tactic::cuda {
 inline constexpr int kWarps = 12;  // of a block of decode and dense
 inline constexpr int kThreads = kWarps * 32;
 inline constexpr int kMaxSplits = 8;  // the largest thread-block cluster that every device can place
-inline constexpr int kMaxGroup = 8;   // query heads of a KV head
 inline constexpr int kMaxStages = 4;  // tiles of centroids that a warp has on their way
 
 struct DeviceFacts {

@@ -3,6 +3,7 @@
 // four rows of a tile that a lane weighs.
 #pragma once
 
+#include "core/drawn_variance.h"
 #include "cuda/merge.cuh"
 #include "cuda/select_sample.cuh"
 
@@ -105,7 +106,8 @@ struct MeasuredMass {
 /// what `relative` was in earlier steps, 0: nothing.
 __device__ __forceinline__ MeasuredMass measure(const DrawSums& draw, float certain, float independent, bool all_read,
                                                 float tau, float usual) {
-  constexpr float kUsualFreedom = 10, kUnseen = 2;
+  constexpr auto kUsualFreedom = static_cast<float>(DrawnVariance::kUsualFreedom),
+                 kUnseen = static_cast<float>(DrawnVariance::kUnseen);
   const float total = certain + (all_read ? 0.0f : fmaxf(draw.drawn - draw.refined, 0.0f));
   const bool several = draw.pairs > 0;
   const float mean = draw.rows > 0 ? draw.drawn / draw.rows : total / tau,

@@ -31,12 +31,14 @@ struct SequenceState {
   int32_t provisional_segments = 0;
 };
 
+inline constexpr int kMaxGroup = 8;  // query heads of a KV head
+
 /// What steps have learned about a head's estimates: as core's Calibration.
 struct HeadCalibration {
   float beta = 0;
   float variance_ratio = 1;
   float sum_xx = 0, sum_xy = 0;
-  float usual_variance[8] = {};  // [group] of a draw, relative; 0: unknown
+  float usual_variance[kMaxGroup] = {};  // [group] of a draw, relative; 0: unknown
 };
 
 inline constexpr int kMaxFollowers = 32;

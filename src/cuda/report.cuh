@@ -13,7 +13,7 @@ template <int kHeads>
 __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers<kHeads>& buffers, int sequence,
                                        int64_t pair, int kv_len, int32_t exact_rows, float tau, bool changed,
                                        const MeasureBuffers* measures, float estimate) {
-  constexpr float kUsualRate = 0.05f;
+  constexpr auto kUsualRate = static_cast<float>(DrawnVariance::kUsualRate);
   const int lane = threadIdx.x & 31, group = p.batch.num_q_heads / p.batch.num_kv_heads;
   const auto count = [&](Count what) {
     int32_t total = 0;

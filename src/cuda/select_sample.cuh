@@ -66,9 +66,8 @@ struct Foreseen {
 
 /// One warp, one segment, a lane a cluster: fills begins, probabilities and counts of its clusters; returns the rows
 /// taken, and adds to `sampled` those that this lane's clusters took by chance, to `foreseen` what is known of them.
-/// Short, because a step at batch 1 runs
-/// it once or twice a warp, and then instructions take longer to come than to run. shifts[h]: log2 of the normalizer of
-/// head h over tau, and of sqrt(group size).
+/// Short, because a step at batch 1 runs it once or twice a warp, and then instructions take longer to come than to
+/// run. shifts[h]: log2 of the normalizer of head h over tau, and of sqrt(group size).
 template <int kHeads>
 __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, const OwnSegment& segment,
                                                   const uint16_t* members, uint64_t offset, int group_size,
