@@ -152,12 +152,12 @@ def frequent_words(size, rng, context, alpha=2.0):
     }
 
 
-def question_answering(size, rng, context, source):
-    """A user's question with its own passages among `size` other ones (`source`: squad or hotpotqa)."""
+def question_answering(size, rng, context, source, number=0):
+    """Question `number` of a user's file with its own passages among `size` other ones (`source`: squad or hotpotqa)."""
     data = context.questions.get(source)
     if data is None:
         raise ValueError(f"this task needs a file of the form of {source}: --{source} FILE")
-    question = data.questions[rng.randrange(len(data.questions))]
+    question = data.questions[number]
     others = [i for i in range(len(data.passages)) if i not in question.passages]
     chosen = list(question.passages) + rng.sample(others, min(size, len(others)))
     rng.shuffle(chosen)
@@ -217,6 +217,8 @@ def make_items(task, index, length, seed, context, questions=1):
     def fields(size, question):
         # Before it is asked, a haystack of needles must have as many as there are questions.
         extra = {"question": question} if question else {}
+        if asked is not None:
+            extra["number"] = asked
         return build(size + (questions - 1 if most is None else 0), random.Random(f"{task}/{length}/{seed}/{index}"), context, **extra)
 
     def tokens(made):
@@ -225,10 +227,14 @@ def make_items(task, index, length, seed, context, questions=1):
     def longest(size):
         return max(tokens(fields(size, question)) for question in range(questions))
 
-    largest = 1 << 24
+    largest, asked = 1 << 24, None
     if task.startswith("qa_"):
         source = "squad" if task == "qa_1" else "hotpotqa"
-        largest = len(context.questions[source].passages) if source in context.questions else 0
+        data = context.questions.get(source)
+        largest = len(data.passages) if data else 0
+        if data:  # each question once before one is asked again
+            order = random.Random(f"{task}/{seed}").sample(range(len(data.questions)), len(data.questions))
+            asked = order[index % len(order)]
     try:
         size = largest_size(longest, length, largest)
     except ValueError as error:

@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 from tasks import files, ruler
@@ -8,6 +9,7 @@ from tasks.words import Haystack, keys, plain_words
 
 import random
 
+SAMPLES = Path(ruler.__file__).parent / "samples"
 NAMES = [name for name in ruler.TASKS if not name.startswith("qa_")]
 # Tokens of one unit of filler by the estimate, at most: how far below the length an item may stay.
 UNIT = {"niah_multikey_2": 40, "niah_multikey_3": 140, "cwe": 60}
@@ -172,6 +174,16 @@ def test_hotpotqa_questions_have_all_their_passages(hotpotqa_file):
     own = re.search(r"harbor of Town(\d+)", item.prompt).group(1)
     assert item.answers == [f"Painter{own}"] and item.metric == "any"
     assert item.prompt.count(f"Town{own}\n") == 1 and item.prompt.count(f"Harbor{own}\n") == 1
+
+
+@pytest.mark.parametrize("task, source, number", [("qa_1", "squad", 69), ("qa_2", "hotpotqa", 60)])
+def test_each_question_of_a_file_is_asked_once_before_one_is_asked_again(task, source, number):
+    data = files.QUESTIONS[source](SAMPLES / f"{source}.json")
+    assert len(data.questions) == number
+    items = [make(task, index, length=1500, questions={source: data}) for index in range(number + 1)]
+    asked = [item.prompt.rsplit("Question: ", 1)[1] for item in items]
+    assert len(set(asked)) == number and asked[number] == asked[0]
+    assert all(item.answers[0] in item.prompt for item in items)
 
 
 def test_questions_that_cannot_be_made_say_why(squad_file):
