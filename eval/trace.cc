@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cerrno>
 #include <cmath>
@@ -291,6 +292,17 @@ TraceLayer Trace::layer(int32_t i) const {
   return view;
 }
 
+namespace {
+
+// The name under which the last TraceWriter writes until it is done. A signal handler may read no string.
+std::atomic<const char*> unfinished{nullptr};
+
+}  // namespace
+
+void remove_unfinished_trace() {
+  if (const char* part = unfinished) unlink(part);
+}
+
 struct TraceWriter::Impl {
   std::string path, part;
   TraceInfo info;
@@ -300,9 +312,12 @@ struct TraceWriter::Impl {
   std::FILE* file = nullptr;
 
   ~Impl() {
-    if (file == nullptr) return;
-    std::fclose(file);
-    std::remove(part.c_str());
+    if (file != nullptr) {
+      std::fclose(file);
+      std::remove(part.c_str());
+    }
+    const char* name = part.c_str();
+    unfinished.compare_exchange_strong(name, nullptr);
   }
 
   void write(uint64_t offset, const void* data, size_t bytes) {
@@ -355,6 +370,7 @@ TraceWriter::TraceWriter(const std::string& path, const TraceInfo& info) : impl_
   }
   s.file_bytes = at;
   s.written.assign(info.layers.size(), 0);
+  unfinished = s.part.c_str();
   s.file = std::fopen(s.part.c_str(), "wb");
   if (s.file == nullptr) fail(s.part, std::string("cannot be written: ") + std::strerror(errno));
 }

@@ -96,6 +96,24 @@ refuses 1 "it is a directory" eval tasks -m "$model" --items "$work/folder" -o "
 refuses 1 "no items in $work/no_items" eval tasks -m "$model" --items "$work/no_items" -o "$work/results"
 call 0 --version
 
+# What ends early leaves no empty file and no half a trace.
+refuses 1 "cannot write $work/folder: it is a directory" eval kl -m "$model" --records 0 --json "$work/folder"
+refuses 1 "cannot write $work/no/rows.jsonl: No such file" eval kl -m "$model" --records 0 --json "$work/no/rows.jsonl"
+refuses 1 "cannot read $work/none" eval kl -m "$model" --text "$work/none" --json "$work/rows.jsonl"
+[ ! -e "$work/rows.jsonl" ] || fail "a run that wrote no row left $work/rows.jsonl"
+for signal in INT TERM; do
+  printf 'SIG%s\n' "$signal"
+  set -m   # else what runs in the background ignores SIGINT
+  "$tactic" trace --synthetic flat-128 -o "$work/cut.trace" > "$work/out" 2> "$work/err" &
+  set +m
+  for _ in $(seq 3000); do [ -e "$work/cut.trace.part" ] || sleep 0.01; done
+  [ -e "$work/cut.trace.part" ] || fail "the trace was not begun, or written too fast to be interrupted"
+  got=0
+  kill -"$signal" $! && wait $! 2> "$work/wait" || got=$?
+  [ "$got" = $((128 + $(kill -l "$signal"))) ] || fail "status $got after SIG$signal"
+  [ ! -e "$work/cut.trace.part" ] && [ ! -e "$work/cut.trace" ] || fail "half a trace was left after SIG$signal"
+done
+
 # A full disk.
 printf 'a full disk\n'
 call 1 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes dense --json /dev/full

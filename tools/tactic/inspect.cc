@@ -1,10 +1,7 @@
 // tactic inspect: decode some steps and draw what every layer and head read.
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <map>
@@ -78,15 +75,6 @@ class Collector {
   std::map<std::pair<int64_t, int64_t>, LayerFigures> layers_;
 };
 
-// Before the minutes of work, and without touching an older page.
-void check_writable(const std::string& path) {
-  const std::filesystem::path parent = std::filesystem::absolute(path).parent_path();
-  const bool exists = access(path.c_str(), F_OK) == 0;
-  if (access(exists ? path.c_str() : parent.c_str(), W_OK) != 0 || std::filesystem::is_directory(path)) {
-    throw CommandError("cannot write " + path);
-  }
-}
-
 void inspect(const InspectOptions& options) {
   Mode mode = parse_mode(options.mode);
   if (mode.is_stock()) throw CommandError("inspect shows the plug-in's work; 'stock' has none");
@@ -126,7 +114,7 @@ void inspect(const InspectOptions& options) {
       page.steps.push_back({session.kv_len(), read.tokens_per_kv_head, read.read_fraction, read.dense_share, ms});
       const std::string report = host.inspect();
       collector.add(report);
-      if (json.is_open()) {
+      if (json.is_wanted()) {
         Json line = record_header(host, "inspect");
         line.update({{"mode", mode.name},
                      {"options", mode.options},

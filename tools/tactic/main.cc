@@ -1,10 +1,12 @@
 // The command `tactic`.
 #include <CLI/CLI.hpp>
+#include <csignal>
 #include <cstdio>
 #include <exception>
 #include <string>
 
 #include "tactic/c_api.h"
+#include "trace.h"
 #include "verbs.h"
 
 namespace tactic::tool {
@@ -17,6 +19,23 @@ void add_host_options(CLI::App& verb, HostOptions& options) {
       ->check(CLI::Range(1.0, 64.0))
       ->capture_default_str();
   verb.add_flag("-v,--verbose", options.verbose, "show llama.cpp's log");
+}
+
+namespace {
+
+// Half a trace is of no use. The signal then does what it does to every program, so that the caller sees it.
+void end_by(int signal_number) {
+  eval::remove_unfinished_trace();
+  std::signal(signal_number, SIG_DFL);
+  std::raise(signal_number);
+}
+
+}  // namespace
+
+void clean_up_when_interrupted() {
+  for (const int number : {SIGINT, SIGTERM, SIGHUP}) {
+    if (std::signal(number, end_by) == SIG_IGN) std::signal(number, SIG_IGN);  // as nohup wants it
+  }
 }
 
 }  // namespace tactic::tool
@@ -34,6 +53,7 @@ int main(int argc, char** argv) {
   tactic::tool::add_eval(app);
   tactic::tool::add_inspect(app);
   tactic::tool::add_trace(app);
+  tactic::tool::clean_up_when_interrupted();
   try {
     // CLI11 would say that a subcommand is required.
     if (argc > 1 && argv[1][0] != '-' &&

@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "host.h"
+#include "text.h"
 
 namespace tactic::tool {
 namespace {
@@ -182,13 +183,12 @@ void Table::print(std::FILE* file) const {
 }
 
 JsonLines::JsonLines(const std::string& path) : path_(path) {
-  if (path.empty()) return;
-  file_.open(path, std::ios::app);
-  if (!file_) throw CommandError("cannot write " + path);
+  if (is_wanted()) check_writable(path);
 }
 
 void JsonLines::write(const Json& object) {
-  if (!is_open()) return;
+  if (!is_wanted()) return;
+  if (!file_.is_open()) file_.open(path_, std::ios::app);
   file_ << object.dump(-1, ' ', false, Json::error_handler_t::replace) << std::endl;
   if (!file_) throw CommandError("cannot write " + path_);
 }

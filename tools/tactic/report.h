@@ -57,11 +57,13 @@ class Table {
   std::vector<std::vector<std::string>> rows_;
 };
 
-/// Appends one JSON object a line to a file; no path: does nothing.
+/// Appends one JSON object a line to a file; no path: does nothing. A new file is made with the first line, so that a
+/// run that ends before it leaves none.
 class JsonLines {
  public:
+  /// Throws CommandError if the file could not be written.
   explicit JsonLines(const std::string& path);
-  bool is_open() const { return file_.is_open(); }
+  bool is_wanted() const { return !path_.empty(); }
   void write(const Json& object);
 
  private:

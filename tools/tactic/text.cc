@@ -1,5 +1,7 @@
 #include "text.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
@@ -86,6 +88,15 @@ std::ifstream open_input(const std::string& path, const std::string& what) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw CommandError("cannot read " + what + path + ": " + std::strerror(errno));
   return file;
+}
+
+void check_writable(const std::string& path, bool replaced) {
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) throw CommandError("cannot write " + path + ": it is a directory");
+  const bool is_there = !replaced && std::filesystem::exists(path, error);
+  const std::string checked = is_there ? path : std::filesystem::absolute(path, error).parent_path().string();
+  if (access(checked.c_str(), is_there ? W_OK : W_OK | X_OK) != 0)
+    throw CommandError("cannot write " + path + ": " + std::strerror(errno));
 }
 
 std::string read_text(const std::string& path) {

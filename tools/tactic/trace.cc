@@ -3,12 +3,10 @@
 // llama.cpp shows every node of its graph to an evaluation callback. The attention nodes have all that is wanted as
 // inputs: Q after RoPE, and views of the cache, which hold every row when the last batch is computed.
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <optional>
@@ -227,17 +225,8 @@ TraceInfo plan_queries(const TraceOptions& options) {
   return info;
 }
 
-// Before the work, not after it.
-void check_output(const std::string& path) {
-  const std::string part = path + ".part";
-  std::error_code error;
-  if (std::filesystem::is_directory(path, error)) throw CommandError("cannot write " + path + ": it is a directory");
-  if (!std::ofstream(part, std::ios::app)) throw CommandError("cannot write " + path + ": " + std::strerror(errno));
-  std::filesystem::remove(part, error);
-}
-
 void trace(const TraceOptions& options) {
-  check_output(options.output);
+  check_writable(options.output, true);
   if (!options.synthetic.empty()) {
     try {
       return eval::write_synthetic(options.output, eval::synthetic_preset(options.synthetic));
