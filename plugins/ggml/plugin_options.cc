@@ -77,11 +77,7 @@ const std::vector<std::pair<const char*, Setter>>& setters() {
            throw Error(error.what() + std::string(", off"));
          }
        }},
-      {"error",
-       [](O& o, S k, S v) {
-         o.decode.target_error = number<float>(k, v);
-         o.decode.tau = 0;
-       }},
+      {"error", [](O& o, S k, S v) { o.decode.target_error = number<float>(k, v); }},
       {"tau", [](O& o, S k, S v) { o.decode.tau = number<float>(k, v); }},
       {"refine", [](O& o, S k, S v) { o.decode.refine = number<float>(k, v); }},
       {"mass", [](O& o, S k, S v) { o.decode.target_mass = number<float>(k, v); }},
@@ -184,9 +180,14 @@ PluginOptions parse_options(std::string_view text) {
   PluginOptions options;
   const auto items = split(text);
   apply_preset(options, "high");
+  std::string given_error, given_tau;
   for (const auto& [key, value] : items) {
     if (key == "quality") apply_preset(options, value);
+    if (key == "error") given_error = "error=" + std::string(value);
+    if (key == "tau") given_tau = "tau=" + std::string(value);
   }
+  if (!given_error.empty() && !given_tau.empty())
+    throw Error(given_error + " and " + given_tau + " say one thing in two ways; give one");
   for (const auto& [key, value] : items) {
     if (key == "quality") continue;
     const Setter* setter = nullptr;

@@ -27,7 +27,8 @@ struct PluginOptions {
   Faults faults;
 };
 
-/// Defaults, then the preset, then the single keys. Throws Error naming the key, its value and what is allowed.
+/// Defaults, then the preset, then the single keys. Throws Error naming the key, its value and what is allowed, and
+/// when both `error` and `tau` are given.
 PluginOptions parse_options(std::string_view text);
 
 }  // namespace tactic::plugin

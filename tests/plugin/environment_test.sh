@@ -25,6 +25,11 @@ ask "a wrong value" TACTIC=quality=hihg
 log_has "must be exact, high, balanced or fast"
 answer_is_normal
 
+ask "two accuracies" TACTIC=error=0.02,tau=1000
+[ "$(lines 'error=0.02 and tau=1000')" = 1 ] || fail "the two keys are named $(lines 'error=0.02 and tau=1000') times"
+log_has "going on with the host's dense attention"
+answer_is_normal
+
 ask "a wrong key" TACTIC=qualty=high
 [ "$(lines 'unknown key "qualty"')" = 1 ] || fail "the wrong key is named $(lines qualty) times"
 answer_is_normal

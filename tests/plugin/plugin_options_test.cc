@@ -72,9 +72,13 @@ TEST(PluginOptions, KeysReachTheirFields) {
   EXPECT_FALSE(o.faults.ignore_writes);
 }
 
-TEST(PluginOptions, TauIsInForceUntilAnErrorTargetFollows) {
+TEST(PluginOptions, TauStandsBesideAPresetButNotBesideAnError) {
   EXPECT_EQ(parse_options("tau=3").decode.tau, 3.0f);
-  EXPECT_EQ(parse_options("tau=3,error=0.01").decode.tau, 0.0f);
+  EXPECT_EQ(parse_options("quality=high,tau=3").decode.tau, 3.0f);
+  EXPECT_EQ(parse_options("tau=3,quality=fast").decode.tau, 3.0f);
+  for (const char* text : {"tau=3,error=0.01", "error=0.01,tau=3", "error=0.01,quality=fast,tau=0"}) {
+    EXPECT_THAT(refusal(text), AllOf(HasSubstr("error=0.01 and tau="), HasSubstr("give one"))) << text;
+  }
 }
 
 TEST(PluginOptions, OffTakesNothing) {

@@ -49,6 +49,7 @@ refuses 1 "quality=best: must be exact, high, balanced or fast" bench -m "$model
 refuses 1 "budget (0) must be at least 1" eval kl -m "$model" --records 0 --modes topk,budget=0
 refuses 1 "cache type 'q9' is none of" run -m "$model" --prompt x --cache-type q9
 refuses 1 "does not exist" run -m "$model" --prompt x --plugin "$work/none.so"
+refuses 1 "error=0.02 and tau=1000 say one thing in two ways; give one" run -m "$model" --prompt x --tactic sample,error=0.02,tau=1000
 refuses 1 "did not load" run -m "$model" --prompt x --plugin "$0"
 
 # Texts.
