@@ -16,4 +16,6 @@ void log_error(const char* format, ...) {
   GGML_LOG_ERROR("tactic: %s\n", text);
 }
 
+void log_warning(const char* text) { GGML_LOG_WARN("tactic: %s\n", text); }
+
 }  // namespace tactic::plugin

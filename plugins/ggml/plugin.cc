@@ -14,9 +14,17 @@ static_assert(GGML_BACKEND_API_VERSION == 2, "the plug-in is written for version
 namespace tactic::plugin {
 namespace {
 
+void take_options(const char* text) {
+  const PluginOptions options = parse_options(text);
+  shared().set_options(options);
+  if (!options.faults.any()) return;
+  static const bool warned = (log_warning("fault= takes a safeguard out, answers may be wrong; it is for tests"), true);
+  (void)warned;  // once: a host may configure before every step
+}
+
 extern "C" int tactic_configure(const char* options, char* error, size_t error_size) {
   try {
-    shared().set_options(parse_options(options != nullptr ? options : ""));
+    take_options(options != nullptr ? options : "");
     return 0;
   } catch (const std::exception& e) {
     if (error != nullptr && error_size > 0) std::snprintf(error, error_size, "%s", e.what());
@@ -103,7 +111,7 @@ bool fits_this_ggml() {
 void read_environment() {
   if (const char* text = std::getenv("TACTIC")) {
     try {
-      shared().set_options(parse_options(text));
+      take_options(text);
     } catch (const std::exception& error) {
       log_error("TACTIC=%s: %s; going on with the host's dense attention", text, error.what());
       PluginOptions off;
@@ -111,7 +119,7 @@ void read_environment() {
       shared().set_options(off);
     }
   } else {
-    shared().set_options(parse_options(""));
+    take_options("");
   }
   if (const char* path = std::getenv("TACTIC_STATS")) {
     shared().stats.open(path);

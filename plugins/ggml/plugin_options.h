@@ -14,6 +14,8 @@ struct Faults {
   bool ignore_mask = false;    // fault=mask
   bool ignore_writes = false;  // fault=writes
   bool skip_verify = false;    // fault=verify
+
+  bool any() const { return ignore_mask || ignore_writes || skip_verify; }
 };
 
 struct PluginOptions {

@@ -34,6 +34,9 @@ ask "a wrong key" TACTIC=qualty=high
 [ "$(lines 'unknown key "qualty"')" = 1 ] || fail "the wrong key is named $(lines qualty) times"
 answer_is_normal
 
+ask "an option of the tests" TACTIC=fault=mask
+[ "$(lines 'takes a safeguard out')" = 1 ] || fail "the fault is named $(lines 'takes a safeguard out') times"
+
 ask "another ggml" TACTIC_TEST_ABI_MISMATCH="tensors have another size"
 log_has "tensors have another size"
 log_has "TACTIC_LLAMA_DIR"

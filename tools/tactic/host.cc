@@ -36,7 +36,8 @@ void log_callback(ggml_log_level level, const char* text, void*) {
   const bool is_error = level == GGML_LOG_LEVEL_ERROR || (level == GGML_LOG_LEVEL_CONT && log.continues_error);
   log.continues_error = is_error;
   if (is_error && log.errors.size() < 4096) log.errors += text;
-  if (log.verbose) std::fputs(text, stderr);
+  const bool is_warning = level == GGML_LOG_LEVEL_WARN && std::strncmp(text, "tactic: ", 8) == 0;  // the plug-in's
+  if (log.verbose || is_warning) std::fputs(text, stderr);
 }
 
 std::string with_reason(const std::string& what) {
