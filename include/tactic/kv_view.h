@@ -14,7 +14,8 @@ namespace tactic {
 /// bits of exponent, three of fraction, no infinity) is read on CUDA only.
 enum class DType : uint8_t { kF32, kF16, kBF16, kQ8_0, kQ4_0, kF8E4M3 };
 
-/// Bytes of one row of `elements` elements. Quantized types need a multiple of 32.
+/// Bytes of one row of `elements` elements. Throws Error when they are less than 0 or, of a quantized type, no multiple
+/// of 32.
 size_t row_bytes(DType dtype, int64_t elements);
 
 /// "f32", "f16", "bf16", "q8_0", "q4_0", "f8_e4m3".

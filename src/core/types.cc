@@ -7,6 +7,11 @@
 namespace tactic {
 
 size_t row_bytes(DType dtype, int64_t elements) {
+  const bool blocks = dtype == DType::kQ8_0 || dtype == DType::kQ4_0;
+  if (elements < 0 || (blocks && elements % 32 != 0)) {
+    throw Error("elements (" + std::to_string(elements) + ") must be at least 0" +
+                (blocks ? " and a multiple of 32 for " : " for ") + dtype_name(dtype));
+  }
   const auto n = static_cast<size_t>(elements);
   switch (dtype) {
     case DType::kF32: return n * 4;

@@ -63,6 +63,14 @@ TEST(KvView, RowBytesOfEveryType) {
   EXPECT_EQ(row_bytes(DType::kBF16, 80), 160u);
   EXPECT_EQ(row_bytes(DType::kQ8_0, 96), 102u);
   EXPECT_EQ(row_bytes(DType::kQ4_0, 64), 36u);
+  EXPECT_EQ(row_bytes(DType::kQ4_0, 0), 0u);
+}
+
+TEST(KvView, RowBytesOfPartsOfABlockAreRefused) {
+  EXPECT_THAT([] { row_bytes(DType::kQ8_0, 80); },
+              ThrowsMessage<Error>(HasSubstr("elements (80) must be at least 0 and a multiple of 32 for q8_0")));
+  EXPECT_THAT([] { row_bytes(DType::kQ4_0, 33); }, ThrowsMessage<Error>(HasSubstr("elements (33)")));
+  EXPECT_THAT([] { row_bytes(DType::kF16, -1); }, ThrowsMessage<Error>(HasSubstr("elements (-1)")));
 }
 
 }  // namespace
