@@ -23,8 +23,8 @@ struct DecodeQuery {
   int64_t q_head_stride = 0;  // in floats
   int32_t num_q_heads = 0;    // a multiple of kv.num_kv_heads
   float sm_scale = 1.0f;      // score = sm_scale * q.k
-  KvView kv;
-  KvIndex* index = nullptr;           // nullptr: dense. Calibration and statistics are kept in it
+  KvView kv;                  // kv_len may be less than the index knows: rows from there on are hidden, none is read
+  KvIndex* index = nullptr;   // nullptr: dense. Calibration and statistics are kept in it
   const uint64_t* visible = nullptr;  // bit r of word r / 64: row r takes part. nullptr: all of kv.kv_len
   const float* bias = nullptr;        // [kv_len] added to the scores (dense only), -inf hides; nullptr: none
   uint64_t stream_id = 0;             // with seed, layer and position it makes the random offset of the sampling

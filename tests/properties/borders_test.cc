@@ -254,6 +254,56 @@ TEST(Borders, RowsFarApart) {
   }
 }
 
+// A query that sees the first rows only reads as if the others were masked, and touches none of them, whatever the
+// index knows and steps over all rows have learned.
+TEST(Borders, RowsBeyondTheViewAreNotRead) {
+  constexpr int64_t kRows = 3072, kSeen = 2048, kRowBytes = 256;  // of both heads; the border is one of pages
+  CacheSpec spec;
+  spec.kv_len = kRows;
+  Problem problem(spec, 2);
+  const KvView small = problem.cache.view();
+  const Sparse k_memory(kRows * kRowBytes), v_memory(kRows * kRowBytes);
+  KvView whole = small;
+  whole.k.data = k_memory.data();
+  whole.v.data = v_memory.data();
+  ASSERT_EQ(whole.k.token_stride_bytes, kRowBytes);
+  copy_rows(small.k, whole.k, 2, kRows, 0, kRowBytes / 2);
+  copy_rows(small.v, whole.v, 2, kRows, 0, kRowBytes / 2);
+  std::vector<uint64_t> visible(kRows / 64);
+  std::fill_n(visible.begin(), kSeen / 64, ~uint64_t{0});
+  for (const Backend backend : {Backend::kCpu, Backend::kReference}) {
+    for (const Select select : {Select::kDense, Select::kSample, Select::kFit, Select::kTopK}) {
+      SCOPED_TRACE(text(select_name(select), backend == Backend::kCpu ? "" : ", reference"));
+      KvIndex index({}, {2, 64, 64});
+      index.set_num_threads(1);
+      index.write(0, kRows);
+      index.maintain(whole);
+      Attention attention({.select = select, .tau = 300, .target_mass = 0.9f, .beta = 1}, backend, 1);
+      DecodeQuery query = problem.query;
+      query.kv = whole;
+      query.index = &index;
+      for (query.position = 0; query.position < 3; ++query.position) attention.run({&query, 1});  // learns
+      const std::vector<Calibration> learned = index.state().calibration;
+      query.visible = visible.data();
+      StepStats masked, stats;
+      attention.run({&query, 1}, &masked);
+      const std::vector<float> out = problem.out;
+      index.state().calibration = learned;
+      query.visible = nullptr;
+      query.kv.kv_len = kSeen;
+      for (const Sparse* memory : {&k_memory, &v_memory})
+        ASSERT_EQ(mprotect(memory->data() + kSeen * kRowBytes, (kRows - kSeen) * kRowBytes, PROT_NONE), 0);
+      attention.run({&query, 1}, &stats);
+      for (const Sparse* memory : {&k_memory, &v_memory})
+        ASSERT_EQ(mprotect(memory->data(), kRows * kRowBytes, PROT_READ | PROT_WRITE), 0);
+      EXPECT_TRUE(same_bits(problem.out, out));
+      EXPECT_EQ(stats.kv_len, kSeen);
+      EXPECT_EQ(stats.dense, select == Select::kDense ? DenseReason::kAsked : DenseReason::kNone);
+      EXPECT_EQ(stats.kv_bytes, masked.kv_bytes);
+    }
+  }
+}
+
 // Nine million rows of 256 bytes, of which the last 4096 and a few more are visible.
 TEST(Borders, RowNumbersInTheMillions) {
   constexpr int64_t kRows = 4096, kEnd = int64_t{2048} * 4395, kBegin = kEnd - kRows;
