@@ -72,7 +72,7 @@ std::vector<std::string> expand_value(const std::string& value, const std::strin
 
 std::vector<Family> parse_families(const std::string& text) {
   std::vector<Family> families;
-  for (const Mode& mode : parse_modes(text)) {
+  for (const Mode& mode : parse_modes(text, "--select")) {
     std::vector<std::string> options{""};
     for (size_t begin = 0; begin < mode.options.size();) {
       const size_t end = std::min(mode.options.find(',', begin), mode.options.size());
@@ -103,7 +103,9 @@ std::vector<Family> parse_families(const std::string& text) {
           throw CommandError("--select '" + mode.name + "': llama.cpp's own attention is not evaluated on traces");
         family.settings.push_back({name, parsed.index, parsed.decode});
       } catch (const Error& error) {
-        throw CommandError("--select '" + one + "': " + error.what());
+        std::string reason = error.what();
+        if (reason.starts_with("select=")) reason.erase(0, 7);  // parse_mode's, not the user's
+        throw CommandError("--select '" + mode.name + "': " + reason);
       }
     }
     families.push_back(std::move(family));

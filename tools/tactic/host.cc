@@ -122,7 +122,7 @@ Mode parse_mode(const std::string& text) {
   return {name, "select=" + name};
 }
 
-std::vector<Mode> parse_modes(const std::string& text) {
+std::vector<Mode> parse_modes(const std::string& text, const std::string& option) {
   std::vector<Mode> modes;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(';', begin), text.size());
@@ -130,7 +130,7 @@ std::vector<Mode> parse_modes(const std::string& text) {
     if (item.find_first_not_of(' ') != std::string::npos) modes.push_back(parse_mode(item));
     begin = end + 1;
   }
-  if (modes.empty()) throw CommandError("--modes names no mode");
+  if (modes.empty()) throw CommandError(option + " names no mode");
   return modes;
 }
 

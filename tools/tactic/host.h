@@ -44,8 +44,8 @@ inline Mode stock_beside(const Mode& mode) {
 
 /// "stock" | "dense" | "default" | "sample[,error=...]" | "fit,..." | "topk,..." | "key=value,...".
 Mode parse_mode(const std::string& text);
-/// Modes separated by semicolons. Throws CommandError when there is none.
-std::vector<Mode> parse_modes(const std::string& text);
+/// Modes separated by semicolons. Throws CommandError, naming the option they come from, when there is none.
+std::vector<Mode> parse_modes(const std::string& text, const std::string& option = "--modes");
 
 struct HostOptions {
   std::string model_path;
