@@ -30,6 +30,8 @@ struct StepStats {
   double mass_std_error = 0;     // its standard error, root mean square over query heads
   DenseReason dense = DenseReason::kNone;
 
+  /// Bytes of K, V and index read over those of K and V present. Above 1 when a step has read nearly every row and the
+  /// index too, or keys twice (probes).
   double read_fraction() const {
     return kv_bytes_present > 0 ? static_cast<double>(kv_bytes + index_bytes) / static_cast<double>(kv_bytes_present)
                                 : 0.0;

@@ -131,6 +131,7 @@ TEST(Borders, AllKeysEqual) {
     const StepStats whole = problem.run({.select = Select::kTopK, .budget = 1 << 20});
     EXPECT_EQ(whole.dense, DenseReason::kNone);
     EXPECT_EQ(whole.tokens_certain, spec.kv_len);
+    EXPECT_GT(whole.read_fraction(), 1) << "every row, and the index";
     EXPECT_LT(relative_error(problem.out, exact), 1e-3);
     // All weigh the same, so 6000 of 65600 err by what chance says: sqrt(16 (1/6000 - 1/65600)) over |mean value| of
     // about 1.2.
