@@ -226,10 +226,11 @@ class AccelBackend {
     query.stream_id += stream * 64;
     try {
       StreamIndex& entry = *layer.streams[stream];
-      if (row == 0) entry.begin_step(bits.visible, bits.num_visible);
+      if (row == 0) entry.begin_step(bits.visible, bits.num_visible, options.max_rows);
       shared().watch.before_step(layer, stream, bits.visible, row == 0, options.faults);
       if (row == 0) maintain(layer, stream, budget_of(layer, entry));
       query.index = &entry.index;
+      query.tau_factor = entry.tau_factor();
     } catch (const std::exception& error) {
       log_error("layer %d is read densely: %s", layer.layer, error.what());
       layer.streams[stream]->index.clear();

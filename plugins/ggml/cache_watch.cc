@@ -200,12 +200,13 @@ bool returned_changed(StreamIndex& entry, const KvView& kv, const std::vector<ui
 
 }  // namespace
 
-void StreamIndex::begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now) {
+void StreamIndex::begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows) {
   constexpr int64_t kMaxStep = 64;  // more rows than a decode step ever has
   if (num_now < num_visible || num_now > num_visible + kMaxStep) {
     index.forget_learned();
     steps = 0;
   }
+  if (steps == 0 || num_now > num_visible + max_rows) steps_since_prompt = 0;
   if (num_now < num_visible) {
     const auto word = [](const std::vector<uint64_t>& bits, size_t w) { return w < bits.size() ? bits[w] : 0; };
     int64_t others = 0;  // cells that were not shown before: many of them are of another sequence
@@ -218,6 +219,14 @@ void StreamIndex::begin_step(const std::vector<uint64_t>& now_visible, int64_t n
   visible = now_visible;
   num_visible = num_now;
   ++steps;
+  ++steps_since_prompt;
+}
+
+// The first tokens of an answer decide how it goes on, and nothing is known yet of how the heads read: four times the
+// rows per weight at the first step, and soon hardly more than usual (docs/method.md, first steps).
+float StreamIndex::tau_factor() const {
+  const auto n = static_cast<float>(std::max<uint64_t>(steps_since_prompt, 1));
+  return 1 + 3 / (n * n);
 }
 
 void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, bool first,

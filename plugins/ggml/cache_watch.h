@@ -28,10 +28,13 @@ struct StreamIndex {
   std::vector<uint64_t> visible;  // cells of the last step's first row
   int64_t num_visible = 0;        // of those
   uint64_t steps = 0;             // since the last passage began
+  uint64_t steps_since_prompt = 0;  // of those, since more rows than a decode step has came in between
   /// The cells that a step's first row shows. Where they do not go on from the step before, a prompt came in between or
   /// rows were taken back: what was learned is forgotten and rows that were taken back leave the index, so that a
-  /// request that is asked again reads the same rows again.
-  void begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now);
+  /// request that is asked again reads the same rows again. `max_rows`: a decode step has no more.
+  void begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows);
+  /// DecodeQuery::tau_factor of the step under way.
+  float tau_factor() const;
   explicit StreamIndex(const IndexOptions& options, const KvShape& shape) : index(options, shape) {}
 };
 

@@ -1,5 +1,6 @@
 #include "tactic/attention.h"
 
+#include <cmath>
 #include <string>
 
 #include "core/backend.h"
@@ -28,6 +29,8 @@ void check_query(const DecodeQuery& query) {
     if (query.num_q_heads > 1 && stride < dim)
       throw Error(std::string(name) + " (" + std::to_string(stride) + ") must be at least " + std::to_string(dim));
   };
+  if (!(query.tau_factor > 0) || !std::isfinite(query.tau_factor))
+    throw Error("tau_factor (" + std::to_string(query.tau_factor) + ") must be positive and finite");
   check_stride("q_head_stride", query.q_head_stride, kv.head_dim);
   check_stride("out_head_stride", query.out_head_stride, kv.v_head_dim);
   check_strides(kv);

@@ -48,6 +48,7 @@ struct SelectParams {
   const SoftmaxState* exact = nullptr;  // [group_size] of the rows read anyway (sinks, recent, expected)
   float beta = 0;                       // weight of the spread term in the estimate of a cluster's mean weight
   float variance_ratio = 1;             // measured over predicted variance, learned from earlier steps
+  float tau_factor = 1;                 // as in DecodeQuery
 };
 
 /// Output of select_sample before rows are drawn.
@@ -63,9 +64,9 @@ struct Inclusion {
 /// have lowered the sum of the heads' variances more in another; a head whose estimates prove worse gets more by the
 /// square root of that (docs/method.md, tau).
 inline float tau_of(const DecodeOptions& options, const SelectParams& params) {
-  if (options.tau > 0) return options.tau;
-  const double ratio = params.variance_ratio;
-  return static_cast<float>(std::max(1.0, std::sqrt(ratio) / (double{options.target_error} * options.target_error)));
+  const double error = options.target_error;
+  const double tau = options.tau > 0 ? options.tau : std::sqrt(double{params.variance_ratio}) / (error * error);
+  return static_cast<float>(std::max(1.0, tau * params.tau_factor));
 }
 
 /// The share of the mass that select_fit reads.

@@ -91,6 +91,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       params.exact = task.exact_state.data();
       task.beta = params.beta = options.beta > 0 ? options.beta : known.beta();
       params.variance_ratio = static_cast<float>(known.variance_ratio);
+      params.tau_factor = task.query->tau_factor;
       select_sample(task.clusters, params, options, task.inclusion);
       draw(index, task.head, task.filter, task.clusters, task.inclusion,
            random_offset(*task.query, task.head, options.seed), task.selection);

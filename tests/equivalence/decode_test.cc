@@ -231,6 +231,29 @@ TEST(DecodeSample, SampledStepsAgreeMostly) {
   EXPECT_GE(same, heads * 2 / 3) << "of " << heads << "; with other random numbers hardly any would";
 }
 
+TEST(DecodeSample, TauFactorIsALargerTau) {
+  Problem problem(spec_of(2000), 2, 7, 0.3f);
+  problem.build_index();
+  for (const Backend backend : {Backend::kReference, Backend::kCpu}) {
+    const auto rows_of = [&](const DecodeOptions& options, float factor) {
+      Selection selection;
+      problem.index->state().calibration.assign(2, {});
+      problem.query.tau_factor = factor;
+      problem.query.selection = &selection;
+      problem.run(options, backend);
+      std::vector<std::pair<int32_t, float>> rows;
+      for (const HeadSelection& head : selection.heads) {
+        for (size_t i = 0; i < head.tokens.size(); ++i) rows.emplace_back(head.tokens[i], head.log_weights[i]);
+      }
+      return rows;
+    };
+    const auto rows = rows_of({.tau = 256, .beta = 1}, 1), more = rows_of({.tau = 256, .beta = 1}, 4);
+    EXPECT_EQ(more, rows_of({.tau = 1024, .beta = 1}, 1));
+    EXPECT_EQ(more, rows_of({.target_error = 0.0625f, .beta = 1}, 4));
+    EXPECT_GT(more.size(), rows.size() * 11 / 10);  // the recent rows are the same
+  }
+}
+
 TEST_P(DecodeSelect, HeadStatsAddUpToTheSteps) {
   if (GetParam() == Select::kDense) return;
   Problem problem(spec_of(3000), 3, 7, 0.3f);

@@ -230,6 +230,40 @@ TEST_F(Graph, HiddenRowsThatComeBackAreVerified) {
   EXPECT_GT(without, kBound);
 }
 
+// Rows of a prompt are more than a decode step has, and the first steps after them read more.
+TEST_F(Graph, FirstStepsAfterAPromptReadMore) {
+  configure(kIndexOptions + ",tau=100");
+  Layer layer(2048);
+  Rows rows(14);
+  std::vector<float> mask(2048, kHidden);
+  int64_t cells = 0;
+  const auto write = [&](int64_t count) {
+    layer.write(cells, rows.keys(count), rows.values(count));
+    std::fill_n(mask.begin() + cells, count, 0.0f);
+    cells += count;
+  };
+  const auto rows_read = [&] {  // by single steps, averaged over the same step of 8 passages
+    std::vector<double> read(6);
+    for (int passage = 0; passage < 8; ++passage) {
+      write(9);
+      for (double& sum : read) {
+        write(1);
+        take_totals();
+        layer.attend(rows.query(), mask);
+        const tactic_totals totals = take_totals();
+        sum += static_cast<double>(totals.tokens_certain + totals.tokens_sampled) / 8;
+      }
+    }
+    return read;
+  };
+  write(1536);
+  layer.attend(rows.query(), mask);
+  const std::vector<double> read = rows_read();
+  std::printf("  rows read by steps after a prompt: %.0f %.0f %.0f .. %.0f\n", read[0], read[1], read[2], read[5]);
+  EXPECT_GT(read[0], 1.5 * read[5]);
+  EXPECT_GT(read[1], 1.1 * read[5]);
+}
+
 // State restore writes the cache behind the plug-in's back.
 double error_after_unseen_change(const std::string& mode, tactic_totals& totals) {
   forget_indexes();

@@ -55,6 +55,11 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
   kv.v.head_stride_bytes = 0;
   expect_error(kv, "V head_stride_bytes (0) must be at least a row's");
   DecodeQuery forgotten = problem.query;
+  for (const float factor : {0.0f, -1.0f, NAN, HUGE_VALF}) {
+    DecodeQuery query = forgotten;
+    query.tau_factor = factor;
+    EXPECT_THAT([&] { attention.run({&query, 1}); }, ThrowsMessage<Error>(HasSubstr("tau_factor (")));
+  }
   forgotten.q_head_stride = 0;
   EXPECT_THAT([&] { attention.run({&forgotten, 1}); }, ThrowsMessage<Error>(HasSubstr("q_head_stride (0) must be")));
   forgotten = problem.query;
