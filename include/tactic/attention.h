@@ -28,7 +28,7 @@ struct DecodeQuery {
   const uint64_t* visible = nullptr;  // bit r of word r / 64: row r takes part. nullptr: all of kv.kv_len
   const float* bias = nullptr;        // [kv_len] added to the scores (dense only), -inf hides; nullptr: none
   float tau_factor = 1;  // sample: reads as if tau were so many times its value; more than 1 for steps that matter more
-  uint64_t stream_id = 0;             // with seed, layer and position it makes the random offset of the sampling
+  uint64_t stream_id = 0;  // with seed, layer and position it makes the random offset of the sampling
   int32_t layer = 0;
   int64_t position = 0;
   float* out = nullptr;             // [num_q_heads, v_head_dim]

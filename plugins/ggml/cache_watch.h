@@ -25,9 +25,9 @@ struct StreamIndex {
   // Bits of cells whose content is known: shown to a query, or seen being written, in the step under way and since, and
   // in the step before it.
   std::vector<uint64_t> known, known_before;
-  std::vector<uint64_t> visible;  // cells of the last step's first row
-  int64_t num_visible = 0;        // of those
-  uint64_t steps = 0;             // since the last passage began
+  std::vector<uint64_t> visible;    // cells of the last step's first row
+  int64_t num_visible = 0;          // of those
+  uint64_t steps = 0;               // since the last passage began
   uint64_t steps_since_prompt = 0;  // of those, since more rows than a decode step has came in between
   /// The cells that a step's first row shows. Where they do not go on from the step before, a prompt came in between or
   /// rows were taken back: what was learned is forgotten and rows that were taken back leave the index, so that a

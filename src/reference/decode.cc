@@ -115,8 +115,8 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   Inclusion inclusion;
   const Calibration& known = index.calibration[head];
   const float beta = options.beta > 0 ? options.beta : known.beta();
-  const SelectParams params{group_size, q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio),
-                            query.tau_factor};
+  const SelectParams params{
+      group_size, q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio), query.tau_factor};
   if (options.select == Select::kSample) {
     select_sample(scores, params, options, inclusion);
     draw(index, head, filter, scores, inclusion, random_offset(query, head, options.seed), selection);
