@@ -25,8 +25,10 @@ struct DecodeQuery {
   float sm_scale = 1.0f;      // score = sm_scale * q.k
   KvView kv;                  // kv_len may be less than the index knows: rows from there on are hidden, none is read
   KvIndex* index = nullptr;   // nullptr: dense. Calibration and statistics are kept in it
-  const uint64_t* visible = nullptr;  // bit r of word r / 64: row r takes part. nullptr: all of kv.kv_len
-  const float* bias = nullptr;        // [kv_len] added to the scores (dense only), -inf hides; nullptr: none
+  const uint64_t* visible = nullptr;     // bit r of word r / 64: row r takes part. nullptr: all of kv.kv_len
+  const float* bias = nullptr;           // [kv_len] added to the scores (dense only), -inf hides; nullptr: none
+  const int32_t* likely_rows = nullptr;  // [num_likely_rows] ascending: read for certain where they stand in clusters
+  int32_t num_likely_rows = 0;
   float tau_factor = 1;  // sample: reads as if tau were so many times its value; more than 1 for steps that matter more
   uint64_t stream_id = 0;  // with seed, layer and position it makes the random offset of the sampling
   int32_t layer = 0;

@@ -231,6 +231,7 @@ class AccelBackend {
       if (row == 0) maintain(layer, stream, budget_of(layer, entry));
       query.index = &entry.index;
       query.tau_factor = entry.tau_factor();
+      if (options.decode.select == Select::kSample) name_likely_rows(layer, stream, bits, query);
     } catch (const std::exception& error) {
       log_error("layer %d is read densely: %s", layer.layer, error.what());
       layer.streams[stream]->index.clear();
@@ -243,7 +244,28 @@ class AccelBackend {
     query.head_stats = layer.last_step.data();
   }
 
+  // The first layer finds them, for itself and for the layers after it that show the same cells.
+  void name_likely_rows(CacheLayer& layer, size_t stream, const MaskRow& bits, DecodeQuery& query) {
+    const auto at = static_cast<size_t>(&query - queries_.data());
+    if (likely_.size() <= at) likely_.resize(at + 1);
+    Likely& likely = likely_[at];
+    if (layer.layer == 0) {
+      likely.cells = layer.cells;
+      likely.visible = bits.num_visible;
+      layer.streams[stream]->earlier_places.find(layer.stream_view(stream), bits.visible, likely.rows);
+    }
+    if (likely.cells != layer.cells || likely.visible != bits.num_visible) return;
+    query.likely_rows = likely.rows.data();
+    query.num_likely_rows = static_cast<int32_t>(likely.rows.size());
+  }
+
+  struct Likely {
+    int64_t cells = 0, visible = 0;  // where these rows are rows
+    std::vector<int32_t> rows;
+  };
+
   Attention attention_;
+  std::vector<Likely> likely_;  // one per query of a node
   std::vector<DecodeQuery> queries_;
   std::vector<StepStats> stats_;
   std::vector<MaskRow> masks_;         // one per query of a node

@@ -147,6 +147,7 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
       StreamIndex& entry = *layer->streams[static_cast<size_t>(stream)];
       const int64_t end = std::min(first + run_end - run_begin, layer->cells);
       entry.index.write(first, end - first);
+      entry.earlier_places.forget(first, end - first);
       entry.known.resize(std::max(entry.known.size(), static_cast<size_t>(end + 63) / 64));
       for (int64_t row = first; row < end; ++row)
         entry.known[static_cast<size_t>(row / 64)] |= uint64_t{1} << (row % 64);
@@ -207,6 +208,7 @@ void StreamIndex::begin_step(const std::vector<uint64_t>& now_visible, int64_t n
     steps = 0;
   }
   if (steps == 0 || num_now > num_visible + max_rows) steps_since_prompt = 0;
+  if (steps == 0) earlier_places.forget_all();  // cells may have changed unseen
   if (num_now < num_visible) {
     const auto word = [](const std::vector<uint64_t>& bits, size_t w) { return w < bits.size() ? bits[w] : 0; };
     int64_t others = 0;  // cells that were not shown before: many of them are of another sequence

@@ -12,6 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "earlier_places.h"
 #include "match.h"
 #include "tactic/kv_index.h"
 #include "tactic/stats.h"
@@ -28,6 +29,7 @@ struct StreamIndex {
   std::vector<uint64_t> visible;    // cells of the last step's first row
   int64_t num_visible = 0;          // of those
   uint64_t steps = 0;               // since the last passage began
+  EarlierPlaces earlier_places;     // of the first layer
   uint64_t steps_since_prompt = 0;  // of those, since more rows than a decode step has came in between
   /// The cells that a step's first row shows. Where they do not go on from the step before, a prompt came in between or
   /// rows were taken back: what was learned is forgotten and rows that were taken back leave the index, so that a

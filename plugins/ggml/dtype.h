@@ -20,4 +20,16 @@ inline std::optional<DType> dtype_of(ggml_type type) {
   }
 }
 
+inline ggml_type ggml_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::kF32: return GGML_TYPE_F32;
+    case DType::kF16: return GGML_TYPE_F16;
+    case DType::kBF16: return GGML_TYPE_BF16;
+    case DType::kQ8_0: return GGML_TYPE_Q8_0;
+    case DType::kQ4_0: return GGML_TYPE_Q4_0;
+    case DType::kF8E4M3: break;  // ggml has none
+  }
+  return GGML_TYPE_COUNT;
+}
+
 }  // namespace tactic::plugin

@@ -31,6 +31,11 @@ void check_query(const DecodeQuery& query) {
   };
   if (!(query.tau_factor > 0) || !std::isfinite(query.tau_factor))
     throw Error("tau_factor (" + std::to_string(query.tau_factor) + ") must be positive and finite");
+  for (int32_t i = 0; i < query.num_likely_rows; ++i) {
+    const int32_t row = query.likely_rows[i], before = i > 0 ? query.likely_rows[i - 1] : -1;
+    if (row <= before)
+      throw Error("likely_rows must ascend from 0: " + std::to_string(row) + " follows " + std::to_string(before));
+  }
   check_stride("q_head_stride", query.q_head_stride, kv.head_dim);
   check_stride("out_head_stride", query.out_head_stride, kv.v_head_dim);
   check_strides(kv);

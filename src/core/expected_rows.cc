@@ -1,15 +1,17 @@
 #include "core/expected_rows.h"
 
 #include <algorithm>
-#include <iterator>
 
 namespace tactic {
 
-void expected_rows(const IndexState& index, int32_t head, const RowFilter& filter, std::vector<int32_t>& out) {
+void expected_rows(const IndexState& index, int32_t head, const RowFilter& filter, std::span<const int32_t> likely,
+                   std::vector<int32_t>& out) {
   const Calibration& known = index.calibration[static_cast<size_t>(head)];
-  out.clear();
-  std::set_union(known.expected.begin(), known.expected.end(), known.heavy.begin(), known.heavy.end(),
-                 std::back_inserter(out));
+  out.assign(likely.begin(), likely.end());
+  out.insert(out.end(), known.expected.begin(), known.expected.end());
+  out.insert(out.end(), known.heavy.begin(), known.heavy.end());
+  std::sort(out.begin(), out.end());
+  out.erase(std::unique(out.begin(), out.end()), out.end());
   size_t kept = 0;
   auto segment = index.segments.begin();
   for (const int32_t row : out) {

@@ -5,14 +5,16 @@
 // so that nothing is biased (docs/method.md, followers).
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "core/steps.h"
 
 namespace tactic {
 
-/// Those rows that the query reads through the index and that stand in a cluster, ascending.
-void expected_rows(const IndexState& index, int32_t head, const RowFilter& filter, std::vector<int32_t>& out);
+/// Those rows, and the query's `likely` ones, that it reads through the index and that stand in a cluster, ascending.
+void expected_rows(const IndexState& index, int32_t head, const RowFilter& filter, std::span<const int32_t> likely,
+                   std::vector<int32_t>& out);
 
 /// Takes `rows` (ascending) out of the selection.
 void leave_out(const std::vector<int32_t>& rows, HeadSelection& selection);

@@ -60,7 +60,8 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
       if (task.filter.reads_indexed(row)) task.exact.tokens.push_back(static_cast<int32_t>(row));
     }
   }
-  expected_rows(index, head, task.filter, task.expected);
+  expected_rows(index, head, task.filter, {query.likely_rows, static_cast<size_t>(query.num_likely_rows)},
+                task.expected);
   task.exact.tokens.insert(task.exact.tokens.end(), task.expected.begin(), task.expected.end());
   task.exact.reserve_scores(task.group_size);
   const auto clusters = static_cast<size_t>(index.total_clusters());

@@ -92,7 +92,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   const int32_t group_size = query.num_q_heads / kv.num_kv_heads, dim = kv.head_dim;
   HeadSelection all = rows_read_anyway(index, head, filter), selection;
   std::vector<int32_t> expected;
-  expected_rows(index, head, filter, expected);
+  expected_rows(index, head, filter, {query.likely_rows, static_cast<size_t>(query.num_likely_rows)}, expected);
   all.tokens.insert(all.tokens.end(), expected.begin(), expected.end());
   all.log_weights.resize(all.tokens.size(), 0.0f);
   std::vector<float> q(static_cast<size_t>(group_size) * dim), q_norms2(group_size);

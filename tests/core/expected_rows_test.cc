@@ -34,9 +34,9 @@ TEST(ExpectedRows, AreThoseThatStandInClustersAndAreVisible) {
   index.segments[0].heads[1].not_finite = {7};  // row 71
   const uint64_t visible[] = {~uint64_t{0}, ~(uint64_t{1} << (90 - 64)), ~uint64_t{0}, ~uint64_t{0}};
   std::vector<int32_t> rows{1};
-  expected_rows(index, 1, {visible, 200, &index.indexed}, rows);
+  expected_rows(index, 1, {visible, 200, &index.indexed}, {}, rows);
   EXPECT_EQ(rows, (std::vector<int32_t>{70, 80})) << "3 and 300 are not indexed, 71 is in no cluster, 90 is hidden";
-  expected_rows(index, 0, {visible, 200, &index.indexed}, rows);
+  expected_rows(index, 0, {visible, 200, &index.indexed}, {}, rows);
   EXPECT_TRUE(rows.empty());
 }
 

@@ -254,6 +254,32 @@ TEST(DecodeSample, TauFactorIsALargerTau) {
   }
 }
 
+TEST(DecodeSample, LikelyRowsAreReadForCertainAndOnce) {
+  Problem problem(spec_of(2000), 2, 7, 0.3f);
+  problem.build_index();
+  const std::vector<int32_t> likely = {2, 100, 700, 701, 1990, 5000};  // a sink, a recent row, one that is not there
+  const DecodeOptions options{.tau = 30, .refine = 1, .beta = 1};
+  for (const Backend backend : {Backend::kReference, Backend::kCpu}) {
+    Selection without, with;
+    for (Selection* selection : {&without, &with}) {
+      problem.index->state().calibration.assign(2, {});
+      problem.query.selection = selection;
+      problem.query.likely_rows = likely.data();
+      problem.query.num_likely_rows = selection == &with ? static_cast<int32_t>(likely.size()) : 0;
+      problem.run(options, backend);
+    }
+    for (size_t h = 0; h < with.heads.size(); ++h) {
+      const HeadSelection &head = with.heads[h], &before = without.heads[h];
+      for (const int32_t row : likely) {
+        const auto end = head.tokens.begin() + head.num_certain;
+        EXPECT_EQ(std::count(head.tokens.begin(), end, row), row < 2000) << row;
+        EXPECT_EQ(std::count(end, head.tokens.end(), row), 0) << row;
+      }
+      EXPECT_EQ(head.num_certain, before.num_certain + 3) << "100, 700 and 701";
+    }
+  }
+}
+
 TEST_P(DecodeSelect, HeadStatsAddUpToTheSteps) {
   if (GetParam() == Select::kDense) return;
   Problem problem(spec_of(3000), 3, 7, 0.3f);

@@ -264,6 +264,28 @@ TEST_F(Graph, FirstStepsAfterAPromptReadMore) {
   EXPECT_GT(read[1], 1.1 * read[5]);
 }
 
+// Rows around earlier places of the current token, known by the first layer's values, are read for certain.
+TEST_F(Graph, RowsAroundEarlierPlacesOfTheTokenAreRead) {
+  configure(kIndexOptions + ",tau=1,refine=1");
+  int64_t certain[2];
+  for (const bool repeated : {false, true}) {
+    Layer layer(2048);
+    Rows rows(15);
+    const std::vector<float> values = rows.values(1600), other = rows.values(1);
+    std::vector<float> token(values.begin() + 1599 * kRowElements, values.end()), all = values;
+    for (int64_t place = 300; place < 1000; place += 100)  // seven
+      std::copy(token.begin(), token.end(), all.begin() + place * kRowElements);
+    if (!repeated) std::copy(other.begin(), other.end(), all.begin() + 1599 * kRowElements);
+    layer.write(0, rows.keys(1600), all);
+    std::vector<float> mask(2048, kHidden);
+    std::fill_n(mask.begin(), 1600, 0.0f);
+    take_totals();
+    layer.attend(rows.query(), mask);
+    certain[repeated] = take_totals().tokens_certain;
+  }
+  EXPECT_EQ(certain[1] - certain[0], 7 * 4 * kKvHeads) << "four rows each";
+}
+
 // State restore writes the cache behind the plug-in's back.
 double error_after_unseen_change(const std::string& mode, tactic_totals& totals) {
   forget_indexes();

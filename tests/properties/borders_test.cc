@@ -60,6 +60,12 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
     query.tau_factor = factor;
     EXPECT_THAT([&] { attention.run({&query, 1}); }, ThrowsMessage<Error>(HasSubstr("tau_factor (")));
   }
+  for (const std::vector<int32_t>& rows : {std::vector<int32_t>{-1, 5}, {3, 3}, {5, 2}}) {
+    DecodeQuery query = forgotten;
+    query.likely_rows = rows.data();
+    query.num_likely_rows = static_cast<int32_t>(rows.size());
+    EXPECT_THAT([&] { attention.run({&query, 1}); }, ThrowsMessage<Error>(HasSubstr("likely_rows must ascend")));
+  }
   forgotten.q_head_stride = 0;
   EXPECT_THAT([&] { attention.run({&forgotten, 1}); }, ThrowsMessage<Error>(HasSubstr("q_head_stride (0) must be")));
   forgotten = problem.query;

@@ -1,0 +1,165 @@
+#include "earlier_places.h"
+
+#include <ggml-cpu.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <random>
+
+#include "dtype.h"
+
+namespace tactic::plugin {
+namespace {
+
+using Rows = std::vector<int32_t>;
+
+// The rows named of these places.
+Rows around(const std::vector<int32_t>& places) {
+  Rows rows;
+  for (const int32_t place : places) {
+    for (int32_t row = place - EarlierPlaces::kBefore; row <= place + EarlierPlaces::kAfter; ++row) {
+      if (row >= 0 && (rows.empty() || row > rows.back())) rows.push_back(row);
+    }
+  }
+  return rows;
+}
+
+// A cache of one head that holds the values of a text's tokens, each rounded a little differently.
+class Text {
+ public:
+  explicit Text(int64_t cells, ggml_type type = GGML_TYPE_F16, int32_t dim = 64) : type_(type), dim_(dim) {
+    kv_.num_kv_heads = 1;
+    kv_.kv_len = cells;
+    kv_.head_dim = kv_.v_head_dim = dim;
+    const auto row = static_cast<int64_t>(ggml_row_size(type, dim));
+    data_.resize(static_cast<size_t>(row * cells));
+    kv_.v = {.data = data_.data(), .dtype = *dtype_of(type), .token_stride_bytes = row, .head_stride_bytes = row};
+    visible_.resize(static_cast<size_t>((cells + 63) / 64));
+  }
+  void set(int64_t cell, int token) {
+    std::vector<float>& values = tokens_[token];
+    while (values.size() < static_cast<size_t>(dim_)) values.push_back(normal_(random_));
+    std::vector<float> rounded = values;
+    for (float& x : rounded) x *= 1 + 0.0005f * normal_(random_);
+    char* row = data_.data() + cell * kv_.v.token_stride_bytes;
+    if (type_ == GGML_TYPE_F32) {
+      std::memcpy(row, rounded.data(), rounded.size() * 4);
+    } else {
+      ggml_quantize_chunk(type_, rounded.data(), row, 0, 1, dim_, nullptr);
+    }
+    show(cell, true);
+  }
+  void append(const std::vector<int>& tokens) {
+    for (const int token : tokens) set(size_++, token);
+  }
+  void append_others(int64_t count) {  // each like no other
+    for (int64_t i = 0; i < count; ++i) set(size_++, next_other_++);
+  }
+  void show(int64_t cell, bool shown) {
+    uint64_t& word = visible_[static_cast<size_t>(cell / 64)];
+    const uint64_t bit = uint64_t{1} << (cell % 64);
+    word = shown ? word | bit : word & ~bit;
+  }
+  Rows find() {
+    Rows rows;
+    earlier_places.find(kv_, visible_, rows);
+    return rows;
+  }
+  int32_t size() const { return static_cast<int32_t>(size_); }
+
+  EarlierPlaces earlier_places;
+
+ private:
+  ggml_type type_;
+  int32_t dim_;
+  KvView kv_;
+  std::vector<char> data_;
+  std::vector<uint64_t> visible_;
+  std::map<int, std::vector<float>> tokens_;
+  std::mt19937_64 random_{1};
+  std::normal_distribution<float> normal_;
+  int64_t size_ = 0;
+  int next_other_ = 1000;
+};
+
+TEST(EarlierPlaces, AreWhereTheTextStoodAsItStandsNow) {
+  for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
+    SCOPED_TRACE(ggml_type_name(type));
+    Text text(300, type);
+    text.append_others(70);
+    text.append({1, 2, 3, 4});
+    text.append_others(90);
+    text.append({9, 3});
+    text.append_others(40);
+    EXPECT_EQ(text.find(), Rows{});
+    text.append({1, 2, 3});
+    EXPECT_EQ(text.find(), around({72, 165}));
+    text.append({4});
+    EXPECT_EQ(text.find(), around({73}));
+  }
+}
+
+TEST(EarlierPlaces, ATokenThatStandsEverywhereSaysNothingAlone) {
+  Text text(600);
+  text.append({7, 8, 1});
+  for (size_t i = 0; i <= EarlierPlaces::kAlone; ++i) text.append_others(9), text.append({1});
+  text.append_others(5);
+  text.append({1});
+  EXPECT_EQ(text.find(), Rows{});
+  text.append_others(5);
+  text.append({8, 1});
+  EXPECT_EQ(text.find(), around({2})) << "the two before it say more";
+}
+
+TEST(EarlierPlaces, AreFewTheLongestAndTheLatest) {
+  Text text(600);
+  text.append({5, 1, 2, 3});
+  std::vector<int32_t> expected{3};
+  for (size_t i = 0; i < EarlierPlaces::kMost + 4; ++i) {
+    text.append_others(6);
+    text.append({1, 2, 3});
+    if (i >= 5) expected.push_back(text.size() - 1);
+  }
+  text.append_others(6);
+  text.append({5, 1, 2, 3});
+  EXPECT_EQ(text.find(), around(expected));
+}
+
+TEST(EarlierPlaces, HiddenCellsAreNoPlaces) {
+  Text text(200);
+  text.append({1, 2});
+  text.append_others(100);
+  text.append({1});
+  EXPECT_EQ(text.find(), around({0}));
+  text.show(0, false);
+  EXPECT_EQ(text.find(), Rows{});
+}
+
+TEST(EarlierPlaces, WrittenCellsAreLookedAtAgain) {
+  Text text(200);
+  text.append({1, 2});
+  text.append_others(100);
+  text.append({1});
+  EXPECT_EQ(text.find(), around({0}));
+  text.set(0, 3);
+  text.set(50, 1);
+  EXPECT_EQ(text.find(), around({0})) << "nobody said that it was written";
+  text.earlier_places.forget(0, 1);
+  EXPECT_EQ(text.find(), Rows{});
+  text.earlier_places.forget_all();
+  EXPECT_EQ(text.find(), around({50}));
+}
+
+TEST(EarlierPlaces, NeedEnoughValuesAndACell) {
+  Text few(100, GGML_TYPE_F16, 16), empty(100);
+  few.append({1, 2});
+  few.append_others(20);
+  few.append({1});
+  EXPECT_EQ(few.find(), Rows{}) << "so short rows tell no tokens apart";
+  EXPECT_EQ(empty.find(), Rows{});
+}
+
+}  // namespace
+}  // namespace tactic::plugin
