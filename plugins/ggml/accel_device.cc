@@ -231,7 +231,7 @@ class AccelBackend {
       if (row == 0) maintain(layer, stream, budget_of(layer, entry));
       query.index = &entry.index;
       query.tau_factor = entry.tau_factor();
-      if (options.decode.select == Select::kSample) name_likely_rows(layer, stream, bits, query);
+      if (options.decode.select == Select::kSample) name_likely_rows(layer, stream, options.places, bits, query);
     } catch (const std::exception& error) {
       log_error("layer %d is read densely: %s", layer.layer, error.what());
       layer.streams[stream]->index.clear();
@@ -245,14 +245,14 @@ class AccelBackend {
   }
 
   // The first layer finds them, for itself and for the layers after it that show the same cells.
-  void name_likely_rows(CacheLayer& layer, size_t stream, const MaskRow& bits, DecodeQuery& query) {
+  void name_likely_rows(CacheLayer& layer, size_t stream, int32_t places, const MaskRow& bits, DecodeQuery& query) {
     const auto at = static_cast<size_t>(&query - queries_.data());
     if (likely_.size() <= at) likely_.resize(at + 1);
     Likely& likely = likely_[at];
     if (layer.layer == 0) {
       likely.cells = layer.cells;
       likely.visible = bits.num_visible;
-      layer.streams[stream]->earlier_places.find(layer.stream_view(stream), bits.visible, likely.rows);
+      layer.streams[stream]->earlier_places.find(layer.stream_view(stream), bits.visible, places, likely.rows);
     }
     if (likely.cells != layer.cells || likely.visible != bits.num_visible) return;
     query.likely_rows = likely.rows.data();

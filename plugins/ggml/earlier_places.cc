@@ -48,9 +48,10 @@ uint64_t EarlierPlaces::signature(const KvView& kv, int64_t cell) {
   return signature;
 }
 
-void EarlierPlaces::find(const KvView& kv, const std::vector<uint64_t>& visible, std::vector<int32_t>& rows) {
+void EarlierPlaces::find(const KvView& kv, const std::vector<uint64_t>& visible, int32_t most,
+                         std::vector<int32_t>& rows) {
   rows.clear();
-  if (kv.v_head_dim < kFewestBits) return;
+  if (most < 1 || kv.v_head_dim < kFewestBits) return;
   signatures_.resize(static_cast<size_t>(kv.kv_len));
   known_.resize(static_cast<size_t>((kv.kv_len + 63) / 64));
   size_t last = std::min(visible.size(), known_.size());
@@ -74,7 +75,7 @@ void EarlierPlaces::find(const KvView& kv, const std::vector<uint64_t>& visible,
     }
   }
   if (alone > kAlone) std::erase_if(places, [](const auto& place) { return place.first == 1; });
-  const size_t kept = std::min(places.size(), kMost);
+  const size_t kept = std::min(places.size(), static_cast<size_t>(most));
   std::partial_sort(places.begin(), places.begin() + static_cast<std::ptrdiff_t>(kept), places.end(), std::greater<>());
   for (size_t i = 0; i < kept; ++i) {
     for (int32_t row = std::max(0, places[i].second - kBefore); row <= places[i].second + kAfter; ++row)

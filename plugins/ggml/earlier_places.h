@@ -13,7 +13,6 @@ namespace tactic::plugin {
 /// Knows the tokens of one stream of the first layer's cache by signatures of their values.
 class EarlierPlaces {
  public:
-  static constexpr size_t kMost = 8;    // places
   static constexpr size_t kAlone = 16;  // places of the current token alone, of which more say nothing
   static constexpr int kBefore = 1;     // rows named of each, besides its own
   static constexpr int kAfter = 2;      // measured: docs/method.md, earlier places
@@ -25,9 +24,9 @@ class EarlierPlaces {
   void forget_all() { known_.clear(); }
 
   /// The rows around those visible cells before the newest one where the text up to them ends as it does now,
-  /// ascending: of those with the longest common end, the latest first. `kv`: the first layer's cache. `visible`: bits
-  /// of cells.
-  void find(const KvView& kv, const std::vector<uint64_t>& visible, std::vector<int32_t>& rows);
+  /// ascending: of the `most` with the longest common end, and of those the latest. `kv`: the first layer's cache.
+  /// `visible`: bits of cells.
+  void find(const KvView& kv, const std::vector<uint64_t>& visible, int32_t most, std::vector<int32_t>& rows);
 
  private:
   uint64_t signature(const KvView& kv, int64_t cell);

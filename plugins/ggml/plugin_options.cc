@@ -100,6 +100,7 @@ const std::vector<std::pair<const char*, Setter>>& setters() {
        }},
       {"min_context", [](O& o, S k, S v) { o.min_context = in_range<int32_t>(k, v, 0, 1 << 30); }},
       {"max_rows", [](O& o, S k, S v) { o.max_rows = in_range<int32_t>(k, v, 1, 64); }},
+      {"places", [](O& o, S k, S v) { o.places = in_range<int32_t>(k, v, 0, 64); }},
       {"accept",
        [](O& o, S k, S v) {
          if (v != "any") fail(k, v, "any");

@@ -62,9 +62,9 @@ class Text {
     const uint64_t bit = uint64_t{1} << (cell % 64);
     word = shown ? word | bit : word & ~bit;
   }
-  Rows find() {
+  Rows find(int32_t most = 8) {
     Rows rows;
-    earlier_places.find(kv_, visible_, rows);
+    earlier_places.find(kv_, visible_, most, rows);
     return rows;
   }
   int32_t size() const { return static_cast<int32_t>(size_); }
@@ -117,7 +117,7 @@ TEST(EarlierPlaces, AreFewTheLongestAndTheLatest) {
   Text text(600);
   text.append({5, 1, 2, 3});
   std::vector<int32_t> expected{3};
-  for (size_t i = 0; i < EarlierPlaces::kMost + 4; ++i) {
+  for (int i = 0; i < 12; ++i) {
     text.append_others(6);
     text.append({1, 2, 3});
     if (i >= 5) expected.push_back(text.size() - 1);
@@ -125,6 +125,8 @@ TEST(EarlierPlaces, AreFewTheLongestAndTheLatest) {
   text.append_others(6);
   text.append({5, 1, 2, 3});
   EXPECT_EQ(text.find(), around(expected));
+  EXPECT_EQ(text.find(1), around({3}));
+  EXPECT_EQ(text.find(0), Rows{});
 }
 
 TEST(EarlierPlaces, HiddenCellsAreNoPlaces) {

@@ -52,7 +52,7 @@ TEST(PluginOptions, SingleKeysOverrideThePresetWhereverItStands) {
 TEST(PluginOptions, KeysReachTheirFields) {
   const PluginOptions o = parse_options(
       "select=fit,mass=0.8,budget=99,check=0,seed=7,sinks=5,segment=512,provisional=64,clustering=whole,"
-      "min_context=0,max_rows=3,accept=any,inspect=1,fault=mask,fault=verify");
+      "min_context=0,max_rows=3,places=5,accept=any,inspect=1,fault=mask,fault=verify");
   EXPECT_EQ(o.decode.select, Select::kFit);
   EXPECT_EQ(o.decode.target_mass, 0.8f);
   EXPECT_EQ(o.decode.budget, 99);
@@ -65,6 +65,7 @@ TEST(PluginOptions, KeysReachTheirFields) {
   EXPECT_EQ(o.index.clustering, Clustering::kWhole);
   EXPECT_EQ(o.min_context, 0);
   EXPECT_EQ(o.max_rows, 3);
+  EXPECT_EQ(o.places, 5);
   EXPECT_TRUE(o.accept_any);
   EXPECT_TRUE(o.inspect);
   EXPECT_TRUE(o.faults.ignore_mask);
@@ -119,9 +120,10 @@ TEST(PluginOptions, JunkIsNoNumber) {
 }
 
 TEST(PluginOptions, OutOfRangeIsRefused) {
-  for (const char* text : {"max_rows=0", "max_rows=65", "min_context=-1", "error=-0.1", "error=0", "mass=-0.1",
-                           "mass=1.1", "budget=-1", "sinks=-1", "segment=0", "provisional=0", "provisional=100",
-                           "cluster=0", "iterations=-1", "outliers=-0.1", "outliers=1.5", "beta=-1", "tau=-1"}) {
+  for (const char* text : {"max_rows=0",    "max_rows=65",   "places=-1",     "places=65",       "min_context=-1",
+                           "error=-0.1",    "error=0",       "mass=-0.1",     "mass=1.1",        "budget=-1",
+                           "sinks=-1",      "segment=0",     "provisional=0", "provisional=100", "cluster=0",
+                           "iterations=-1", "outliers=-0.1", "outliers=1.5",  "beta=-1",         "tau=-1"}) {
     EXPECT_NE(refusal(text), "") << text;
   }
   EXPECT_THAT(refusal("max_rows=65"), AllOf(HasSubstr("max_rows=65"), HasSubstr("1..64")));
