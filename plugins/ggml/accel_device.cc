@@ -252,7 +252,8 @@ class AccelBackend {
     if (layer.layer == 0) {
       likely.cells = layer.cells;
       likely.visible = bits.num_visible;
-      layer.streams[stream]->earlier_places.find(layer.stream_view(stream), bits.visible, places, likely.rows);
+      StreamIndex& entry = *layer.streams[stream];
+      entry.earlier_places.find(layer.stream_view(stream), bits.visible, entry.written, places, likely.rows);
     }
     if (likely.cells != layer.cells || likely.visible != bits.num_visible) return;
     query.likely_rows = likely.rows.data();

@@ -139,6 +139,8 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
   }
   if (layer == nullptr) return nullptr;
   const ggml_tensor* cells = node->src[1];
+  const bool values = cache->data == layer->v_cache;
+  for (size_t s = 0; values && s < layer->streams.size(); ++s) layer->streams[s]->written.clear();
   int64_t run_begin = -1, run_end = -1;  // cells mostly come in order
   const auto flush = [&] {
     if (run_begin < 0) return;
@@ -148,6 +150,8 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
       const int64_t end = std::min(first + run_end - run_begin, layer->cells);
       entry.index.write(first, end - first);
       entry.earlier_places.forget(first, end - first);
+      for (int64_t row = first; values && row < end; ++row) entry.written.push_back(static_cast<int32_t>(row));
+      entry.written_since_step += values ? end - first : 0;
       entry.known.resize(std::max(entry.known.size(), static_cast<size_t>(end + 63) / 64));
       for (int64_t row = first; row < end; ++row)
         entry.known[static_cast<size_t>(row / 64)] |= uint64_t{1} << (row % 64);
@@ -203,12 +207,14 @@ bool returned_changed(StreamIndex& entry, const KvView& kv, const std::vector<ui
 
 void StreamIndex::begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows) {
   constexpr int64_t kMaxStep = 64;  // more rows than a decode step ever has
-  if (num_now < num_visible || num_now > num_visible + kMaxStep) {
+  const int32_t before = std::exchange(newest, written.empty() ? -1 : written.back());
+  const bool again = newest == before && now_visible == visible;  // the newest row was taken back and came again
+  if (num_now < num_visible || num_now > num_visible + kMaxStep || again) {
     index.forget_learned();
     steps = 0;
   }
-  if (steps == 0 || num_now > num_visible + max_rows) steps_since_prompt = 0;
-  if (steps == 0) earlier_places.forget_all();  // cells may have changed unseen
+  if (steps == 0 || written_since_step > max_rows) steps_since_prompt = 0;
+  written_since_step = 0;
   if (num_now < num_visible) {
     const auto word = [](const std::vector<uint64_t>& bits, size_t w) { return w < bits.size() ? bits[w] : 0; };
     int64_t others = 0;  // cells that were not shown before: many of them are of another sequence
@@ -250,6 +256,7 @@ void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector
     generation = generation_;
     if (changed) entry.verified = generation;
   }
+  if (first && (entry.steps == 1 || changed || entry.verified != generation)) entry.earlier_places.forget_all();
   if (entry.verified != generation) {
     if (had_rows && !faults.skip_verify) entry.index.verify(layer.stream_view(stream));
     entry.verified = generation;

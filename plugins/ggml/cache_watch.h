@@ -28,9 +28,12 @@ struct StreamIndex {
   std::vector<uint64_t> known, known_before;
   std::vector<uint64_t> visible;    // cells of the last step's first row
   int64_t num_visible = 0;          // of those
+  std::vector<int32_t> written;     // cells of the last write, in its order
+  int64_t written_since_step = 0;   // rows
+  int32_t newest = -1;              // the last step's last written cell
   uint64_t steps = 0;               // since the last passage began
+  uint64_t steps_since_prompt = 0;  // since more rows were written than a decode step has, or rows were taken back
   EarlierPlaces earlier_places;     // of the first layer
-  uint64_t steps_since_prompt = 0;  // of those, since more rows than a decode step has came in between
   /// The cells that a step's first row shows. Where they do not go on from the step before, a prompt came in between or
   /// rows were taken back: what was learned is forgotten and rows that were taken back leave the index, so that a
   /// request that is asked again reads the same rows again. `max_rows`: a decode step has no more.

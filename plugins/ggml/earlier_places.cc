@@ -16,6 +16,20 @@ constexpr int64_t kBits = 64, kFewestBits = 32;
 
 bool same_token(uint64_t a, uint64_t b) { return std::popcount(a ^ b) <= EarlierPlaces::kDifferent; }
 
+// Visible cells around one; -1: none.
+int64_t visible_before(const std::vector<uint64_t>& visible, int64_t cell) {
+  auto w = static_cast<size_t>(cell / 64);
+  uint64_t word = visible[w] & ((uint64_t{1} << (cell % 64)) - 1);
+  while (word == 0 && w > 0) word = visible[--w];
+  return word == 0 ? -1 : static_cast<int64_t>(w) * 64 + 63 - std::countl_zero(word);
+}
+int64_t visible_after(const std::vector<uint64_t>& visible, int64_t cell) {
+  auto w = static_cast<size_t>(cell / 64);
+  uint64_t word = visible[w] & (~uint64_t{1} << (cell % 64));
+  while (word == 0 && w + 1 < visible.size()) word = visible[++w];
+  return word == 0 ? -1 : static_cast<int64_t>(w) * 64 + std::countr_zero(word);
+}
+
 }  // namespace
 
 void EarlierPlaces::forget(int64_t begin, int64_t count) {
@@ -31,7 +45,6 @@ uint64_t EarlierPlaces::signature(const KvView& kv, int64_t cell) {
   const uint64_t bit = uint64_t{1} << (cell % 64);
   uint64_t& signature = signatures_[static_cast<size_t>(cell)];
   if ((known_[word] & bit) != 0) return signature;
-  known_[word] |= bit;
   const int64_t count = std::min<int64_t>(kBits, kv.v_head_dim);
   const std::byte* row = kv.v.row(0, cell);
   values_.resize(static_cast<size_t>(count));
@@ -45,31 +58,37 @@ uint64_t EarlierPlaces::signature(const KvView& kv, int64_t cell) {
     const float next = values_[static_cast<size_t>((i + 1) % count)];
     signature |= static_cast<uint64_t>(values_[static_cast<size_t>(i)] > next) << i;
   }
+  known_[word] |= bit;
   return signature;
 }
 
-void EarlierPlaces::find(const KvView& kv, const std::vector<uint64_t>& visible, int32_t most,
-                         std::vector<int32_t>& rows) {
+void EarlierPlaces::find(const KvView& kv, const std::vector<uint64_t>& visible, const std::vector<int32_t>& written,
+                         int32_t most, std::vector<int32_t>& rows) {
   rows.clear();
-  if (most < 1 || kv.v_head_dim < kFewestBits) return;
-  signatures_.resize(static_cast<size_t>(kv.kv_len));
-  known_.resize(static_cast<size_t>((kv.kv_len + 63) / 64));
-  size_t last = std::min(visible.size(), known_.size());
-  while (last > 0 && visible[last - 1] == 0) --last;
-  if (last == 0) return;
-  const int64_t now = static_cast<int64_t>(last) * 64 - 1 - std::countl_zero(visible[last - 1]);
-  if (now >= kv.kv_len) return;
+  if (most < 1 || kv.v_head_dim < kFewestBits || visible.empty()) return;
+  const auto cells = static_cast<int64_t>(visible.size()) * 64;
+  signatures_.resize(static_cast<size_t>(cells));
+  known_.resize(visible.size());
+  const auto shown = [&](int64_t cell) {
+    return cell < cells && ((visible[static_cast<size_t>(cell / 64)] >> (cell % 64)) & 1) != 0;
+  };
+  const auto newest = std::find_if(written.rbegin(), written.rend(), shown);
+  const int64_t now = newest != written.rend() ? *newest
+                      : shown(cells - 1)       ? cells - 1
+                                               : visible_before(visible, cells - 1);
+  if (now < 0) return;
   const uint64_t current = signature(kv, now);
   std::vector<std::pair<int, int32_t>> places;  // length of the common end, cell
   size_t alone = 0;
-  for (size_t w = 0; w < last; ++w) {
+  for (size_t w = 0; w < visible.size(); ++w) {
     for (uint64_t bits = visible[w]; bits != 0; bits &= bits - 1) {
       const int64_t cell = static_cast<int64_t>(w) * 64 + std::countr_zero(bits);
-      if (cell >= now || !same_token(signature(kv, cell), current)) continue;
+      if (cell == now || !same_token(signature(kv, cell), current)) continue;
       int length = 1;
-      while (length < kLongest && cell >= length &&
-             same_token(signature(kv, cell - length), signature(kv, now - length)))
-        ++length;
+      for (int64_t a = cell, b = now; length < kLongest; ++length) {
+        a = visible_before(visible, a), b = visible_before(visible, b);
+        if (a < 0 || b < 0 || !same_token(signature(kv, a), signature(kv, b))) break;
+      }
       places.emplace_back(length, static_cast<int32_t>(cell));
       alone += length == 1;
     }
@@ -78,8 +97,13 @@ void EarlierPlaces::find(const KvView& kv, const std::vector<uint64_t>& visible,
   const size_t kept = std::min(places.size(), static_cast<size_t>(most));
   std::partial_sort(places.begin(), places.begin() + static_cast<std::ptrdiff_t>(kept), places.end(), std::greater<>());
   for (size_t i = 0; i < kept; ++i) {
-    for (int32_t row = std::max(0, places[i].second - kBefore); row <= places[i].second + kAfter; ++row)
-      rows.push_back(row);
+    int64_t row = places[i].second;
+    for (int k = 0; k < kBefore && visible_before(visible, row) >= 0; ++k) row = visible_before(visible, row);
+    const int64_t last = places[i].second;
+    for (int after = 0; row >= 0 && after <= kAfter; row = visible_after(visible, row)) {
+      rows.push_back(static_cast<int32_t>(row));
+      after += row >= last;
+    }
   }
   std::sort(rows.begin(), rows.end());
   rows.erase(std::unique(rows.begin(), rows.end()), rows.end());

@@ -23,10 +23,12 @@ class EarlierPlaces {
   void forget(int64_t begin, int64_t count);
   void forget_all() { known_.clear(); }
 
-  /// The rows around those visible cells before the newest one where the text up to them ends as it does now,
-  /// ascending: of the `most` with the longest common end, and of those the latest. `kv`: the first layer's cache.
-  /// `visible`: bits of cells.
-  void find(const KvView& kv, const std::vector<uint64_t>& visible, int32_t most, std::vector<int32_t>& rows);
+  /// The rows around those visible cells where the text up to them ends as it does at the newest one, ascending: of the
+  /// `most` with the longest common end, and of those the last. Text goes from visible cell to visible cell. `kv`: the
+  /// first layer's cache. `visible`: bits of cells. `written`: cells of the last write; the newest cell is the last of
+  /// them that is visible, or else the last visible one.
+  void find(const KvView& kv, const std::vector<uint64_t>& visible, const std::vector<int32_t>& written, int32_t most,
+            std::vector<int32_t>& rows);
 
  private:
   uint64_t signature(const KvView& kv, int64_t cell);

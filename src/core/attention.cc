@@ -29,8 +29,10 @@ void check_query(const DecodeQuery& query) {
     if (query.num_q_heads > 1 && stride < dim)
       throw Error(std::string(name) + " (" + std::to_string(stride) + ") must be at least " + std::to_string(dim));
   };
-  if (!(query.tau_factor > 0) || !std::isfinite(query.tau_factor))
-    throw Error("tau_factor (" + std::to_string(query.tau_factor) + ") must be positive and finite");
+  if (!(query.tau_factor > 0 && query.tau_factor <= 1e6f))
+    throw Error("tau_factor (" + std::to_string(query.tau_factor) + ") must be in (0, 1e6]");
+  if (query.num_likely_rows < 0 || (query.num_likely_rows > 0 && query.likely_rows == nullptr))
+    throw Error("num_likely_rows (" + std::to_string(query.num_likely_rows) + ") must be the number of likely_rows");
   for (int32_t i = 0; i < query.num_likely_rows; ++i) {
     const int32_t row = query.likely_rows[i], before = i > 0 ? query.likely_rows[i - 1] : -1;
     if (row <= before)

@@ -64,12 +64,13 @@ class Text {
   }
   Rows find(int32_t most = 8) {
     Rows rows;
-    earlier_places.find(kv_, visible_, most, rows);
+    earlier_places.find(kv_, visible_, written, most, rows);
     return rows;
   }
   int32_t size() const { return static_cast<int32_t>(size_); }
 
   EarlierPlaces earlier_places;
+  std::vector<int32_t> written;
 
  private:
   ggml_type type_;
@@ -137,6 +138,38 @@ TEST(EarlierPlaces, HiddenCellsAreNoPlaces) {
   EXPECT_EQ(text.find(), around({0}));
   text.show(0, false);
   EXPECT_EQ(text.find(), Rows{});
+}
+
+TEST(EarlierPlaces, TheNewestCellIsTheOneWrittenLast) {
+  Text text(300);
+  text.append_others(20);
+  text.append({1, 2, 3});
+  text.append_others(77);
+  for (int64_t cell = 40; cell < 60; ++cell) text.show(cell, false);
+  text.set(40, 1);  // into a hole
+  text.set(41, 2);
+  EXPECT_EQ(text.find(), Rows{}) << "the last visible one is like no other";
+  text.written = {40, 41};
+  EXPECT_EQ(text.find(), around({21}));
+  text.written = {41, 45};  // 45 is hidden
+  EXPECT_EQ(text.find(), around({21}));
+}
+
+TEST(EarlierPlaces, TextGoesFromVisibleCellToVisibleCell) {
+  Text text(400);
+  for (size_t i = 0; i <= EarlierPlaces::kAlone; ++i) text.append_others(3), text.append({3});
+  text.append({1});
+  const int32_t place = text.size() + 1;
+  for (const int token : {2, 3, 4}) {  // of two sequences in turn
+    text.append_others(1);
+    text.show(text.size() - 1, false);
+    text.append({token});
+  }
+  text.append_others(30);
+  text.append({1, 2});
+  EXPECT_EQ(text.find(), (Rows{place - 2, place, place + 2, place + 4}));
+  text.append({3});
+  EXPECT_EQ(text.find(), (Rows{place, place + 2, place + 4, place + 5}));
 }
 
 TEST(EarlierPlaces, WrittenCellsAreLookedAtAgain) {

@@ -55,7 +55,7 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
   kv.v.head_stride_bytes = 0;
   expect_error(kv, "V head_stride_bytes (0) must be at least a row's");
   DecodeQuery forgotten = problem.query;
-  for (const float factor : {0.0f, -1.0f, NAN, HUGE_VALF}) {
+  for (const float factor : {0.0f, -1.0f, 2e6f, NAN, HUGE_VALF}) {
     DecodeQuery query = forgotten;
     query.tau_factor = factor;
     EXPECT_THAT([&] { attention.run({&query, 1}); }, ThrowsMessage<Error>(HasSubstr("tau_factor (")));
@@ -65,6 +65,11 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
     query.likely_rows = rows.data();
     query.num_likely_rows = static_cast<int32_t>(rows.size());
     EXPECT_THAT([&] { attention.run({&query, 1}); }, ThrowsMessage<Error>(HasSubstr("likely_rows must ascend")));
+  }
+  for (const int32_t count : {-1, 3}) {
+    DecodeQuery query = forgotten;
+    query.num_likely_rows = count;
+    EXPECT_THAT([&] { attention.run({&query, 1}); }, ThrowsMessage<Error>(HasSubstr("num_likely_rows (")));
   }
   forgotten.q_head_stride = 0;
   EXPECT_THAT([&] { attention.run({&forgotten, 1}); }, ThrowsMessage<Error>(HasSubstr("q_head_stride (0) must be")));
