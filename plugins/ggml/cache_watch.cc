@@ -230,8 +230,8 @@ void StreamIndex::begin_step(const std::vector<uint64_t>& now_visible, int64_t n
   ++steps_since_prompt;
 }
 
-// The first tokens of an answer decide how it goes on, and nothing is known yet of how the heads read: four times the
-// rows per weight at the first step, and soon hardly more than usual (docs/method.md, first steps).
+// The first tokens of an answer decide how it goes on, and nothing is known yet of how the heads read: four times tau
+// at the first step, 1.2 times at the fourth (docs/method.md, first steps).
 float StreamIndex::tau_factor() const {
   const auto n = static_cast<float>(std::max<uint64_t>(steps_since_prompt, 1));
   return 1 + 3 / (n * n);

@@ -2,32 +2,31 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 
 #include "ggml.h"
 #include "tactic/kv_view.h"
 
 namespace tactic::plugin {
 
+inline constexpr std::pair<ggml_type, DType> kCacheTypes[] = {{GGML_TYPE_F32, DType::kF32},
+                                                              {GGML_TYPE_F16, DType::kF16},
+                                                              {GGML_TYPE_BF16, DType::kBF16},
+                                                              {GGML_TYPE_Q8_0, DType::kQ8_0},
+                                                              {GGML_TYPE_Q4_0, DType::kQ4_0}};
+
 /// nullopt: another type.
 inline std::optional<DType> dtype_of(ggml_type type) {
-  switch (type) {
-    case GGML_TYPE_F32: return DType::kF32;
-    case GGML_TYPE_F16: return DType::kF16;
-    case GGML_TYPE_BF16: return DType::kBF16;
-    case GGML_TYPE_Q8_0: return DType::kQ8_0;
-    case GGML_TYPE_Q4_0: return DType::kQ4_0;
-    default: return std::nullopt;
+  for (const auto& [ours, dtype] : kCacheTypes) {
+    if (ours == type) return dtype;
   }
+  return std::nullopt;
 }
 
+/// GGML_TYPE_COUNT: ggml has none such.
 inline ggml_type ggml_type_of(DType dtype) {
-  switch (dtype) {
-    case DType::kF32: return GGML_TYPE_F32;
-    case DType::kF16: return GGML_TYPE_F16;
-    case DType::kBF16: return GGML_TYPE_BF16;
-    case DType::kQ8_0: return GGML_TYPE_Q8_0;
-    case DType::kQ4_0: return GGML_TYPE_Q4_0;
-    case DType::kF8E4M3: break;  // ggml has none
+  for (const auto& [type, ours] : kCacheTypes) {
+    if (ours == dtype) return type;
   }
   return GGML_TYPE_COUNT;
 }

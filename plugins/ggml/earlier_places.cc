@@ -97,13 +97,13 @@ void EarlierPlaces::find(const KvView& kv, const std::vector<uint64_t>& visible,
   const size_t kept = std::min(places.size(), static_cast<size_t>(most));
   std::partial_sort(places.begin(), places.begin() + static_cast<std::ptrdiff_t>(kept), places.end(), std::greater<>());
   for (size_t i = 0; i < kept; ++i) {
-    int64_t row = places[i].second;
-    for (int k = 0; k < kBefore && visible_before(visible, row) >= 0; ++k) row = visible_before(visible, row);
-    const int64_t last = places[i].second;
-    for (int after = 0; row >= 0 && after <= kAfter; row = visible_after(visible, row)) {
-      rows.push_back(static_cast<int32_t>(row));
-      after += row >= last;
-    }
+    rows.push_back(places[i].second);
+    const auto name = [&](int count, auto next) {
+      for (int64_t row = next(visible, places[i].second); row >= 0 && count > 0; row = next(visible, row), --count)
+        rows.push_back(static_cast<int32_t>(row));
+    };
+    name(kBefore, visible_before);
+    name(kAfter, visible_after);
   }
   std::sort(rows.begin(), rows.end());
   rows.erase(std::unique(rows.begin(), rows.end()), rows.end());

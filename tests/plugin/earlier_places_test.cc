@@ -130,12 +130,18 @@ TEST(EarlierPlaces, AreFewTheLongestAndTheLatest) {
   EXPECT_EQ(text.find(0), Rows{});
 }
 
-TEST(EarlierPlaces, HiddenCellsAreNoPlaces) {
+// Its last token stood in cell 0 before.
+Text repeated() {
   Text text(200);
   text.append({1, 2});
   text.append_others(100);
   text.append({1});
   EXPECT_EQ(text.find(), around({0}));
+  return text;
+}
+
+TEST(EarlierPlaces, HiddenCellsAreNoPlaces) {
+  Text text = repeated();
   text.show(0, false);
   EXPECT_EQ(text.find(), Rows{});
 }
@@ -173,11 +179,7 @@ TEST(EarlierPlaces, TextGoesFromVisibleCellToVisibleCell) {
 }
 
 TEST(EarlierPlaces, WrittenCellsAreLookedAtAgain) {
-  Text text(200);
-  text.append({1, 2});
-  text.append_others(100);
-  text.append({1});
-  EXPECT_EQ(text.find(), around({0}));
+  Text text = repeated();
   text.set(0, 3);
   text.set(50, 1);
   EXPECT_EQ(text.find(), around({0})) << "nobody said that it was written";

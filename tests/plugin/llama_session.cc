@@ -270,8 +270,8 @@ namespace {
 void expect_scenario(const Scenario& scenario, const Outcome& exact, const Outcome& sparse) {
   const Bound& bound = scenario.bound;
   expect_close(scenario.name, exact, sparse, bound);
-  for (const std::string& fault :
-       scenario.faults) {  // rows of earlier places are often those that a stale index misses
+  // Rows of earlier places are often those that a stale index misses.
+  for (const std::string& fault : scenario.faults) {
     const Divergence kl_fault = divergence(exact, run(kSparse + ",places=0," + fault, scenario.options, scenario.play));
     std::printf("  %-34s KL mean %.5f max %.4f\n", ("  with " + fault).c_str(), kl_fault.mean, kl_fault.max);
     EXPECT_TRUE(kl_fault.mean > bound.mean || kl_fault.max > bound.max)
