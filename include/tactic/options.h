@@ -41,8 +41,8 @@ struct IndexOptions {
 struct DecodeOptions {
   Select select = Select::kSample;
   float target_error =
-      0.02f;  // kSample: relative standard error of the attention mass of a head whose rows all weigh alike; heads with
-              // few heavy rows err less. tau = 1 / target_error^2, adjusted by what earlier steps measured
+      0.022f;  // kSample: relative standard error of the attention mass of a head whose rows all weigh alike; heads
+               // with few heavy rows err less. tau = 1 / target_error^2, adjusted by what earlier steps measured
   float tau = 0.0f;  // kSample: rows that one unit of weight is worth, in place of target_error; a head whose rows all
                      // weigh alike reads tau of them, others fewer or somewhat more; 0: from target_error
   float refine =

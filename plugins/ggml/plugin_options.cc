@@ -25,10 +25,10 @@ struct Preset {
 
 // Error targets; what KL they mean is measured in docs/results.md.
 constexpr Preset kPresets[] = {
-    {"exact", Select::kDense, 0.02f},
-    {"high", Select::kSample, 0.02f},
-    {"balanced", Select::kSample, 0.04f},
-    {"fast", Select::kSample, 0.065f},
+    {"exact", Select::kDense, 0.022f},
+    {"high", Select::kSample, 0.022f},
+    {"balanced", Select::kSample, 0.044f},
+    {"fast", Select::kSample, 0.07f},
 };
 
 [[noreturn]] void fail(std::string_view key, std::string_view value, const std::string& allowed) {

@@ -49,7 +49,16 @@ struct SelectParams {
   float beta = 0;                       // weight of the spread term in the estimate of a cluster's mean weight
   float variance_ratio = 1;             // measured over predicted variance, learned from earlier steps
   float tau_factor = 1;                 // as in DecodeQuery
+  const float* sinks = nullptr;         // [group_size] the sinks' part of exact's sums; nullptr: none
 };
+
+/// Rows at the front that count as sinks when a head's share beside them is taken.
+inline constexpr int32_t kCountedSinks = 16;
+
+/// What a head's inclusion probabilities are multiplied by, given the share of its weights that sinks have: their
+/// values are next to nothing, so that the output is as small as the rest of the weights, and an error that is small
+/// beside all of them may be large beside it (docs/method.md, sinks).
+inline float sink_factor(float sink_share) { return 1 / std::sqrt(std::max(1 - sink_share, 1.0f / 256)); }
 
 /// Output of select_sample before rows are drawn.
 struct Inclusion {

@@ -9,7 +9,7 @@
 #define TACTIC_CPU_TAIL_SUMS_
 namespace tactic::cpu {
 struct TailSums {
-  double first = 0, second = 0;  // sum of size * u and of size * u^2 over clusters with tau * u < 1
+  double first = 0, second = 0;  // sum of size * w^2 / u and of size * w^2 over clusters with tau * u < 1
 };
 }  // namespace tactic::cpu
 #endif
@@ -37,9 +37,10 @@ HWY_INLINE V growth(Tag df, V s2, V cap2) {
   return hn::IfThenElse(hn::Le(s2, cap2), hn::Mul(hn::Set(df, 0.5f), s2), linear);
 }
 
-// u[c]: root mean square over the heads of the normalized weight of a member of cluster c.
+// w2[c]: mean over the heads of the squared normalized weight of a member of cluster c; u[c]: the root of that mean
+// with each head's weights times its sink_factor.
 bool rms_weights(const ClusterScores& scores, const SelectParams& params, float* cap2, float* means, float* rms,
-                 float* u, float* log_totals) {
+                 float* u, float* w2, float* log_totals) {
   const Tag df;
   const size_t lanes = hn::Lanes(df);
   const auto n = static_cast<size_t>(scores.num_clusters);
@@ -47,6 +48,7 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
     const V size = hn::LoadU(df, scores.sizes.data() + c);
     hn::StoreU(hn::Mul(hn::Set(df, 2.0f), hn::Log(df, hn::Max(size, hn::Set(df, 2.0f)))), df, cap2 + c);
     hn::StoreU(hn::Zero(df), df, u + c);
+    hn::StoreU(hn::Zero(df), df, w2 + c);
   }
   const V beta = hn::Set(df, params.beta);
   for (int32_t g = 0; g < params.group_size; ++g) {
@@ -79,9 +81,11 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
     const float total =
         hn::GetLane(hn::SumOfLanes(df, sums)) + params.exact[g].sum * std::exp(params.exact[g].max - max);
     log_totals[g] = max + std::log(total);
-    const V scale = hn::Set(df, 1.0f / total);
+    const float share = params.sinks == nullptr ? 0.0f : params.sinks[g] * std::exp(params.exact[g].max - max) / total;
+    const V scale = hn::Set(df, 1.0f / total), factor = hn::Set(df, sink_factor(share));
     for (size_t c = 0; c < n; c += lanes) {
-      const V r = hn::Mul(hn::LoadU(df, rms + c), scale);
+      const V w = hn::Mul(hn::LoadU(df, rms + c), scale), r = hn::Mul(w, factor);
+      hn::StoreU(hn::MulAdd(w, w, hn::LoadU(df, w2 + c)), df, w2 + c);
       hn::StoreU(hn::MulAdd(r, r, hn::LoadU(df, u + c)), df, u + c);
     }
   }
@@ -89,20 +93,22 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
   for (size_t c = 0; c < n; c += lanes) {
     const auto used = hn::Gt(hn::LoadU(df, scores.sizes.data() + c), hn::Zero(df));
     hn::StoreU(hn::IfThenElseZero(used, hn::Sqrt(hn::Mul(hn::LoadU(df, u + c), scale))), df, u + c);
+    hn::StoreU(hn::Mul(hn::LoadU(df, w2 + c), scale), df, w2 + c);
   }
   return true;
 }
 
-TailSums tail_sums(const float* sizes, const float* u, size_t n, float tau) {
+TailSums tail_sums(const float* sizes, const float* u, const float* w2, size_t n, float tau) {
   const Tag df;
   const size_t lanes = hn::Lanes(df);
   const V limit = hn::Set(df, 1.0f / tau);
   V first = hn::Zero(df), second = hn::Zero(df);
   for (size_t c = 0; c < n; c += lanes) {
-    const V w = hn::LoadU(df, u + c);
-    const V part = hn::IfThenElseZero(hn::Lt(w, limit), hn::Mul(w, hn::LoadU(df, sizes + c)));
-    first = hn::Add(first, part);
-    second = hn::MulAdd(part, w, second);
+    const V x = hn::LoadU(df, u + c);
+    const auto drawn = hn::And(hn::Lt(x, limit), hn::Gt(x, hn::Zero(df)));
+    const V part = hn::Mul(hn::LoadU(df, w2 + c), hn::LoadU(df, sizes + c));
+    first = hn::Add(first, hn::IfThenElseZero(drawn, hn::Div(part, x)));
+    second = hn::Add(second, hn::IfThenElseZero(drawn, part));
   }
   return {hn::GetLane(hn::SumOfLanes(df, first)), hn::GetLane(hn::SumOfLanes(df, second))};
 }
@@ -139,20 +145,20 @@ HWY_EXPORT(negative_logs);
 void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options,
                    Inclusion& out) {
   const auto n = static_cast<size_t>(scores.num_clusters);
-  out.scratch.resize(4 * n);
+  out.scratch.resize(5 * n);
   out.probability.resize(n);
   out.log_totals.assign(static_cast<size_t>(params.group_size), HUGE_VALF);
-  float* u = out.scratch.data() + 3 * n;
+  float *u = out.scratch.data() + 3 * n, *w2 = u + n;
   out.tau = tau_of(options, params);
   out.predicted_variance = 0;
   if (n == 0) return;
   if (!HWY_DYNAMIC_DISPATCH(rms_weights)(scores, params, out.scratch.data(), out.scratch.data() + n,
-                                         out.scratch.data() + 2 * n, u, out.log_totals.data())) {
+                                         out.scratch.data() + 2 * n, u, w2, out.log_totals.data())) {
     std::fill(out.probability.begin(), out.probability.end(), 1.0f);
     out.tau = HUGE_VALF;
     return;
   }
-  const TailSums sums = HWY_DYNAMIC_DISPATCH(tail_sums)(scores.sizes.data(), u, n, out.tau);
+  const TailSums sums = HWY_DYNAMIC_DISPATCH(tail_sums)(scores.sizes.data(), u, w2, n, out.tau);
   out.predicted_variance = std::max(0.0, sums.first / out.tau - sums.second) * params.variance_ratio;
   HWY_DYNAMIC_DISPATCH(scale_capped)(u, n, out.tau, out.probability.data());
 }

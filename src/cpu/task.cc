@@ -71,6 +71,19 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   task.clusters.sizes.resize(clusters);
 }
 
+namespace {
+
+// The sinks' part of the exact rows' weights, by head.
+void weigh_sinks(Task& task) {
+  const int32_t end = std::min(task.query->index->state().options.sink_tokens, kCountedSinks);
+  task.sinks.assign(static_cast<size_t>(task.group_size), 0.0f);
+  for (int64_t i = 0; i < task.exact.size() && task.exact.tokens[static_cast<size_t>(i)] < end; ++i) {
+    for (int32_t g = 0; g < task.group_size; ++g) task.sinks[static_cast<size_t>(g)] += task.exact.weights_of(g)[i];
+  }
+}
+
+}  // namespace
+
 void select_rows(Task& task, const DecodeOptions& options) {
   for (int32_t g = 0; g < task.group_size; ++g) {
     SoftmaxState& state = task.exact_state[static_cast<size_t>(g)];
@@ -86,6 +99,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
   const Calibration& known = index.calibration[static_cast<size_t>(task.head)];
   switch (options.select) {
     case Select::kSample: {
+      weigh_sinks(task);
       SelectParams params;
       params.group_size = task.group_size;
       params.q_norms2 = task.q_norms2.data();
@@ -93,6 +107,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       task.beta = params.beta = options.beta > 0 ? options.beta : known.beta();
       params.variance_ratio = static_cast<float>(known.variance_ratio);
       params.tau_factor = task.query->tau_factor;
+      params.sinks = task.sinks.data();
       select_sample(task.clusters, params, options, task.inclusion);
       draw(index, task.head, task.filter, task.clusters, task.inclusion,
            random_offset(*task.query, task.head, options.seed), task.selection);

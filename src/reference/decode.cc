@@ -97,6 +97,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   all.log_weights.resize(all.tokens.size(), 0.0f);
   std::vector<float> q(static_cast<size_t>(group_size) * dim), q_norms2(group_size);
   std::vector<SoftmaxState> exact(group_size);
+  std::vector<float> sinks(group_size);
   for (int32_t g = 0; g < group_size; ++g) {
     for (int32_t d = 0; d < dim; ++d) {
       q[g * dim + d] = query.sm_scale * query.q[(head * group_size + g) * query.q_head_stride + d];
@@ -104,7 +105,13 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
     }
     double sum = 0, max = -HUGE_VAL;
     for (const int32_t row : all.tokens) max = std::max(max, dot_row(kv.k, head, row, &q[g * dim], dim));
-    for (const int32_t row : all.tokens) sum += std::exp(dot_row(kv.k, head, row, &q[g * dim], dim) - max);
+    double of_sinks = 0;
+    for (const int32_t row : all.tokens) {
+      const double weight = std::exp(dot_row(kv.k, head, row, &q[g * dim], dim) - max);
+      sum += weight;
+      if (row < std::min(index.options.sink_tokens, kCountedSinks)) of_sinks += weight;
+    }
+    sinks[g] = static_cast<float>(of_sinks);
     exact[g] = {static_cast<float>(max), static_cast<float>(sum)};
     if (!std::isfinite(sum)) return DenseReason::kNotFinite;
   }
@@ -116,7 +123,8 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   const Calibration& known = index.calibration[head];
   const float beta = options.beta > 0 ? options.beta : known.beta();
   const SelectParams params{
-      group_size, q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio), query.tau_factor};
+      group_size,       q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio),
+      query.tau_factor, sinks.data()};
   if (options.select == Select::kSample) {
     select_sample(scores, params, options, inclusion);
     draw(index, head, filter, scores, inclusion, random_offset(query, head, options.seed), selection);

@@ -11,11 +11,15 @@ namespace tactic::reference {
 
 namespace {
 
-// Root mean square over the heads of a member's estimated weight; a NaN or infinity if any estimate is.
-std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams& params,
-                                std::vector<float>& log_totals) {
+// Of a member's estimated weights, over the heads: their mean square, and the root of the mean square with each times
+// the head's sink_factor. A NaN or infinity if any estimate is.
+struct MemberWeights {
+  std::vector<double> square, u;
+};
+
+MemberWeights member_weights(const ClusterScores& scores, const SelectParams& params, std::vector<float>& log_totals) {
   const int32_t n = scores.num_clusters;
-  std::vector<double> u(n);
+  MemberWeights out{std::vector<double>(n), std::vector<double>(n)};
   for (int32_t g = 0; g < params.group_size; ++g) {
     std::vector<double> mean(n, -HUGE_VAL), spread(n);
     double max = params.exact[g].max;
@@ -29,12 +33,17 @@ std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams&
     double total = params.exact[g].sum * std::exp(params.exact[g].max - max);
     for (int32_t c = 0; c < n; ++c) total += scores.sizes[c] == 0 ? 0 : scores.sizes[c] * std::exp(mean[c] - max);
     log_totals.push_back(static_cast<float>(max + std::log(total)));
+    const double sinks = params.sinks == nullptr ? 0 : params.sinks[g] * std::exp(params.exact[g].max - max) / total,
+                 factor = sink_factor(static_cast<float>(sinks));
     for (int32_t c = 0; c < n; ++c) {
-      if (scores.sizes[c] > 0) u[c] += std::pow(std::exp(mean[c] + spread[c] - max) / total, 2) / params.group_size;
+      if (scores.sizes[c] == 0) continue;
+      const double square = std::pow(std::exp(mean[c] + spread[c] - max) / total, 2) / params.group_size;
+      out.square[c] += square;
+      out.u[c] += square * factor * factor;
     }
   }
-  for (double& value : u) value = std::sqrt(value);
-  return u;
+  for (double& value : out.u) value = std::sqrt(value);
+  return out;
 }
 
 }  // namespace
@@ -42,14 +51,14 @@ std::vector<double> rms_weights(const ClusterScores& scores, const SelectParams&
 void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options,
                    Inclusion& out) {
   out.log_totals.clear();
-  const std::vector<double> u = rms_weights(scores, params, out.log_totals);
+  const auto [square, u] = member_weights(scores, params, out.log_totals);
   out.probability.assign(u.size(), 1.0f);
   out.tau = std::numeric_limits<float>::infinity();
   out.predicted_variance = 0;
   if (!std::all_of(u.begin(), u.end(), [](double value) { return std::isfinite(value); })) return;
   const double tau = out.tau = tau_of(options, params);
   for (size_t c = 0; c < u.size(); ++c) {
-    if (u[c] > 0) out.predicted_variance += scores.sizes[c] * u[c] * u[c] * (1 / std::min(1.0, tau * u[c]) - 1);
+    if (u[c] > 0) out.predicted_variance += scores.sizes[c] * square[c] * (1 / std::min(1.0, tau * u[c]) - 1);
   }
   out.predicted_variance *= params.variance_ratio;
   for (size_t c = 0; c < u.size(); ++c) out.probability[c] = static_cast<float>(std::min(1.0, tau * u[c]));

@@ -71,6 +71,8 @@ TEST(SelectSample, ProbabilitiesOfTheReference) {
     for (const int32_t group : {1, 3, 8}) {
       for (const double seen : {1.0, 0.3}) {
         Setting setting(kv_len, group, seen);
+        const std::vector<float> sinks{0.0f, 1.0f, 3.99f, 4.0f, 2.0f, 0.5f, 3.0f, 3.5f};
+        setting.params.sinks = sinks.data();
         for (const float beta : {0.0f, 0.75f, 1.5f}) {
           for (const float tau : {1.0f, 30.0f, 1000.0f, 1e9f}) {
             for (const int64_t target : highway_targets()) {
@@ -94,6 +96,29 @@ TEST(SelectSample, ProbabilitiesOfTheReference) {
         }
       }
     }
+  }
+}
+
+// A head with 99% of its weights on sinks has an output of a hundredth, and reads as if tau were ten times its value.
+TEST(SelectSample, ASinkRaisesTheProbabilitiesOfItsHead) {
+  Setting setting(9999, 1);
+  setting.exact = {{12.0f, 4.0f}};
+  const Inclusion before = setting.cpu({.tau = 1});
+  const float total = std::exp(before.log_totals[0] - 12.0f);
+  for (const auto& [share, factor] : {std::pair{0.0f, 1.0f}, {0.75f, 2.0f}, {0.99f, 10.0f}, {0.9999f, 16.0f}}) {
+    const float sinks = share * total;
+    setting.params.sinks = &sinks;
+    const Inclusion after = setting.cpu({.tau = 1});
+    double variance = 0;
+    for (int32_t c = 0; c < setting.scores.num_clusters; ++c) {
+      const double size = setting.scores.sizes[c], w = before.probability[c], p = after.probability[c];
+      if (size == 0) continue;
+      ASSERT_LT(p, 1);
+      EXPECT_NEAR(p, factor * w, 1e-3 * p) << "cluster " << c << " share " << share;
+      variance += size * w * w * (1 / p - 1);
+    }
+    EXPECT_EQ(after.log_totals, before.log_totals);
+    EXPECT_NEAR(after.predicted_variance, variance, 1e-3 * variance);
   }
 }
 
