@@ -256,6 +256,25 @@ StepStats Problem::run(const DecodeOptions& options, Backend backend, int32_t nu
   return stats;
 }
 
+void make_sink(Problem& problem, float times) {
+  const auto dim = static_cast<size_t>(problem.cache.spec().head_dim);
+  problem.run({.select = Select::kDense}, Backend::kReference);
+  for (int32_t head = 0; head < problem.cache.spec().num_kv_heads; ++head) {
+    std::vector<float> key(dim, 0.0f), value = problem.cache.value(head, 0);
+    for (int32_t g = 0; g < problem.group_size; ++g) {  // queries are nearly orthogonal
+      const size_t h = static_cast<size_t>(head) * static_cast<size_t>(problem.group_size) + static_cast<size_t>(g);
+      const float* q = problem.q.data() + h * dim;
+      double norm2 = 0;
+      for (size_t d = 0; d < dim; ++d) norm2 += double{q[d]} * q[d];
+      const double wanted = problem.lse[h] + std::log(times);
+      for (size_t d = 0; d < dim; ++d) key[d] += static_cast<float>(wanted / (norm2 * problem.query.sm_scale)) * q[d];
+    }
+    for (float& x : value) x *= 0.02f;
+    problem.cache.set_key(head, 0, key);
+    problem.cache.set_value(head, 0, value);
+  }
+}
+
 std::unique_ptr<KvIndex> build_index(const Cache& cache, const IndexOptions& options) {
   const CacheSpec& spec = cache.spec();
   auto index = std::make_unique<KvIndex>(options, KvShape{spec.num_kv_heads, spec.head_dim, spec.v_head_dim});

@@ -51,6 +51,12 @@ struct DecodeBatch {
   float* lse = nullptr;                  // device [num_sequences, num_q_heads] natural log, or nullptr
   const uint64_t* stream_ids = nullptr;  // device [num_sequences] for the random offsets, or nullptr: 0, 1, ...
   int32_t layer = 0;
+  /// select=sample, as DecodeQuery's on the CPU. tau_factors: device [num_sequences] positive and finite, or
+  /// nullptr: 1. likely_rows: device [num_sequences, max_likely_rows], in any order, -1: none; or nullptr. They are
+  /// read for certain where they stand in clusters, and such steps run the kernel that learning ones do.
+  const float* tau_factors = nullptr;
+  const int32_t* likely_rows = nullptr;
+  int32_t max_likely_rows = 0;  // up to 64
   /// select=sample: a sequence's steps follow one another. Every eighth position, what is read adjusts the index's
   /// calibration (beta, and what target_error becomes), and a step reads the rows after those that weighed much in the
   /// one before (docs/method.md, followers), as on the CPU. The same step twice may then read differently.

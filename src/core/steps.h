@@ -54,11 +54,12 @@ struct SelectParams {
 
 /// Rows at the front that count as sinks when a head's share beside them is taken.
 inline constexpr int32_t kCountedSinks = 16;
+inline constexpr float kLeastBesideSinks = 1.0f / 256;
 
 /// What a head's inclusion probabilities are multiplied by, given the share of its weights that sinks have: their
 /// values are next to nothing, so that the output is as small as the rest of the weights, and an error that is small
 /// beside all of them may be large beside it (docs/method.md, sinks).
-inline float sink_factor(float sink_share) { return 1 / std::sqrt(std::max(1 - sink_share, 1.0f / 256)); }
+inline float sink_factor(float sink_share) { return 1 / std::sqrt(std::max(1 - sink_share, kLeastBesideSinks)); }
 
 /// Output of select_sample before rows are drawn.
 struct Inclusion {

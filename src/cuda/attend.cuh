@@ -66,6 +66,17 @@ struct RowTile {
   float log_weight;
 };
 
+/// Asks for a tile's rows: two lanes a row, each a half.
+template <DType kDType, int kDim>
+__device__ __forceinline__ void prefetch_tile(const std::byte* k, const std::byte* v, const RowTile& tile) {
+  constexpr int kBytes = kDType == DType::kF8E4M3 ? kDim : 2 * kDim;
+  const int half = static_cast<int>(threadIdx.x & 16) * 8;
+  if (half < kBytes) {
+    prefetch(k + tile.k_offset + half);
+    prefetch(v + tile.v_offset + half);
+  }
+}
+
 /// Not 0 when a tile's row is not the one that was clustered: the lower half of the warp looks at its key, the upper
 /// one at its value. checks: [rows] of the head.
 template <DType kDType, int kDim>

@@ -8,6 +8,7 @@
 #include "cuda/merge.cuh"
 #include "cuda/report.cuh"
 #include "cuda/select_sample.cuh"
+#include "cuda/sinks.cuh"
 #include "cuda/staging.cuh"
 
 namespace tactic::cuda {
@@ -51,7 +52,7 @@ class DecodeBlock {
 
   __device__ void run() {
     if (threadIdx.x == 0) {
-      Mailbox::open(&buffers.mailboxes[0], p.splits * kHeads * sizeof(float2));
+      Mailbox::open(&buffers.mailboxes[0], state_bytes<kHeads>(p.splits));
       Mailbox::open(&buffers.mailboxes[1], slices().bytes());
     }
     __syncwarp();
@@ -75,10 +76,10 @@ class DecodeBlock {
     for (Phase phase = Phase::kExact;;) {
       const bool heavy = attend(phase, score_warps, limit);
       if (phase == Phase::kExact) {
-        float shifts[kHeads];
-        limit = exchange_estimates(warp < score_warps, shifts);
+        float shifts[kHeads], besides[kHeads];
+        limit = exchange_estimates(warp < score_warps, shifts, besides);
         let_next_kernel_start();
-        select(shifts);
+        select(shifts, besides);
         phase = Phase::kSelected;
         continue;
       }
@@ -96,7 +97,7 @@ class DecodeBlock {
     }
     write_output();
     if constexpr (kLearns) {
-      if (changed || !learns_at(kv_len, p.batch.layer)) return;
+      if (changed || !p.batch.learn || !learns_at(kv_len, p.batch.layer)) return;
       learn<kDType, kDim, kHeads>(
           p, {p, own, tables, members, k, pages, row_of_head, head_scale<kDType>(p.batch.k, head), group}, buffers,
           found, values, rank, tau());
@@ -136,14 +137,17 @@ class DecodeBlock {
           [&](int d) { return warp < group ? load_query(p.batch.q, p.batch.q_dtype, first + d) : 0.0f; }, warp,
           quantized, fragments);
     } else if (kLearns && warp == kMaxGroup) {
-      take_over(followers, *names(), p.splits);
+      take_over(followers, *names(), p.batch.learn ? p.splits : -1);
+      add_likely(followers, p.batch, p.index, state_of_sequence, sequence, row_of_head, rank, p.splits);
     } else if (warp == kWarps - 1) {
       if (lane < kCounts) buffers.counts[lane] = 0;
+      if (lane < kHeads) buffers.own_sinks[lane] = {kLowest, 0};
       if (lane == kCounts) buffers.found_changed = 0;
       if (lane == 31) {
         const HeadCalibration& known = p.index.calibration[row_of_head];
         buffers.beta = p.beta > 0 ? p.beta : known.beta;
         buffers.variance_ratio = p.tau > 0 ? 1.0f : known.variance_ratio;
+        buffers.tau_factor = p.batch.tau_factors != nullptr ? p.batch.tau_factors[sequence] : 1.0f;
       }
     }
     reset_maxima();
@@ -167,11 +171,14 @@ class DecodeBlock {
     }
   }
   // Where somebody asks: at batch 1 it takes 3 us, instructions that run once.
-  __device__ bool measures_draw() const { return kLearns && p.records != nullptr; }
+  __device__ bool measures_draw() const { return kLearns && p.batch.learn && p.records != nullptr; }
   // log2 of all weights of a head, once the blocks have told each other.
   __device__ float estimate(int h) const { return followers.floors[h] - kHeavyLog2; }
   __device__ float beta() const { return buffers.beta; }
-  __device__ float tau() const { return p.tau > 0 ? p.tau : tau_for_error(p.target_error, buffers.variance_ratio); }
+  __device__ float tau() const {
+    const float asked = p.tau > 0 ? p.tau : tau_for_error(p.target_error, buffers.variance_ratio);
+    return fmaxf(1.0f, asked * buffers.tau_factor);
+  }
   __device__ RowTile row_tile(int32_t row, float log_weight) const {
     return {row_offset(p.batch.k, pages, row), row_offset(p.batch.v, pages, row), log_weight};
   }
@@ -181,15 +188,6 @@ class DecodeBlock {
   }
   // Where this block names followers.
   __device__ Followers* names() const { return p.index.followers + row_of_head * kMaxSplits + rank; }
-  // Two lanes a row, each a half.
-  __device__ void prefetch_row(const RowTile& tile) const {
-    constexpr int kBytes = kDType == DType::kF8E4M3 ? kDim : 2 * kDim;
-    const int half = (lane >> 4) * 128;
-    if (half < kBytes) {
-      prefetch(k + tile.k_offset + half);
-      prefetch(v + tile.v_offset + half);
-    }
-  }
   // Where a warp is among the tiles of 16 rows that it reads in a phase: at a tile of a list, then at rows of own
   // segments that are not finite and, as if of one more, followers. Few registers: it is live while rows are on their
   // way.
@@ -260,9 +258,10 @@ class DecodeBlock {
   }
   __device__ const uint8_t* row_checks() const { return p.index.row_checks + row_of_head * p.index.geometry.max_rows; }
 
-  // shifts[h]: log2 of the estimated sum of all weights of head h, over tau and sqrt(group). Returns, for head g of
-  // lane (g, t), log2 of the weight from which on a sampled row refines its cluster.
-  __device__ float exchange_estimates(bool scored, float (&shifts)[kHeads]) {
+  // shifts[h]: log2 of the estimated sum of all weights of head h, over tau, sqrt(group) and the head's sink_factor,
+  // whose inverse square is besides[h]. Returns, for head g of lane (g, t), log2 of the weight from which on a sampled
+  // row refines its cluster.
+  __device__ float exchange_estimates(bool scored, float (&shifts)[kHeads], float (&besides)[kHeads]) {
     if (scored) {
 #pragma unroll
       for (int set = 0; set < kHeads / 4; ++set) {
@@ -282,29 +281,30 @@ class DecodeBlock {
     const RunningSum total = fold_states<kHeads>(buffers.block_states, p.splits);
     const float normalizer = total.max + log2_fast(total.sum);
     const float rows = tau();
-    const float shift = normalizer - log2_fast(rows) + 0.5f * log2_fast(static_cast<float>(group));
+    const float beside = weight_beside_sinks(buffers.sinks[lane % kHeads], normalizer);
+    const float shift = normalizer - log2_fast(rows) + 0.5f * log2_fast(static_cast<float>(group) * beside);
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) shifts[h] = shuffle(shift, h);
+    for (int h = 0; h < kHeads; ++h) {
+      shifts[h] = shuffle(shift, h);
+      besides[h] = shuffle(beside, h);
+    }
     const int g = lane >> 2;
     const float all = shuffle(normalizer, g % kHeads);
     if (kLearns && warp == 0 && (lane & 3) == 0) followers.floors[g] = all + kHeavyLog2;
     return g < group && p.refine < 1 ? all + log2_fast(fmaxf(p.refine, 8.0f / rows)) : -kLowest;
   }
 
-  __device__ void select(const float (&shifts)[kHeads]) {
+  __device__ void select(const float (&shifts)[kHeads], const float (&besides)[kHeads]) {
     const uint64_t stream_id =
         p.batch.stream_ids != nullptr ? p.batch.stream_ids[sequence] : static_cast<uint64_t>(sequence);
-    uint64_t key = p.seed;
-    for (const uint64_t part : {stream_id, static_cast<uint64_t>(p.batch.layer), static_cast<uint64_t>(head),
-                                static_cast<uint64_t>(kv_len - 1)}) {
-      key = key * 0xD6E8FEB86659FD93u + part + 1;
-    }
+    const uint64_t random = step_random(p.seed, stream_id, p.batch.layer, head, kv_len - 1);
     uint32_t sampled = 0;  // by this lane
     Foreseen foreseen;
     for (int k_own = warp; k_own < own.count(); k_own += kWarps) {
       const OwnSegment segment = own.at(k_own);
-      const int32_t taken = select_segment<kHeads>(
-          tables, segment, members, segment_offset(hash64(key), segment.first_row), group, shifts, sampled, foreseen);
+      const int32_t taken =
+          select_segment<kHeads, kLearns>(tables, segment, members, segment_offset(random, segment.first_row), group,
+                                          shifts, besides, sampled, foreseen);
       if (lane == 0) tables.segment_counts[k_own] = taken;
     }
     if constexpr (kLearns) {
@@ -347,10 +347,12 @@ class DecodeBlock {
         more = advance(phase, score_warps, at);
         if (!more) return;
         next = row_at(phase, at);
-        prefetch_row(row_tile(next.row, 0));
+        prefetch_tile<kDType, kDim>(k, v, row_tile(next.row, 0));
         if (kChecked && phase == Phase::kSelected) prefetch(row_checks() + next.row);
       };
       const auto scored = [&](const float(&scores)[4], const float(&log_weights)[4]) {
+        if (phase == Phase::kExact && shuffle(taken.row, 0) == 0)
+          weigh_sinks<kHeads>(scores, exact_rows().sinks, buffers.own_sinks);
         if constexpr (!kLearns) return;
         note(followers, taken.row, scores, group, taken.local_cluster == kOfFollower, state.max);
         if (phase == Phase::kSelected && measures_draw()) draw.add_rows(scores, log_weights, estimate(lane >> 2));
@@ -454,7 +456,7 @@ class DecodeBlock {
       store_output(p.batch.out, p.batch.q_dtype, first * kDim + at,
                    kv_len > 0 ? value_scale * __fdividef(value, sums.sum) : 0.0f);
     }
-    if (kLearns && warp == kWarps - 2) {
+    if (kLearns && p.batch.learn && warp == kWarps - 2) {
       const BlockSums sums = cluster_sums<kHeads>(buffers, p.splits, lane % kHeads, [](int, float) {});
       name_followers(followers, changed ? -kLowest : sums.max + log2_fast(sums.sum) + kHeavyLog2, p.index,
                      state_of_sequence, row_of_head, p.splits, *names());

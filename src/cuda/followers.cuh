@@ -17,7 +17,7 @@ struct alignas(16) FollowerBuffers {
   uint64_t low_bits;  // most rows are told apart by these
   int32_t count, num_notes;
   float floors[kMaxGroup];  // log2 of the weight, by head, from which on a row may be heavy
-  int32_t rows[kMaxFollowers];
+  int32_t rows[kMaxFollowers + kMaxLikely];
   uint2 notes[kMaxNotes];  // row, and its score (log2), whose three last bits are the head
 };
 static_assert(sizeof(FollowerBuffers) == kFollowerBytes);
@@ -72,22 +72,54 @@ __device__ __forceinline__ void note(FollowerBuffers& buffers, int32_t row, cons
   }
 }
 
-/// Whether the row after `row`, which stands in a cluster, stands in one of the same segment.
-__device__ __forceinline__ bool next_is_clustered(const IndexView& index, const SequenceState& state, int64_t pair,
+/// The segment, the full ones first, of a row in a cluster; -1: it stands in none.
+__device__ __forceinline__ int32_t segment_of_row(const IndexView& index, const SequenceState& state, int64_t pair,
                                                   int32_t row) {
   const IndexGeometry& g = index.geometry;
-  const int32_t full_rows = state.full_segments * g.segment_tokens, next = row + 1;
+  const int32_t full_rows = state.full_segments * g.segment_tokens;
   const bool full = row < full_rows;
   const int32_t tokens = full ? g.segment_tokens : g.provisional_tokens, begin = full ? 0 : full_rows,
                 number = (row - begin) / tokens, first = begin + number * tokens;
-  if (next >= first + tokens) return false;
+  if (row < g.sink_tokens || number >= (full ? state.full_segments : state.provisional_segments)) return -1;
   const int32_t slot = full ? number : g.max_segments + number;
   const int32_t unclustered = __ldg(index.num_not_finite + pair * g.all_segments + slot);
   const uint16_t* list = index.members + pair * g.max_rows + first + tokens - unclustered;
   for (int i = 0; i < unclustered; ++i) {
-    if (__ldg(list + i) == next - first) return false;
+    if (__ldg(list + i) == row - first) return -1;
   }
-  return true;
+  return full ? number : state.full_segments + number;
+}
+
+/// The warp that took over what the step before named adds those of the query's likely rows that stand in the block's
+/// own segments.
+__device__ __forceinline__ void add_likely(FollowerBuffers& buffers, const DecodeBatch& batch, const IndexView& index,
+                                           const SequenceState& state, int sequence, int64_t pair, int rank,
+                                           int splits) {
+  if (batch.likely_rows == nullptr) return;
+  const int lane = threadIdx.x & 31;
+  const int32_t kv_len = batch.kv_lens[sequence];
+  const int32_t* likely = batch.likely_rows + static_cast<int64_t>(sequence) * batch.max_likely_rows;
+  __syncwarp();
+  int count = buffers.count;
+#pragma unroll 1
+  for (int i = 0; i < batch.max_likely_rows; ++i) {  // one at a time: they are few, and each must be new
+    const int32_t row = likely[i];
+    const bool known = __any_sync(kAllLanes, [&] {
+      bool found = false;
+      for (int at = lane; at < count; at += 32) found |= buffers.rows[at] == row;
+      return found;
+    }());
+    if (row < 0 || row >= kv_len || known) continue;
+    const int32_t segment = segment_of_row(index, state, pair, row);
+    if (segment < 0 || segment % splits != rank) continue;
+    if (lane == 0) {
+      buffers.rows[count] = row;
+      buffers.low_bits |= uint64_t{1} << (row & 63);
+    }
+    ++count;
+    __syncwarp();
+  }
+  if (lane == 0) buffers.count = count;
 }
 
 /// One warp, at the end of a step: names the rows after heavy ones, the lowest if there are too many. limit: for head
@@ -105,8 +137,9 @@ __device__ __forceinline__ void name_followers(const FollowerBuffers& buffers, f
     const uint2 noted = 32 * i + lane < notes ? buffers.notes[32 * i + lane] : uint2{};
     const float above = shuffle(limit, static_cast<int>(noted.y & 7));
     const auto row = static_cast<int32_t>(noted.x);
-    if (32 * i + lane < notes && __uint_as_float(noted.y & ~7u) > above && next_is_clustered(index, state, pair, row))
-      rows[i] = row + 1;
+    if (32 * i + lane >= notes || !(__uint_as_float(noted.y & ~7u) > above)) continue;
+    const int32_t segment = segment_of_row(index, state, pair, row);
+    if (segment >= 0 && segment_of_row(index, state, pair, row + 1) == segment) rows[i] = row + 1;
   }
   int32_t last = -1;
   int count = 0;

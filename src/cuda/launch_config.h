@@ -34,11 +34,11 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows);
 /// Bytes of MergeBuffers<heads>.
 constexpr size_t merge_bytes(int32_t heads) {
   const size_t h = static_cast<size_t>(heads);
-  return kWarps * h * 8 + kMaxSplits * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 8 * 4 + kMaxSplits * 8 * 4 +
-         (4 + kMaxSplits) * 4 + (2 + kWarps * kMaxStages) * 8;
+  return kWarps * h * 8 + kMaxSplits * h * 8 + 2 * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 8 * 4 +
+         kMaxSplits * 8 * 4 + (4 + kMaxSplits) * 4 + (2 + kWarps * kMaxStages) * 8;
 }
 /// Bytes of FollowerBuffers.
-inline constexpr size_t kFollowerBytes = 16 + kMaxGroup * 4 + kMaxFollowers * 4 + 256 * 8;
+inline constexpr size_t kFollowerBytes = 16 + kMaxGroup * 4 + (kMaxFollowers + kMaxLikely) * 4 + 256 * 8;
 /// Bytes of LearnBuffers.
 inline constexpr size_t kLearnBytes = (kMaxSplits + kWarps) * 16;
 /// Bytes of MeasureBuffers.

@@ -89,6 +89,8 @@ template <int kHeads>
 struct alignas(16) MergeBuffers {
   float2 warp_states[kWarps][kHeads];       // max and sum
   float2 block_states[kMaxSplits][kHeads];  // written by the cluster's blocks
+  float2 own_sinks[kHeads];                 // max and sum of the sinks that this block read
+  float2 sinks[kHeads];                     // written by the cluster's first block
   int32_t maxima[kHeads];                   // of the block, as ordered()
   BlockSums warp_sums[kWarps][kHeads];
   BlockSums block_sums[kMaxSplits][kHeads];
@@ -97,6 +99,7 @@ struct alignas(16) MergeBuffers {
   int32_t found_changed;        // by the block: a row that is not the one that was clustered
   int32_t changed[kMaxSplits];  // by the cluster's blocks
   float beta, variance_ratio;   // of the head, read with the queries
+  float tau_factor;             // of the sequence
   uint64_t mailboxes[2];        // of states and of outputs
   uint64_t staged[kWarps][kMaxStages];
 };
@@ -130,7 +133,14 @@ __device__ __forceinline__ void share_states(MergeBuffers<kHeads>& buffers, int 
   for (int other = lane / kHeads; other < splits; other += 32 / kHeads) {
     Mailbox::send(&buffers.block_states[rank][lane % kHeads], float2{total.max, total.sum}, other,
                   &buffers.mailboxes[0]);
+    if (rank == 0)
+      Mailbox::send(&buffers.sinks[lane % kHeads], buffers.own_sinks[lane % kHeads], other, &buffers.mailboxes[0]);
   }
+}
+/// What they send one.
+template <int kHeads>
+__device__ __forceinline__ uint32_t state_bytes(int splits) {
+  return (splits + 1) * kHeads * sizeof(float2);
 }
 
 /// The cluster's sums of head h, relative to its maximum. each(s, factor): what block s's sums and outputs are

@@ -42,6 +42,7 @@ struct HeadCalibration {
 };
 
 inline constexpr int kMaxFollowers = 32;
+inline constexpr int kMaxLikely = 64;  // rows that a query names itself
 
 /// Rows of a block's own segments that the next step reads for certain, ascending.
 struct Followers {

@@ -40,6 +40,16 @@ __device__ __forceinline__ float tau_for_error(float target_error, float varianc
   return fmaxf(1.0f, sqrt_fast(variance_ratio) / (target_error * target_error));
 }
 
+/// 64 random bits of a step: as core's random_offset.
+__device__ __forceinline__ uint64_t step_random(uint64_t seed, uint64_t stream_id, int32_t layer, int32_t head,
+                                                int64_t position) {
+  uint64_t key = seed;
+  for (const uint64_t part :
+       {stream_id, static_cast<uint64_t>(layer), static_cast<uint64_t>(head), static_cast<uint64_t>(position)})
+    key = key * 0xD6E8FEB86659FD93u + part + 1;
+  return hash64(key);
+}
+
 /// Running sums of a segment begin here, in units of 2^-32: as core's segment_offset. `random`: 64 random bits of the
 /// step.
 __device__ __forceinline__ uint64_t segment_offset(uint64_t random, int32_t first_row) {
@@ -67,12 +77,13 @@ struct Foreseen {
 /// One warp, one segment, a lane a cluster: fills begins, probabilities and counts of its clusters; returns the rows
 /// taken, and adds to `sampled` those that this lane's clusters took by chance, to `foreseen` what is known of them.
 /// Short, because a step at batch 1 runs it once or twice a warp, and then instructions take longer to come than to
-/// run. shifts[h]: log2 of the normalizer of head h over tau, and of sqrt(group size).
-template <int kHeads>
+/// run. shifts[h]: log2 of the normalizer of head h over tau and its sink_factor, and of sqrt(group size); besides[h]:
+/// the inverse square of that factor. kMeasured: `foreseen` is wanted.
+template <int kHeads, bool kMeasured>
 __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, const OwnSegment& segment,
                                                   const uint16_t* members, uint64_t offset, int group_size,
-                                                  const float (&shifts)[kHeads], uint32_t& sampled,
-                                                  Foreseen& foreseen) {
+                                                  const float (&shifts)[kHeads], const float (&besides)[kHeads],
+                                                  uint32_t& sampled, Foreseen& foreseen) {
   const int lane = threadIdx.x & 31;
   uint64_t sum = offset;
   uint32_t taken = 0;
@@ -80,10 +91,13 @@ __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, co
   for (int32_t first = 0; first < segment.num_clusters; first += 32) {
     const bool inside = first + lane < segment.num_clusters;
     const int32_t c = segment.local_cluster + (inside ? first + lane : 0);
-    float p2 = 0;
+    float p2 = 0, w2 = 0;  // w2: without the factors for sinks
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      if (h < group_size) p2 += exp2_fast(2 * (tables.exponents[h * tables.stride + c] - shifts[h]));
+      if (h >= group_size) continue;
+      const float square = exp2_fast(2 * (tables.exponents[h * tables.stride + c] - shifts[h]));
+      p2 += square;
+      if constexpr (kMeasured) w2 += besides[h] * square;
     }
     const uint32_t place = tables.places[c], size = inside ? place & 0xFFFFu : 0;
     const float p = sqrt_fast(p2);
@@ -93,8 +107,10 @@ __device__ __forceinline__ int32_t select_segment(const SelectTables& tables, co
     const uint64_t after = warp_inclusive_sum(width), end = sum + after, begin = end - width;
     const uint32_t count = certain ? size : static_cast<uint32_t>((end >> 32) - (begin >> 32));
     if (!certain) sampled += count;
-    if (!certain) foreseen.variance += static_cast<float>(size) * p * (1 - p);
-    foreseen.clusters += !certain && size > 0;
+    if constexpr (kMeasured) {
+      if (!certain && p > 0) foreseen.variance += static_cast<float>(size) * __fdividef(w2, p) * (1 - p);
+      foreseen.clusters += !certain && size > 0;
+    }
     const uint32_t counted = warp_inclusive_sum(count);
     if (inside) {
       tables.probabilities[c] = fixed;

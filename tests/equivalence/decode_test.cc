@@ -254,6 +254,34 @@ TEST(DecodeSample, TauFactorIsALargerTau) {
   }
 }
 
+// A head with 95% of its weights on a sink reads as if tau were 4.5 times its value (core/steps.h, sink_factor).
+TEST(DecodeSample, AHeadThatRestsOnASinkReadsMore) {
+  for (const int32_t group : {1, 3}) {
+    Problem problem(spec_of(6000), group, 7, 0.1f);
+    make_sink(problem, 19);
+    problem.build_index();
+    const DecodeOptions options{.tau = 300, .refine = 1, .beta = 1};
+    std::vector<int32_t> rows;
+    for (const Backend backend : {Backend::kReference, Backend::kCpu}) {
+      problem.index->state().calibration.assign(2, {});
+      Selection selection;
+      problem.query.selection = &selection;
+      problem.run(options, backend);
+      const HeadSelection& head = selection.heads[0];
+      if (backend == Backend::kReference) rows = head.tokens;
+      std::vector<int32_t> read = head.tokens, different;
+      std::sort(read.begin(), read.end());
+      std::sort(rows.begin(), rows.end());
+      std::set_symmetric_difference(read.begin(), read.end(), rows.begin(), rows.end(), std::back_inserter(different));
+      EXPECT_LE(different.size(), 4) << "a running sum in f32 passes a whole number a row later";
+      const auto drawn = static_cast<double>(head.tokens.size()) - static_cast<double>(head.num_certain);
+      const double expected = 300 / std::sqrt(20.0);  // the weights outside the sink are a twentieth
+      EXPECT_GT(drawn, 0.6 * expected) << "group " << group;
+      EXPECT_LT(drawn, 1.5 * expected) << "group " << group;
+    }
+  }
+}
+
 TEST(DecodeSample, LikelyRowsAreReadForCertainAndOnce) {
   Problem problem(spec_of(2000), 2, 7, 0.3f);
   problem.build_index();
