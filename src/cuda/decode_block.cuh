@@ -141,7 +141,6 @@ class DecodeBlock {
       add_likely(followers, p.batch, p.index, state_of_sequence, sequence, row_of_head, rank, p.splits);
     } else if (warp == kWarps - 1) {
       if (lane < kCounts) buffers.counts[lane] = 0;
-      if (lane < kHeads) buffers.own_sinks[lane] = {kLowest, 0};
       if (lane == kCounts) buffers.found_changed = 0;
       if (lane == 31) {
         const HeadCalibration& known = p.index.calibration[row_of_head];
@@ -277,6 +276,7 @@ class DecodeBlock {
     }
     __syncthreads();
     share_states(buffers, rank, p.splits);
+    if (rank == 0 && warp == 1) share_sinks(buffers, from_blocks, exact_rows().sinks, p.splits);
     Mailbox::receive(&buffers.mailboxes[0], 0);
     const RunningSum total = fold_states<kHeads>(buffers.block_states, p.splits);
     const float normalizer = total.max + log2_fast(total.sum);
@@ -332,6 +332,7 @@ class DecodeBlock {
     at.tile = reader(phase, score_warps) - num_readers(phase, score_warps);
     if (phase != Phase::kSelected) at.tile = rank + p.splits * at.tile;
     bool found = false, more = advance(phase, score_warps, at);
+    bool has_sinks = phase == Phase::kExact && rank == 0 && warp == score_warps;  // in its first tile
     TakenRow taken{}, next{};
     if (more) taken = row_at(phase, at);
 #pragma unroll 1
@@ -351,8 +352,8 @@ class DecodeBlock {
         if (kChecked && phase == Phase::kSelected) prefetch(row_checks() + next.row);
       };
       const auto scored = [&](const float(&scores)[4], const float(&log_weights)[4]) {
-        if (phase == Phase::kExact && shuffle(taken.row, 0) == 0)
-          weigh_sinks<kHeads>(scores, exact_rows().sinks, buffers.own_sinks);
+        if (has_sinks) leave_scores<kHeads>(scores, from_blocks);
+        has_sinks = false;
         if constexpr (!kLearns) return;
         note(followers, taken.row, scores, group, taken.local_cluster == kOfFollower, state.max);
         if (phase == Phase::kSelected && measures_draw()) draw.add_rows(scores, log_weights, estimate(lane >> 2));

@@ -34,7 +34,7 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows);
 /// Bytes of MergeBuffers<heads>.
 constexpr size_t merge_bytes(int32_t heads) {
   const size_t h = static_cast<size_t>(heads);
-  return kWarps * h * 8 + kMaxSplits * h * 8 + 2 * h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 8 * 4 +
+  return kWarps * h * 8 + kMaxSplits * h * 8 + h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 8 * 4 +
          kMaxSplits * 8 * 4 + (4 + kMaxSplits) * 4 + (2 + kWarps * kMaxStages) * 8;
 }
 /// Bytes of FollowerBuffers.

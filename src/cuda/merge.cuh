@@ -89,8 +89,7 @@ template <int kHeads>
 struct alignas(16) MergeBuffers {
   float2 warp_states[kWarps][kHeads];       // max and sum
   float2 block_states[kMaxSplits][kHeads];  // written by the cluster's blocks
-  float2 own_sinks[kHeads];                 // max and sum of the sinks that this block read
-  float2 sinks[kHeads];                     // written by the cluster's first block
+  float2 sinks[kHeads];                     // written by the cluster's first block (sinks.cuh)
   int32_t maxima[kHeads];                   // of the block, as ordered()
   BlockSums warp_sums[kWarps][kHeads];
   BlockSums block_sums[kMaxSplits][kHeads];
@@ -133,11 +132,9 @@ __device__ __forceinline__ void share_states(MergeBuffers<kHeads>& buffers, int 
   for (int other = lane / kHeads; other < splits; other += 32 / kHeads) {
     Mailbox::send(&buffers.block_states[rank][lane % kHeads], float2{total.max, total.sum}, other,
                   &buffers.mailboxes[0]);
-    if (rank == 0)
-      Mailbox::send(&buffers.sinks[lane % kHeads], buffers.own_sinks[lane % kHeads], other, &buffers.mailboxes[0]);
   }
 }
-/// What they send one.
+/// What a block gets of these, and of the sinks.
 template <int kHeads>
 __device__ __forceinline__ uint32_t state_bytes(int splits) {
   return (splits + 1) * kHeads * sizeof(float2);

@@ -2,26 +2,31 @@
 #pragma once
 
 #include "core/steps.h"
-#include "cuda/device.cuh"
+#include "cuda/merge.cuh"
 
 namespace tactic::cuda {
 
-/// A warp's tile of rows 0 to 15, of which the first `num_sinks` are sinks. scores: log2, as attend_tile has them. out:
-/// [kHeads] maximum and sum of those that count.
+/// The warp that reads the tile with the first 16 rows leaves their scores (log2, as attend_tile has them) for another,
+/// which has time: scores [kHeads, 16] in shared memory.
 template <int kHeads>
-__device__ __forceinline__ void weigh_sinks(const float (&scores)[4], int32_t num_sinks, float2* out) {
-  const int lane = threadIdx.x & 31, t = lane & 3;
-  const auto is_sink = [&](int j) { return 2 * t + (j & 1) + 8 * (j >> 1) < min(num_sinks, kCountedSinks); };
-  float top = kLowest, sum = 0;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) top = is_sink(j) ? fmaxf(top, scores[j]) : top;
-  top = fmaxf(top, shuffle_xor(top, 1));
-  top = fmaxf(top, shuffle_xor(top, 2));
-#pragma unroll
-  for (int j = 0; j < 4; ++j) sum += is_sink(j) ? exp2_fast(scores[j] - top) : 0.0f;
-  sum += shuffle_xor(sum, 1);
-  sum += shuffle_xor(sum, 2);
-  if (t == 0 && (lane >> 2) < kHeads) out[lane >> 2] = {top, sum};
+__device__ __forceinline__ void leave_scores(const float (&x)[4], float* scores) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  if (g >= kHeads) return;
+  *reinterpret_cast<float2*>(scores + 16 * g + 2 * t) = {x[0], x[1]};
+  *reinterpret_cast<float2*>(scores + 16 * g + 8 + 2 * t) = {x[2], x[3]};
+}
+
+/// A warp of the cluster's first block, after a block barrier: maximum and sum of the sinks that count, by head, to
+/// every block.
+template <int kHeads>
+__device__ __forceinline__ void share_sinks(MergeBuffers<kHeads>& buffers, const float* scores, int32_t num_sinks,
+                                            int splits) {
+  const int lane = threadIdx.x & 31;
+  RunningSum total;
+#pragma unroll 1
+  for (int i = 0; i < min(num_sinks, kCountedSinks); ++i) total.add(scores[16 * (lane % kHeads) + i], 1);
+  for (int other = lane / kHeads; other < splits; other += 32 / kHeads)
+    Mailbox::send(&buffers.sinks[lane % kHeads], float2{total.max, total.sum}, other, &buffers.mailboxes[0]);
 }
 
 /// The share of the other rows, no less than counts. sinks: maximum and sum; normalizer: log2 of all weights. Its
