@@ -256,11 +256,11 @@ StepStats Problem::run(const DecodeOptions& options, Backend backend, int32_t nu
   return stats;
 }
 
-void make_sink(Problem& problem, float times) {
+void make_sink(Problem& problem, float times, int64_t row) {
   const auto dim = static_cast<size_t>(problem.cache.spec().head_dim);
   problem.run({.select = Select::kDense}, Backend::kReference);
   for (int32_t head = 0; head < problem.cache.spec().num_kv_heads; ++head) {
-    std::vector<float> key(dim, 0.0f), value = problem.cache.value(head, 0);
+    std::vector<float> key(dim, 0.0f), value = problem.cache.value(head, row);
     for (int32_t g = 0; g < problem.group_size; ++g) {  // queries are nearly orthogonal
       const size_t h = static_cast<size_t>(head) * static_cast<size_t>(problem.group_size) + static_cast<size_t>(g);
       const float* q = problem.q.data() + h * dim;
@@ -270,8 +270,8 @@ void make_sink(Problem& problem, float times) {
       for (size_t d = 0; d < dim; ++d) key[d] += static_cast<float>(wanted / (norm2 * problem.query.sm_scale)) * q[d];
     }
     for (float& x : value) x *= 0.02f;
-    problem.cache.set_key(head, 0, key);
-    problem.cache.set_value(head, 0, value);
+    problem.cache.set_key(head, row, key);
+    problem.cache.set_value(head, row, value);
   }
 }
 

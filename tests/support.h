@@ -99,9 +99,9 @@ struct Problem {
   StepStats run(const DecodeOptions& options, Backend backend = Backend::kCpu, int32_t num_threads = 1);
 };
 
-/// Row 0 becomes a sink: about so many times as heavy as all other rows together in every head, its value next to
-/// nothing. Before build_index().
-void make_sink(Problem& problem, float times);
+/// A row becomes a sink: about so many times as heavy as all other visible rows together in every head (as nearly as
+/// the group's queries are orthogonal), its value next to nothing. Before build_index().
+void make_sink(Problem& problem, float times, int64_t row = 0);
 
 /// An index over rows [0, kv_len) of the cache, built on the CPU.
 std::unique_ptr<KvIndex> build_index(const Cache& cache, const IndexOptions& options = {});

@@ -51,9 +51,10 @@ struct DecodeBatch {
   float* lse = nullptr;                  // device [num_sequences, num_q_heads] natural log, or nullptr
   const uint64_t* stream_ids = nullptr;  // device [num_sequences] for the random offsets, or nullptr: 0, 1, ...
   int32_t layer = 0;
-  /// select=sample, as DecodeQuery's on the CPU. tau_factors: device [num_sequences] positive and finite, or
-  /// nullptr: 1. likely_rows: device [num_sequences, max_likely_rows], in any order, -1: none; or nullptr. They are
-  /// read for certain where they stand in clusters, and such steps run the kernel that learning ones do.
+  /// select=sample only. tau_factors: device [num_sequences], as DecodeQuery::tau_factor; or nullptr: 1. Of one that is
+  /// not a number, or negative, tau becomes 1. likely_rows: device [num_sequences, max_likely_rows], in any order; or
+  /// nullptr. They are read for certain where they stand in clusters; -1, rows that the sequence does not have and rows
+  /// that come twice are none. Such steps run the kernel that learning ones do.
   const float* tau_factors = nullptr;
   const int32_t* likely_rows = nullptr;
   int32_t max_likely_rows = 0;  // up to 64
@@ -73,7 +74,7 @@ struct HostTables {
 /// What one step read of one sequence and KV head.
 struct StepRecord {
   int32_t kv_len;
-  int32_t tokens_exact;      // sinks, recent and followed rows; all of them when dense
+  int32_t tokens_exact;      // sinks, recent, followed, likely and not finite rows; all of them when dense
   int32_t tokens_selected;   // by the selector, certain and sampled
   int32_t tokens_sampled;    // of those, drawn, their clusters not having been refined
   int32_t clusters_refined;  // sample

@@ -10,6 +10,8 @@ void expected_rows(const IndexState& index, int32_t head, const RowFilter& filte
   out.assign(likely.begin(), likely.end());
   out.insert(out.end(), known.expected.begin(), known.expected.end());
   out.insert(out.end(), known.heavy.begin(), known.heavy.end());
+  const std::vector<int32_t> sinks = filter.first_visible(index.options.sink_tokens);
+  out.insert(out.end(), sinks.begin(), sinks.end());
   std::sort(out.begin(), out.end());
   out.erase(std::unique(out.begin(), out.end()), out.end());
   size_t kept = 0;

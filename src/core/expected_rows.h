@@ -1,5 +1,6 @@
-// Rows that are expected to be heavy: those that earlier steps found so, though their clusters promised little, and
-// those that the step before named, the rows after the ones that weighed much then. A head that copies
+// Rows that are expected to be heavy: the first ones of a sequence that does not begin at row 0, its sinks; those that
+// earlier steps found so, though their clusters promised little; and those that the step before named, the rows after
+// the ones that weighed much then. A head that copies
 // attends to the row after the one it attended to last, and the key of that row is like no other in its cluster. They
 // are read for certain and leave the selection; what they are expected for is known before the draw,
 // so that nothing is biased (docs/method.md, followers).

@@ -111,6 +111,9 @@ struct IndexState {
   }
 };
 
+/// The cluster that `row` stands in, in the numbering over all segments; -1: none. Looks through the segment's members.
+int32_t cluster_of(const IndexState& index, int32_t head, int64_t row);
+
 /// A row that was heavy although its cluster promised little is always read when that happens again: sinks in
 /// mid-context whose keys are long stand in ordinary clusters and draw 5-10% of whole heads for thousands of steps. As
 /// many such rows as outliers.
@@ -141,6 +144,8 @@ struct RowFilter {
   }
   bool reads_exact(int64_t row) const { return is_visible(row) && !indexed->test(row); }
   bool reads_indexed(int64_t row) const { return is_visible(row) && indexed->test(row); }
+  /// The first `count` visible rows, ascending: the sinks of a sequence that need not begin at row 0.
+  std::vector<int32_t> first_visible(int32_t count) const;
   bool is_visible(int64_t row) const { return ((visible_word(row >> 6) >> (row & 63)) & 1) != 0; }
   int64_t count_visible(int64_t begin, int64_t end) const;
   int64_t count_indexed(int64_t begin, int64_t end) const;  // visible and in the index

@@ -46,6 +46,17 @@ int64_t RowBits::count_range(int64_t begin, int64_t end) const {
   return count;
 }
 
+std::vector<int32_t> RowFilter::first_visible(int32_t count) const {
+  std::vector<int32_t> rows;
+  for (int64_t w = 0; w * 64 < kv_len; ++w) {
+    for (uint64_t bits = visible_word(w); bits != 0; bits &= bits - 1) {
+      if (static_cast<int32_t>(rows.size()) >= count) return rows;
+      rows.push_back(static_cast<int32_t>(w * 64 + std::countr_zero(bits)));
+    }
+  }
+  return rows;
+}
+
 int64_t RowFilter::count_visible(int64_t begin, int64_t end) const {
   int64_t count = 0;
   for_words(begin, end, [&](int64_t w, uint64_t mask) { count += std::popcount(visible_word(w) & mask); });
@@ -132,6 +143,25 @@ constexpr size_t kSuspects =
     64;  // per KV head; induction finds new rows all the time, which must not push out the lasting ones at once
 
 }  // namespace
+
+int32_t cluster_of(const IndexState& index, int32_t head, int64_t row) {
+  int32_t base = 0;
+  for (const Segment& segment : index.segments) {
+    if (row < segment.row_begin) break;
+    if (row < segment.row_begin + segment.num_rows) {
+      const HeadClusters& clusters = segment.heads[static_cast<size_t>(head)];
+      const auto found =
+          std::find(clusters.members.begin(), clusters.members.end(), static_cast<uint16_t>(row - segment.row_begin));
+      if (found == clusters.members.end()) return -1;
+      auto before = found - clusters.members.begin();
+      int32_t c = 0;
+      for (; before >= clusters.sizes[static_cast<size_t>(c)]; ++c) before -= clusters.sizes[static_cast<size_t>(c)];
+      return base + c;
+    }
+    base += padded_clusters(segment.num_clusters);
+  }
+  return -1;
+}
 
 void found_heavy(IndexState& index, int32_t head, int32_t row) {
   Calibration& known = index.calibration[static_cast<size_t>(head)];

@@ -44,15 +44,16 @@ struct SoftmaxState {
 /// Input of the selectors besides the scores.
 struct SelectParams {
   int32_t group_size = 0;
-  const float* q_norms2 = nullptr;      // [group_size] |sm_scale * q|^2
-  const SoftmaxState* exact = nullptr;  // [group_size] of the rows read anyway (sinks, recent, expected)
-  float beta = 0;                       // weight of the spread term in the estimate of a cluster's mean weight
-  float variance_ratio = 1;             // measured over predicted variance, learned from earlier steps
-  float tau_factor = 1;                 // as in DecodeQuery
-  const float* sinks = nullptr;         // [group_size] the sinks' part of exact's sums; nullptr: none
+  const float* q_norms2 = nullptr;              // [group_size] |sm_scale * q|^2
+  const SoftmaxState* exact = nullptr;          // [group_size] of the rows read anyway (sinks, recent, expected)
+  float beta = 0;                               // weight of the spread term in the estimate of a cluster's mean weight
+  float variance_ratio = 1;                     // measured over predicted variance, learned from earlier steps
+  float tau_factor = 1;                         // as in DecodeQuery
+  const float* sinks = nullptr;                 // [group_size] the sinks' part of exact's sums; nullptr: none
+  std::span<const int32_t> sink_clusters = {};  // of those that stand in one, which must not count twice
 };
 
-/// Rows at the front that count as sinks when a head's share beside them is taken.
+/// Sinks at most that count when a head's share beside them is taken.
 inline constexpr int32_t kCountedSinks = 16;
 inline constexpr float kLeastBesideSinks = 1.0f / 256;
 
@@ -63,10 +64,11 @@ inline float sink_factor(float sink_share) { return 1 / std::sqrt(std::max(1 - s
 
 /// Output of select_sample before rows are drawn.
 struct Inclusion {
-  std::vector<float> probability;  // [num_clusters] of each member
-  float tau = 0;                   // the one used
-  double predicted_variance = 0;   // of the mass, relative, mean over the group's heads
-  std::vector<float> log_totals;   // [group_size] ln of the estimated sum of exp(score) over all rows
+  std::vector<float> probability;   // [num_clusters] of each member
+  float tau = 0;                    // the one used
+  double predicted_variance = 0;    // of the mass, relative, mean over the group's heads
+  std::vector<float> log_totals;    // [group_size] ln of the estimated sum of exp(score) over all rows
+  std::vector<float> sink_factors;  // [group_size]
   std::vector<float> scratch;
 };
 
@@ -82,14 +84,20 @@ inline float tau_of(const DecodeOptions& options, const SelectParams& params) {
 /// The share of the mass that select_fit reads.
 inline float fit_mass(const DecodeOptions& options) { return options.target_mass > 0 ? options.target_mass : 0.9f; }
 
-/// The share of the estimated total above which a sampled row has its cluster read whole: of the estimate, so that each
-/// row can be judged as it is read. A sampled row stands for about 1 / tau by design; with a limit near that,
-/// refinement would throw the sample away and the mass it speaks for with it (at 2 / tau the mass is biased, at 8 / tau
-/// by less than 1%).
-inline float refine_limit(const DecodeOptions& options, const Inclusion& inclusion) {
+/// The share of head g's estimated total above which a sampled row has its cluster read whole: of the estimate, so that
+/// each row can be judged as it is read. A sampled row stands for about 1 / tau by design, or less by the head's factor
+/// for sinks; with a limit near that, refinement would throw the sample away and the mass it speaks for with it (at
+/// 2 / tau the mass is biased, at 8 / tau by less than 1%).
+inline float refine_limit(const DecodeOptions& options, const Inclusion& inclusion, size_t g) {
   if (options.refine >= 1) return __builtin_inff();
-  const float ordinary = 8.0f / inclusion.tau;
-  return options.refine > ordinary ? options.refine : ordinary;
+  return std::max(options.refine, 8.0f / inclusion.tau) / inclusion.sink_factors[g];
+}
+
+/// tau as head g's measured error takes it: a row that was not drawn may weigh as much as kUnseen rows of 1 / tau.
+/// Between what rows stand for with the factor for sinks, where intervals were a little too narrow, and without, where
+/// those of a head with 255 times its weights on a sink were 16 times too wide (docs/method.md, measuring itself).
+inline double unseen_tau(const Inclusion& inclusion, size_t g) {
+  return double{inclusion.tau} * std::sqrt(double{inclusion.sink_factors[g]});
 }
 
 }  // namespace tactic

@@ -40,7 +40,7 @@ HWY_INLINE V growth(Tag df, V s2, V cap2) {
 // w2[c]: mean over the heads of the squared normalized weight of a member of cluster c; u[c]: the root of that mean
 // with each head's weights times its sink_factor.
 bool rms_weights(const ClusterScores& scores, const SelectParams& params, float* cap2, float* means, float* rms,
-                 float* u, float* w2, float* log_totals) {
+                 float* u, float* w2, float* log_totals, float* sink_factors) {
   const Tag df;
   const size_t lanes = hn::Lanes(df);
   const auto n = static_cast<size_t>(scores.num_clusters);
@@ -78,11 +78,13 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
       const V r = hn::Mul(e, hn::Exp(df, hn::Min(hn::LoadU(df, rms + c), hn::Set(df, 40.0f))));
       hn::StoreU(r, df, rms + c);
     }
-    const float total =
-        hn::GetLane(hn::SumOfLanes(df, sums)) + params.exact[g].sum * std::exp(params.exact[g].max - max);
+    float clustered = hn::GetLane(hn::SumOfLanes(df, sums));
+    for (const int32_t c : params.sink_clusters) clustered -= std::exp(std::max(means[c] - max, -80.0f));
+    const float total = std::max(clustered, 0.0f) + params.exact[g].sum * std::exp(params.exact[g].max - max);
     log_totals[g] = max + std::log(total);
     const float share = params.sinks == nullptr ? 0.0f : params.sinks[g] * std::exp(params.exact[g].max - max) / total;
-    const V scale = hn::Set(df, 1.0f / total), factor = hn::Set(df, sink_factor(share));
+    sink_factors[g] = sink_factor(share);
+    const V scale = hn::Set(df, 1.0f / total), factor = hn::Set(df, sink_factors[g]);
     for (size_t c = 0; c < n; c += lanes) {
       const V w = hn::Mul(hn::LoadU(df, rms + c), scale), r = hn::Mul(w, factor);
       hn::StoreU(hn::MulAdd(w, w, hn::LoadU(df, w2 + c)), df, w2 + c);
@@ -148,12 +150,14 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
   out.scratch.resize(5 * n);
   out.probability.resize(n);
   out.log_totals.assign(static_cast<size_t>(params.group_size), HUGE_VALF);
+  out.sink_factors.assign(static_cast<size_t>(params.group_size), 1.0f);
   float *u = out.scratch.data() + 3 * n, *w2 = u + n;
   out.tau = tau_of(options, params);
   out.predicted_variance = 0;
   if (n == 0) return;
   if (!HWY_DYNAMIC_DISPATCH(rms_weights)(scores, params, out.scratch.data(), out.scratch.data() + n,
-                                         out.scratch.data() + 2 * n, u, w2, out.log_totals.data())) {
+                                         out.scratch.data() + 2 * n, u, w2, out.log_totals.data(),
+                                         out.sink_factors.data())) {
     std::fill(out.probability.begin(), out.probability.end(), 1.0f);
     out.tau = HUGE_VALF;
     return;

@@ -73,12 +73,18 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
 
 namespace {
 
-// The sinks' part of the exact rows' weights, by head.
+// The sinks' part of the exact rows' weights, by head, and the clusters of those that stand in one.
 void weigh_sinks(Task& task) {
-  const int32_t end = std::min(task.query->index->state().options.sink_tokens, kCountedSinks);
+  const IndexState& index = task.query->index->state();
+  const std::vector<int32_t> sinks = task.filter.first_visible(std::min(index.options.sink_tokens, kCountedSinks));
   task.sinks.assign(static_cast<size_t>(task.group_size), 0.0f);
-  for (int64_t i = 0; i < task.exact.size() && task.exact.tokens[static_cast<size_t>(i)] < end; ++i) {
+  task.sink_clusters.clear();
+  for (int64_t i = 0; i < task.exact.size(); ++i) {
+    const int32_t row = task.exact.tokens[static_cast<size_t>(i)];
+    if (sinks.empty() || row > sinks.back() || !std::binary_search(sinks.begin(), sinks.end(), row)) continue;
     for (int32_t g = 0; g < task.group_size; ++g) task.sinks[static_cast<size_t>(g)] += task.exact.weights_of(g)[i];
+    if (!task.filter.reads_indexed(row)) continue;
+    if (const int32_t c = cluster_of(index, task.head, row); c >= 0) task.sink_clusters.push_back(c);
   }
 }
 
@@ -108,6 +114,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       params.variance_ratio = static_cast<float>(known.variance_ratio);
       params.tau_factor = task.query->tau_factor;
       params.sinks = task.sinks.data();
+      params.sink_clusters = task.sink_clusters;
       select_sample(task.clusters, params, options, task.inclusion);
       draw(index, task.head, task.filter, task.clusters, task.inclusion,
            random_offset(*task.query, task.head, options.seed), task.selection);
@@ -143,10 +150,10 @@ void select_rows(Task& task, const DecodeOptions& options) {
     exact.max = max;
   }
   if (options.select != Select::kSample) return;
-  const float limit = refine_limit(options, task.inclusion);
   task.heavy.resize(task.exact_state.size());
   for (size_t g = 0; g < task.heavy.size(); ++g)
-    task.heavy[g] = limit * std::exp(task.inclusion.log_totals[g] - task.exact_state[g].max);
+    task.heavy[g] =
+        refine_limit(options, task.inclusion, g) * std::exp(task.inclusion.log_totals[g] - task.exact_state[g].max);
 }
 
 namespace {
@@ -283,8 +290,8 @@ std::vector<HeadMass> measure(Task& task, const std::vector<char>& silent, const
     const double certain = task.certain[static_cast<size_t>(g)];
     const double total = certain + (read ? 0.0 : std::max(0.0, sum - refined[static_cast<size_t>(g)]));
     const double mass = certain / total, usual = known.empty() ? 0 : known[static_cast<size_t>(g)];
-    const double variance =
-        undrawn.any && !read ? drawn.variance(total, task.inclusion.tau, undrawn.count_variance, usual) : 0;
+    const double tau = unseen_tau(task.inclusion, static_cast<size_t>(g));
+    const double variance = undrawn.any && !read ? drawn.variance(total, tau, undrawn.count_variance, usual) : 0;
     if (first)
       task.relative_variance[static_cast<size_t>(g)] = undrawn.any ? drawn.relative(undrawn.count_variance) : 0;
     masses.push_back({mass, mass * std::sqrt(variance) / total, drawn.freedom(usual),

@@ -171,8 +171,6 @@ class DecodeBlock {
   }
   // Where somebody asks: at batch 1 it takes 3 us, instructions that run once.
   __device__ bool measures_draw() const { return kLearns && p.batch.learn && p.records != nullptr; }
-  // log2 of all weights of a head, once the blocks have told each other.
-  __device__ float estimate(int h) const { return followers.floors[h] - kHeavyLog2; }
   __device__ float beta() const { return buffers.beta; }
   __device__ float tau() const {
     const float asked = p.tau > 0 ? p.tau : tau_for_error(p.target_error, buffers.variance_ratio);
@@ -290,8 +288,13 @@ class DecodeBlock {
     }
     const int g = lane >> 2;
     const float all = shuffle(normalizer, g % kHeads);
-    if (kLearns && warp == 0 && (lane & 3) == 0) followers.floors[g] = all + kHeavyLog2;
-    return g < group && p.refine < 1 ? all + log2_fast(fmaxf(p.refine, 8.0f / rows)) : -kLowest;
+    const float beside_g = shuffle(beside, g % kHeads);
+    if (kLearns && warp == 0 && (lane & 3) == 0) {
+      followers.floors[g] = all + kHeavyLog2;
+      followers.besides[g] = beside_g;
+    }
+    return g < group && p.refine < 1 ? all + log2_fast(fmaxf(p.refine, 8.0f / rows)) + 0.5f * log2_fast(beside_g)
+                                     : -kLowest;
   }
 
   __device__ void select(const float (&shifts)[kHeads], const float (&besides)[kHeads]) {
@@ -356,7 +359,8 @@ class DecodeBlock {
         has_sinks = false;
         if constexpr (!kLearns) return;
         note(followers, taken.row, scores, group, taken.local_cluster == kOfFollower, state.max);
-        if (phase == Phase::kSelected && measures_draw()) draw.add_rows(scores, log_weights, estimate(lane >> 2));
+        if (phase == Phase::kSelected && measures_draw())
+          draw.add_rows(scores, log_weights, followers.estimate(lane >> 2));
       };
       const uint32_t heavy =
           attend_tile<kDType, kDim>(state, k, v, now, fragments, key_scale, limit, meanwhile, scored);
@@ -425,7 +429,7 @@ class DecodeBlock {
                               [&](const float(&scores)[4]) {
                                 if constexpr (!kLearns) return;
                                 note(followers, row, scores, group);
-                                if (measures_draw()) draw.add_refined(scores, estimate(lane >> 2));
+                                if (measures_draw()) draw.add_refined(scores, followers.estimate(lane >> 2));
                               });
   }
   __device__ void raise_block_maximum() {
@@ -464,7 +468,7 @@ class DecodeBlock {
     }
     if (rank == 0 && warp == kWarps - 1)
       report<kHeads>(p, buffers, sequence, row_of_head, kv_len, exact_rows().count, tau(), changed,
-                     measures_draw() ? &measures : nullptr, measures_draw() ? estimate(lane % kHeads) : 0);
+                     measures_draw() ? &measures : nullptr, followers);
   }
 
   const DecodeParams& p;

@@ -16,9 +16,13 @@ inline constexpr int kMaxNotes = 256;
 struct alignas(16) FollowerBuffers {
   uint64_t low_bits;  // most rows are told apart by these
   int32_t count, num_notes;
-  float floors[kMaxGroup];  // log2 of the weight, by head, from which on a row may be heavy
+  float floors[kMaxGroup];   // log2 of the weight, by head, from which on a row may be heavy
+  float besides[kMaxGroup];  // weight beside the sinks, by head
   int32_t rows[kMaxFollowers + kMaxLikely];
   uint2 notes[kMaxNotes];  // row, and its score (log2), whose three last bits are the head
+
+  /// log2 of all weights of a head, as estimated.
+  __device__ __forceinline__ float estimate(int h) const { return floors[h] - kHeavyLog2; }
 };
 static_assert(sizeof(FollowerBuffers) == kFollowerBytes);
 
@@ -90,8 +94,8 @@ __device__ __forceinline__ int32_t segment_of_row(const IndexView& index, const 
   return full ? number : state.full_segments + number;
 }
 
-/// The warp that took over what the step before named adds those of the query's likely rows that stand in the block's
-/// own segments.
+/// The warp that took over what the step before named adds those of the query's likely rows that stand in clusters of
+/// the block's own segments. Rows that the sequence does not have, or twice, are none.
 __device__ __forceinline__ void add_likely(FollowerBuffers& buffers, const DecodeBatch& batch, const IndexView& index,
                                            const SequenceState& state, int sequence, int64_t pair, int rank,
                                            int splits) {
@@ -100,26 +104,30 @@ __device__ __forceinline__ void add_likely(FollowerBuffers& buffers, const Decod
   const int32_t kv_len = batch.kv_lens[sequence];
   const int32_t* likely = batch.likely_rows + static_cast<int64_t>(sequence) * batch.max_likely_rows;
   __syncwarp();
-  int count = buffers.count;
 #pragma unroll 1
-  for (int i = 0; i < batch.max_likely_rows; ++i) {  // one at a time: they are few, and each must be new
-    const int32_t row = likely[i];
-    const bool known = __any_sync(kAllLanes, [&] {
-      bool found = false;
-      for (int at = lane; at < count; at += 32) found |= buffers.rows[at] == row;
-      return found;
-    }());
-    if (row < 0 || row >= kv_len || known) continue;
-    const int32_t segment = segment_of_row(index, state, pair, row);
-    if (segment < 0 || segment % splits != rank) continue;
-    if (lane == 0) {
-      buffers.rows[count] = row;
-      buffers.low_bits |= uint64_t{1} << (row & 63);
+  for (int first = 0; first < batch.max_likely_rows; first += 32) {
+    const int32_t row = first + lane < batch.max_likely_rows ? likely[first + lane] : -1;
+    const int count = buffers.count;
+    bool mine = row >= 0 && row < kv_len;
+    if (mine) {
+      const int32_t segment = segment_of_row(index, state, pair, row);
+      mine = segment >= 0 && segment % splits == rank;
     }
-    ++count;
+    for (int i = 0; i < count && mine; ++i) mine = buffers.rows[i] != row;
+    const uint32_t same = __match_any_sync(kAllLanes, mine ? row : -1 - lane), below = (1u << lane) - 1;
+    mine = mine && (same & below) == 0;
+    const uint32_t taken = __ballot_sync(kAllLanes, mine);
+    const uint32_t bit = mine ? 1u << (row & 31) : 0;
+    const uint32_t low = __reduce_or_sync(kAllLanes, (row & 32) == 0 ? bit : 0),
+                   high = __reduce_or_sync(kAllLanes, (row & 32) != 0 ? bit : 0);
+    if (mine) buffers.rows[count + __popc(taken & below)] = row;
+    __syncwarp();
+    if (lane == 0) {
+      buffers.count = count + __popc(taken);
+      buffers.low_bits |= static_cast<uint64_t>(high) << 32 | low;
+    }
     __syncwarp();
   }
-  if (lane == 0) buffers.count = count;
 }
 
 /// One warp, at the end of a step: names the rows after heavy ones, the lowest if there are too many. limit: for head

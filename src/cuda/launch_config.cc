@@ -173,7 +173,7 @@ void validate(const DecodeBatch& batch, const DecodeLimits& limits) {
   if (batch.q_dtype != DType::kF32 && batch.q_dtype != DType::kF16 && batch.q_dtype != DType::kBF16) {
     throw Error(std::string("q's type (") + dtype_name(batch.q_dtype) + ") must be f32, f16 or bf16");
   }
-  in_range("max_likely_rows", batch.max_likely_rows, batch.likely_rows == nullptr ? 0 : 1, kMaxLikely);
+  if (batch.likely_rows != nullptr) in_range("max_likely_rows", batch.max_likely_rows, 1, kMaxLikely);
   if (batch.kv_lens == nullptr || batch.q == nullptr || batch.out == nullptr)
     throw Error("kv_lens, q and out must not be null");
 }

@@ -1,6 +1,7 @@
 // What a sparse step says of itself: the logarithms of its sums, and its record.
 #pragma once
 
+#include "cuda/followers.cuh"
 #include "cuda/measure.cuh"
 #include "cuda/segments.h"
 
@@ -8,11 +9,11 @@ namespace tactic::cuda {
 
 /// One warp of one block of the cluster, after all have sent their sums. pair: (sequence, KV head). changed: every row
 /// was read, because one was not what the index knows. measures: where the draw measures itself (then the head's
-/// calibration learns what it usually says), else nullptr; estimate: of all weights of head lane % kHeads, log2.
+/// calibration learns what it usually says), else nullptr; followers: what is known of heads then.
 template <int kHeads>
 __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers<kHeads>& buffers, int sequence,
                                        int64_t pair, int kv_len, int32_t exact_rows, float tau, bool changed,
-                                       const MeasureBuffers* measures, float estimate) {
+                                       const MeasureBuffers* measures, const FollowerBuffers& followers) {
   constexpr auto kUsualRate = static_cast<float>(DrawnVariance::kUsualRate);
   const int lane = threadIdx.x & 31, group = p.batch.num_q_heads / p.batch.num_kv_heads;
   const auto count = [&](Count what) {
@@ -33,10 +34,11 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
   if (measures != nullptr && lane < group && !changed) {
     DrawSums draw;
     for (int s = 0; s < p.splits; ++s) draw.add(measures->of_blocks[s][lane]);
-    const float unit = exp2_fast(sums.max - estimate);
+    const float unit = exp2_fast(sums.max - followers.estimate(lane));
     float& usual = p.index.calibration[pair].usual_variance[lane];
     const MeasuredMass found = measure(draw, (sums.sum - sums.sampled) * unit, sums.variance * unit * unit,
-                                       draw.clusters == static_cast<float>(refined_clusters), tau, usual);
+                                       draw.clusters == static_cast<float>(refined_clusters),
+                                       tau * rsqrtf(sqrtf(followers.besides[lane])), usual);
     mass = found.mass;
     variance = found.variance;
     if (found.relative > 0) usual += (usual > 0 ? kUsualRate : 1.0f) * (found.relative - usual);

@@ -35,9 +35,9 @@ struct SelectTables {
   }
 };
 
-/// As core's tau_of where tau is not given.
+/// As core's tau_of where tau is not given, before the query's factor.
 __device__ __forceinline__ float tau_for_error(float target_error, float variance_ratio) {
-  return fmaxf(1.0f, sqrt_fast(variance_ratio) / (target_error * target_error));
+  return sqrt_fast(variance_ratio) / (target_error * target_error);
 }
 
 /// 64 random bits of a step: as core's random_offset.

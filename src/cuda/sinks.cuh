@@ -25,6 +25,7 @@ __device__ __forceinline__ void share_sinks(MergeBuffers<kHeads>& buffers, const
   RunningSum total;
 #pragma unroll 1
   for (int i = 0; i < min(num_sinks, kCountedSinks); ++i) total.add(scores[16 * (lane % kHeads) + i], 1);
+  __syncwarp();  // who gets a state may send its output to where the scores lie
   for (int other = lane / kHeads; other < splits; other += 32 / kHeads)
     Mailbox::send(&buffers.sinks[lane % kHeads], float2{total.max, total.sum}, other, &buffers.mailboxes[0]);
 }

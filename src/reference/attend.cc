@@ -53,13 +53,14 @@ double dot_row(const RowsView& rows, int32_t head, int64_t row, const float* q, 
 }
 
 int64_t refine(const IndexState& index, int32_t head, const RowFilter& filter, const RowsView& k, const float* q,
-               int32_t head_dim, int32_t group_size, const Inclusion& inclusion, float limit,
+               int32_t head_dim, int32_t group_size, const Inclusion& inclusion, const DecodeOptions& options,
                HeadSelection& selection) {
   std::vector<int32_t> found;
   for (int32_t g = 0; g < group_size; ++g) {
     for (size_t i = selection.num_certain; i < selection.tokens.size(); ++i) {
       const double score = dot_row(k, head, selection.tokens[i], q + g * head_dim, head_dim) + selection.log_weights[i];
-      if (score > std::log(limit) + inclusion.log_totals[g]) found.push_back(selection.clusters[i]);
+      if (score > std::log(refine_limit(options, inclusion, g)) + inclusion.log_totals[g])
+        found.push_back(selection.clusters[i]);
     }
   }
   std::sort(found.begin(), found.end());

@@ -75,10 +75,11 @@ void measure(const IndexState& index, const RowsView& k, int32_t head, const Hea
     }
     const double total = sum + (read ? 0.0 : std::max(0.0, rest)), usual = known.empty() ? 0 : known[g],
                  mass = sum / total;
+    const double tau = unseen_tau(inclusion, g);
     if (!(total > 0)) continue;
     masses[g] = {mass,
                  undrawn.any && !read
-                     ? mass * std::sqrt(variance.variance(total, inclusion.tau, undrawn.count_variance, usual)) / total
+                     ? mass * std::sqrt(variance.variance(total, tau, undrawn.count_variance, usual)) / total
                      : 0,
                  variance.freedom(usual), max + std::log(total)};
   }
@@ -98,6 +99,12 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   std::vector<float> q(static_cast<size_t>(group_size) * dim), q_norms2(group_size);
   std::vector<SoftmaxState> exact(group_size);
   std::vector<float> sinks(group_size);
+  const std::vector<int32_t> first = filter.first_visible(std::min(index.options.sink_tokens, kCountedSinks));
+  std::vector<int32_t> sink_clusters;
+  for (const int32_t row : first) {
+    if (!filter.reads_indexed(row)) continue;
+    if (const int32_t c = cluster_of(index, head, row); c >= 0) sink_clusters.push_back(c);
+  }
   for (int32_t g = 0; g < group_size; ++g) {
     for (int32_t d = 0; d < dim; ++d) {
       q[g * dim + d] = query.sm_scale * query.q[(head * group_size + g) * query.q_head_stride + d];
@@ -109,7 +116,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
     for (const int32_t row : all.tokens) {
       const double weight = std::exp(dot_row(kv.k, head, row, &q[g * dim], dim) - max);
       sum += weight;
-      if (row < std::min(index.options.sink_tokens, kCountedSinks)) of_sinks += weight;
+      if (std::count(first.begin(), first.end(), row) > 0) of_sinks += weight;
     }
     sinks[g] = static_cast<float>(of_sinks);
     exact[g] = {static_cast<float>(max), static_cast<float>(sum)};
@@ -124,7 +131,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   const float beta = options.beta > 0 ? options.beta : known.beta();
   const SelectParams params{
       group_size,       q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio),
-      query.tau_factor, sinks.data()};
+      query.tau_factor, sinks.data(),    sink_clusters};
   if (options.select == Select::kSample) {
     select_sample(scores, params, options, inclusion);
     draw(index, head, filter, scores, inclusion, random_offset(query, head, options.seed), selection);
@@ -139,8 +146,8 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   std::vector<HeadMass> masses(group_size);
   if (options.select == Select::kSample) {
     const HeadSelection drawn = selection;
-    stats.refined_clusters += refine(index, head, filter, kv.k, q.data(), dim, group_size, inclusion,
-                                     refine_limit(options, inclusion), selection);
+    stats.refined_clusters +=
+        refine(index, head, filter, kv.k, q.data(), dim, group_size, inclusion, options, selection);
     leave_out(expected, selection);
     std::vector<char> planned(inclusion.probability.size()), whole;
     for (size_t c = 0; c < planned.size(); ++c) planned[c] = inclusion.probability[c] >= 1;

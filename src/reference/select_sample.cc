@@ -17,7 +17,7 @@ struct MemberWeights {
   std::vector<double> square, u;
 };
 
-MemberWeights member_weights(const ClusterScores& scores, const SelectParams& params, std::vector<float>& log_totals) {
+MemberWeights member_weights(const ClusterScores& scores, const SelectParams& params, Inclusion& inclusion) {
   const int32_t n = scores.num_clusters;
   MemberWeights out{std::vector<double>(n), std::vector<double>(n)};
   for (int32_t g = 0; g < params.group_size; ++g) {
@@ -30,11 +30,14 @@ MemberWeights member_weights(const ClusterScores& scores, const SelectParams& pa
       mean[c] = scores.dots[static_cast<size_t>(g) * n + c] + spread[c];
       max = std::max(max, mean[c]);
     }
-    double total = params.exact[g].sum * std::exp(params.exact[g].max - max);
-    for (int32_t c = 0; c < n; ++c) total += scores.sizes[c] == 0 ? 0 : scores.sizes[c] * std::exp(mean[c] - max);
-    log_totals.push_back(static_cast<float>(max + std::log(total)));
+    double clustered = 0;
+    for (int32_t c = 0; c < n; ++c) clustered += scores.sizes[c] == 0 ? 0 : scores.sizes[c] * std::exp(mean[c] - max);
+    for (const int32_t c : params.sink_clusters) clustered -= std::exp(mean[c] - max);
+    const double total = std::max(clustered, 0.0) + params.exact[g].sum * std::exp(params.exact[g].max - max);
+    inclusion.log_totals.push_back(static_cast<float>(max + std::log(total)));
     const double sinks = params.sinks == nullptr ? 0 : params.sinks[g] * std::exp(params.exact[g].max - max) / total,
                  factor = sink_factor(static_cast<float>(sinks));
+    inclusion.sink_factors.push_back(static_cast<float>(factor));
     for (int32_t c = 0; c < n; ++c) {
       if (scores.sizes[c] == 0) continue;
       const double square = std::pow(std::exp(mean[c] + spread[c] - max) / total, 2) / params.group_size;
@@ -51,7 +54,8 @@ MemberWeights member_weights(const ClusterScores& scores, const SelectParams& pa
 void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options,
                    Inclusion& out) {
   out.log_totals.clear();
-  const auto [square, u] = member_weights(scores, params, out.log_totals);
+  out.sink_factors.clear();
+  const auto [square, u] = member_weights(scores, params, out);
   out.probability.assign(u.size(), 1.0f);
   out.tau = std::numeric_limits<float>::infinity();
   out.predicted_variance = 0;

@@ -53,10 +53,11 @@ int64_t select_fit(const IndexState& index, int32_t head, const RowFilter& filte
                    const RowsView& k, const float* q, int32_t head_dim, int32_t group_size, const SoftmaxState* exact,
                    float target_mass, HeadSelection& out);
 
-/// Clusters with a sampled token that stands for more than `limit` of the estimated total, in any head, are read whole:
-/// the readable members join the certain tokens and those drawn lose their weight. Returns how many clusters.
+/// Clusters with a sampled token that stands for more than refine_limit() of the estimated total, in any head, are read
+/// whole: the readable members join the certain tokens and those drawn lose their weight. Returns how many clusters.
 int64_t refine(const IndexState& index, int32_t head, const RowFilter& filter, const RowsView& k, const float* q,
-               int32_t head_dim, int32_t group_size, const Inclusion& inclusion, float limit, HeadSelection& selection);
+               int32_t head_dim, int32_t group_size, const Inclusion& inclusion, const DecodeOptions& options,
+               HeadSelection& selection);
 
 /// Those clusters are read whole: as in refine.
 void read_whole(const IndexState& index, int32_t head, const RowFilter& filter, const std::vector<int32_t>& clusters,

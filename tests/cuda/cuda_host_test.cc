@@ -166,6 +166,14 @@ TEST(Batch, NamesWhatDoesNotFit) {
   EXPECT_EQ(message([](DecodeBatch& b) { b.q_dtype = DType::kQ8_0; }), "q's type (q8_0) must be f32, f16 or bf16");
   EXPECT_EQ(message([](DecodeBatch& b) { b.page_tables = b.kv_lens; }), "k page_tokens (0) must be at least 1");
   EXPECT_EQ(message([](DecodeBatch& b) { b.v.data = nullptr; }), "v must not be null");
+  for (const int32_t count : {0, 65}) {
+    EXPECT_EQ(message([&](DecodeBatch& b) {
+                b.likely_rows = b.kv_lens;
+                b.max_likely_rows = count;
+              }),
+              text("max_likely_rows (", count, ") must be in 1..64"));
+  }
+  EXPECT_EQ(message([](DecodeBatch& b) { b.max_likely_rows = 3; }), "no error");
   static constexpr float kScale = 1;
   EXPECT_EQ(message([](DecodeBatch& b) { b.k.head_scales = &kScale; }), "k head_scales must be null for f16");
   EXPECT_EQ(message([](DecodeBatch& b) {

@@ -41,6 +41,7 @@ TEST(Learn, WhatTheCpuLearns) {
         SCOPED_TRACE(text(dtype_name(dtype), " d", dim, " g", group));
         Problem problem(spec_of(dtype, dim, 6001), group);
         round_queries(problem);
+        if (group == 4) make_sink(problem, 3);
         problem.build_index();
         problem.query.position = 6000;  // a multiple of eight
         DeviceBatch device({&problem}, DeviceLayout::kPages16);
@@ -55,7 +56,9 @@ TEST(Learn, WhatTheCpuLearns) {
           const std::vector<cuda::HeadCalibration> learned = calibration_of(index);
           for (size_t h = 0; h < 2; ++h) {
             Calibration& expected = problem.index->state().calibration[h];
-            EXPECT_GT(expected.sum_xx, 1);
+            if (group != 4) {
+              EXPECT_GT(expected.sum_xx, 1);  // beside the sink no cluster need be read whole
+            }
             // A cluster at the limit of being read whole is in one's pairs and not in the other's.
             EXPECT_NEAR(learned[h].sum_xx, expected.sum_xx, 0.02 * expected.sum_xx);
             EXPECT_NEAR(learned[h].sum_xy, expected.sum_xy, 0.02 * std::abs(expected.sum_xy) + 0.01 * expected.sum_xx);

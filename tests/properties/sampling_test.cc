@@ -308,5 +308,29 @@ TEST(Sampling, VerifiedMassIsReached) {
   }
 }
 
+// The step knows how much less a row stands for in such a head: the error it believes is not far from the one it makes.
+TEST(Sampling, TheStandardErrorKnowsOfSinks) {
+  CacheSpec spec;
+  spec.kv_len = 6000;
+  Problem problem(spec, 1, 7, 0.1f);
+  make_sink(problem, 19);
+  problem.build_index();
+  std::vector<double> truth, believed;
+  problem.run({.select = Select::kDense}, Backend::kReference);
+  const float lse = problem.lse[0];
+  for (uint64_t seed = 0; seed < 100; ++seed) {
+    problem.index->state().calibration.assign(2, {});
+    MassEstimate masses[2];
+    problem.query.masses = masses;
+    problem.run({.tau = 300, .refine = 1, .beta = 1, .seed = seed});
+    believed.push_back(masses[0].std_error);
+    truth.push_back(std::exp(problem.lse[0] - lse) - 1);  // of all weights, relative
+  }
+  double error2 = 0, believed2 = 0;
+  for (size_t i = 0; i < truth.size(); ++i) error2 += truth[i] * truth[i], believed2 += believed[i] * believed[i];
+  EXPECT_GT(std::sqrt(believed2 / error2), 0.8);
+  EXPECT_LT(std::sqrt(believed2 / error2), 4) << "what it allows for rows missed is as for a head without a sink";
+}
+
 }  // namespace
 }  // namespace tactic::test
