@@ -4,6 +4,30 @@
 
 namespace tactic {
 
+namespace {
+
+// The cluster that `row` stands in; -1: none.
+int32_t cluster_of(const IndexState& index, int32_t head, int64_t row) {
+  int32_t base = 0;
+  for (const Segment& segment : index.segments) {
+    if (row < segment.row_begin) break;
+    if (row < segment.row_begin + segment.num_rows) {
+      const HeadClusters& clusters = segment.heads[static_cast<size_t>(head)];
+      const auto found =
+          std::find(clusters.members.begin(), clusters.members.end(), static_cast<uint16_t>(row - segment.row_begin));
+      if (found == clusters.members.end()) return -1;
+      auto before = found - clusters.members.begin();
+      int32_t c = 0;
+      for (; before >= clusters.sizes[static_cast<size_t>(c)]; ++c) before -= clusters.sizes[static_cast<size_t>(c)];
+      return base + c;
+    }
+    base += padded_clusters(segment.num_clusters);
+  }
+  return -1;
+}
+
+}  // namespace
+
 void expected_rows(const IndexState& index, int32_t head, const RowFilter& filter, std::span<const int32_t> likely,
                    std::vector<int32_t>& out) {
   const Calibration& known = index.calibration[static_cast<size_t>(head)];
@@ -25,6 +49,15 @@ void expected_rows(const IndexState& index, int32_t head, const RowFilter& filte
     if (!std::binary_search(unclustered.begin(), unclustered.end(), place)) out[kept++] = row;
   }
   out.resize(kept);
+}
+
+Sinks counted_sinks(const IndexState& index, int32_t head, const RowFilter& filter) {
+  Sinks sinks{filter.first_visible(std::min(index.options.sink_tokens, kCountedSinks)), {}};
+  for (const int32_t row : sinks.rows) {
+    if (!filter.reads_indexed(row)) continue;
+    if (const int32_t c = cluster_of(index, head, row); c >= 0) sinks.clusters.push_back(c);
+  }
+  return sinks;
 }
 
 void leave_out(const std::vector<int32_t>& rows, HeadSelection& selection) {

@@ -111,9 +111,6 @@ struct IndexState {
   }
 };
 
-/// The cluster that `row` stands in, in the numbering over all segments; -1: none. Looks through the segment's members.
-int32_t cluster_of(const IndexState& index, int32_t head, int64_t row);
-
 /// A row that was heavy although its cluster promised little is always read when that happens again: sinks in
 /// mid-context whose keys are long stand in ordinary clusters and draw 5-10% of whole heads for thousands of steps. As
 /// many such rows as outliers.

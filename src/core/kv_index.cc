@@ -144,25 +144,6 @@ constexpr size_t kSuspects =
 
 }  // namespace
 
-int32_t cluster_of(const IndexState& index, int32_t head, int64_t row) {
-  int32_t base = 0;
-  for (const Segment& segment : index.segments) {
-    if (row < segment.row_begin) break;
-    if (row < segment.row_begin + segment.num_rows) {
-      const HeadClusters& clusters = segment.heads[static_cast<size_t>(head)];
-      const auto found =
-          std::find(clusters.members.begin(), clusters.members.end(), static_cast<uint16_t>(row - segment.row_begin));
-      if (found == clusters.members.end()) return -1;
-      auto before = found - clusters.members.begin();
-      int32_t c = 0;
-      for (; before >= clusters.sizes[static_cast<size_t>(c)]; ++c) before -= clusters.sizes[static_cast<size_t>(c)];
-      return base + c;
-    }
-    base += padded_clusters(segment.num_clusters);
-  }
-  return -1;
-}
-
 void found_heavy(IndexState& index, int32_t head, int32_t row) {
   Calibration& known = index.calibration[static_cast<size_t>(head)];
   if (std::binary_search(known.heavy.begin(), known.heavy.end(), row)) return;

@@ -55,7 +55,7 @@ struct SelectParams {
 
 /// Sinks at most that count when a head's share beside them is taken.
 inline constexpr int32_t kCountedSinks = 16;
-inline constexpr float kLeastBesideSinks = 1.0f / 256;
+inline constexpr float kLeastBesideSinks = 1.0f / 256;  // so that the factor is 16 at most
 
 /// What a head's inclusion probabilities are multiplied by, given the share of its weights that sinks have: their
 /// values are next to nothing, so that the output is as small as the rest of the weights, and an error that is small

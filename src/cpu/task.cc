@@ -73,18 +73,14 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
 
 namespace {
 
-// The sinks' part of the exact rows' weights, by head, and the clusters of those that stand in one.
+// The sinks' part of the exact rows' weights, by head.
 void weigh_sinks(Task& task) {
-  const IndexState& index = task.query->index->state();
-  const std::vector<int32_t> sinks = task.filter.first_visible(std::min(index.options.sink_tokens, kCountedSinks));
-  task.sinks.assign(static_cast<size_t>(task.group_size), 0.0f);
-  task.sink_clusters.clear();
-  for (int64_t i = 0; i < task.exact.size(); ++i) {
+  const std::vector<int32_t>& rows = task.sinks.rows;
+  task.sink_sums.assign(static_cast<size_t>(task.group_size), 0.0f);
+  for (int64_t i = 0; i < task.exact.size() && !rows.empty(); ++i) {
     const int32_t row = task.exact.tokens[static_cast<size_t>(i)];
-    if (sinks.empty() || row > sinks.back() || !std::binary_search(sinks.begin(), sinks.end(), row)) continue;
-    for (int32_t g = 0; g < task.group_size; ++g) task.sinks[static_cast<size_t>(g)] += task.exact.weights_of(g)[i];
-    if (!task.filter.reads_indexed(row)) continue;
-    if (const int32_t c = cluster_of(index, task.head, row); c >= 0) task.sink_clusters.push_back(c);
+    if (row > rows.back() || !std::binary_search(rows.begin(), rows.end(), row)) continue;
+    for (int32_t g = 0; g < task.group_size; ++g) task.sink_sums[static_cast<size_t>(g)] += task.exact.weights_of(g)[i];
   }
 }
 
@@ -105,6 +101,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
   const Calibration& known = index.calibration[static_cast<size_t>(task.head)];
   switch (options.select) {
     case Select::kSample: {
+      task.sinks = counted_sinks(index, task.head, task.filter);
       weigh_sinks(task);
       SelectParams params;
       params.group_size = task.group_size;
@@ -113,8 +110,8 @@ void select_rows(Task& task, const DecodeOptions& options) {
       task.beta = params.beta = options.beta > 0 ? options.beta : known.beta();
       params.variance_ratio = static_cast<float>(known.variance_ratio);
       params.tau_factor = task.query->tau_factor;
-      params.sinks = task.sinks.data();
-      params.sink_clusters = task.sink_clusters;
+      params.sinks = task.sink_sums.data();
+      params.sink_clusters = task.sinks.clusters;
       select_sample(task.clusters, params, options, task.inclusion);
       draw(index, task.head, task.filter, task.clusters, task.inclusion,
            random_offset(*task.query, task.head, options.seed), task.selection);

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/expected_rows.h"
 #include "core/read_on.h"
 #include "core/steps.h"
 
@@ -52,9 +53,9 @@ struct Task {
   std::vector<double> certain, refined_sum;  // [group_size] sums of weights of all certain rows; of refined clusters
   std::vector<double> relative_variance;     // [group_size] of the draw, 0: unknown
   std::vector<float> changes;                // [corrected rows, group_size] of their weights
-  std::vector<int32_t> sink_clusters;
-  std::vector<float> sinks;  // [group_size] their part of exact_state's sums
-  std::vector<float> heavy;  // [group_size] weight from which on a drawn row refines its cluster
+  Sinks sinks;
+  std::vector<float> sink_sums;  // [group_size] their part of exact_state's sums
+  std::vector<float> heavy;      // [group_size] weight from which on a drawn row refines its cluster
   float beta = 0;
   int64_t refined_clusters = 0, probed = 0;
   bool changed = false, not_finite = false;

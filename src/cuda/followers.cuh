@@ -1,6 +1,6 @@
-// Followers: rows after those that weighed much, which the next step reads for certain (core/expected_rows.h). Each
-// block of a cluster names rows of its own segments, so that no block must know another's; the row after a segment's
-// last is not named, nor are those after rows that no selection took.
+// Followers: rows after those that weighed much, which the next step reads for certain, and rows that a query itself
+// names as likely (core/expected_rows.h). Each block of a cluster names rows of its own segments, so that no block must
+// know another's; the row after a segment's last is not named, nor are those after rows that no selection took.
 #pragma once
 
 #include "cuda/device.cuh"

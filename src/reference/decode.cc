@@ -98,13 +98,8 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   all.log_weights.resize(all.tokens.size(), 0.0f);
   std::vector<float> q(static_cast<size_t>(group_size) * dim), q_norms2(group_size);
   std::vector<SoftmaxState> exact(group_size);
-  std::vector<float> sinks(group_size);
-  const std::vector<int32_t> first = filter.first_visible(std::min(index.options.sink_tokens, kCountedSinks));
-  std::vector<int32_t> sink_clusters;
-  for (const int32_t row : first) {
-    if (!filter.reads_indexed(row)) continue;
-    if (const int32_t c = cluster_of(index, head, row); c >= 0) sink_clusters.push_back(c);
-  }
+  const Sinks sinks = counted_sinks(index, head, filter);
+  std::vector<float> sink_sums(group_size);
   for (int32_t g = 0; g < group_size; ++g) {
     for (int32_t d = 0; d < dim; ++d) {
       q[g * dim + d] = query.sm_scale * query.q[(head * group_size + g) * query.q_head_stride + d];
@@ -116,9 +111,9 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
     for (const int32_t row : all.tokens) {
       const double weight = std::exp(dot_row(kv.k, head, row, &q[g * dim], dim) - max);
       sum += weight;
-      if (std::count(first.begin(), first.end(), row) > 0) of_sinks += weight;
+      if (std::binary_search(sinks.rows.begin(), sinks.rows.end(), row)) of_sinks += weight;
     }
-    sinks[g] = static_cast<float>(of_sinks);
+    sink_sums[g] = static_cast<float>(of_sinks);
     exact[g] = {static_cast<float>(max), static_cast<float>(sum)};
     if (!std::isfinite(sum)) return DenseReason::kNotFinite;
   }
@@ -130,8 +125,8 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
   const Calibration& known = index.calibration[head];
   const float beta = options.beta > 0 ? options.beta : known.beta();
   const SelectParams params{
-      group_size,       q_norms2.data(), exact.data(), beta, static_cast<float>(known.variance_ratio),
-      query.tau_factor, sinks.data(),    sink_clusters};
+      group_size,       q_norms2.data(),  exact.data(),  beta, static_cast<float>(known.variance_ratio),
+      query.tau_factor, sink_sums.data(), sinks.clusters};
   if (options.select == Select::kSample) {
     select_sample(scores, params, options, inclusion);
     draw(index, head, filter, scores, inclusion, random_offset(query, head, options.seed), selection);
