@@ -41,6 +41,9 @@ struct DecodeQuery {
   Selection* selection = nullptr;   // every row read and its log weight, for those who want to look at it, or nullptr
 };
 
+/// Throws Error when shapes do not fit, naming the value and the limit. run() does so first of all.
+void validate(const DecodeQuery& query);
+
 /// Which implementation computes. kReference is the specification in double precision and one thread.
 enum class Backend : uint8_t { kCpu, kReference };
 

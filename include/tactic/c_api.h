@@ -1,6 +1,6 @@
 /* The library from C and from other languages. Every function that can fail returns 0, or -1 and leaves a message that
- * tactic_last_error() gives to the same thread. Structures begin with their size, so that later versions can grow them.
- */
+ * tactic_last_error() gives to the same thread. Structures begin with their size, so that later versions can grow them:
+ * fields that a caller's structure does not have yet are as if it had set them to 0. */
 #ifndef TACTIC_C_API_H
 #define TACTIC_C_API_H
 
@@ -56,10 +56,15 @@ typedef struct {
   int32_t dense; /* 0: no, else why, as tactic::DenseReason */
 } tactic_step_stats;
 
+/* As tactic::MassEstimate. */
+typedef struct {
+  double mass, std_error, low, high;
+} tactic_mass;
+
 typedef struct tactic_index tactic_index;
 typedef struct tactic_attention tactic_attention;
 
-/* As tactic::DecodeQuery. */
+/* As tactic::DecodeQuery. Those of one call have one size. */
 typedef struct {
   size_t struct_size;
   const float* q; /* [num_q_heads, head_dim] */
@@ -76,6 +81,11 @@ typedef struct {
   float* out; /* [num_q_heads, v_head_dim] */
   int64_t out_head_stride;
   float* lse; /* [num_q_heads] or NULL */
+  /* May be missing: */
+  const int32_t* likely_rows; /* [num_likely_rows] ascending, or NULL */
+  int32_t num_likely_rows;
+  float tau_factor;    /* 0: 1 */
+  tactic_mass* masses; /* [num_q_heads] or NULL */
 } tactic_query;
 
 const char* tactic_version(void);
@@ -90,6 +100,10 @@ tactic_index* tactic_index_create(const tactic_index_options* options, int32_t n
 void tactic_index_free(tactic_index* index);
 int tactic_index_write(tactic_index* index, int64_t row_begin, int64_t count);
 int tactic_index_truncate(tactic_index* index, int64_t kv_len);
+/* Rows that hold nothing any more. */
+int tactic_index_remove(tactic_index* index, int64_t row_begin, int64_t count);
+/* Another text begins: what steps have learned is of the one before. */
+int tactic_index_forget_learned(tactic_index* index);
 /* max_segments < 0: all that is due. Returns 1 when work is left. */
 int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_segments);
 /* Number of rows that had changed, or -1. */

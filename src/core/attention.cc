@@ -15,9 +15,7 @@ struct Attention::Impl {
   int32_t num_threads = 0;
 };
 
-namespace {
-
-void check_query(const DecodeQuery& query) {
+void validate(const DecodeQuery& query) {
   const KvView& kv = query.kv;
   check_view(kv);
   if (query.num_q_heads < 1 || query.num_q_heads % kv.num_kv_heads != 0) {
@@ -52,8 +50,6 @@ void check_query(const DecodeQuery& query) {
   }
 }
 
-}  // namespace
-
 Attention::Attention(const DecodeOptions& options, Backend backend, int32_t num_threads)
     : impl_(std::make_unique<Impl>()) {
   set_options(options);
@@ -66,7 +62,7 @@ Attention::Attention(Attention&&) noexcept = default;
 Attention& Attention::operator=(Attention&&) noexcept = default;
 
 void Attention::run(std::span<const DecodeQuery> queries, StepStats* stats) {
-  for (const DecodeQuery& query : queries) check_query(query);
+  for (const DecodeQuery& query : queries) validate(query);
   impl_->backend->run(queries, impl_->options, impl_->num_threads, stats);
 }
 

@@ -1,5 +1,6 @@
 #include "tactic/c_api.h"
 
+#include <cstddef>
 #include <cstring>
 #include <exception>
 #include <string>
@@ -16,6 +17,7 @@ struct tactic_attention {
   tactic::Attention attention;
   std::vector<tactic::DecodeQuery> queries;
   std::vector<tactic::StepStats> stats;
+  std::vector<tactic::MassEstimate> masses;  // of all queries
 };
 
 namespace {
@@ -40,13 +42,18 @@ const T& checked(const T* pointer, const char* name) {
   return *pointer;
 }
 
+// The caller's structure, of this version or of an older one, down to `smallest` bytes.
 template <class T>
-const T& sized(const T* pointer, const char* name) {
-  if (checked(pointer, name).struct_size != sizeof(T)) {
-    throw tactic::Error(std::string(name) + ".struct_size (" + std::to_string(pointer->struct_size) + ") must be " +
+T sized(const T* pointer, const char* name, size_t smallest = sizeof(T)) {
+  const size_t size = checked(pointer, name).struct_size;
+  if (size < smallest || size > sizeof(T) || size % alignof(T) != 0) {
+    const std::string sizes = smallest < sizeof(T) ? std::to_string(smallest) + ".." : "";
+    throw tactic::Error(std::string(name) + ".struct_size (" + std::to_string(size) + ") must be " + sizes +
                         std::to_string(sizeof(T)));
   }
-  return *pointer;
+  T whole{};
+  std::memcpy(&whole, pointer, size);
+  return whole;
 }
 
 // A caller may have put any number into an enumeration; C++ may only look at it as bytes.
@@ -91,6 +98,22 @@ tactic::DecodeQuery query_of(const tactic_query& q) {
   query.out = q.out;
   query.out_head_stride = q.out_head_stride;
   query.lse = q.lse;
+  query.likely_rows = q.likely_rows;
+  query.num_likely_rows = q.num_likely_rows;
+  query.tau_factor = q.tau_factor != 0 ? q.tau_factor : 1;
+  return query;
+}
+
+constexpr size_t kFirstQuery = offsetof(tactic_query, likely_rows);
+
+// Query number i; those before it have the size of the first.
+tactic_query query_at(const tactic_query* queries, size_t i) {
+  const auto* at = reinterpret_cast<const std::byte*>(queries) + i * queries->struct_size;
+  const tactic_query query = sized(reinterpret_cast<const tactic_query*>(at), "query", kFirstQuery);
+  if (query.struct_size != queries->struct_size) {
+    throw tactic::Error("query.struct_size (" + std::to_string(query.struct_size) + ") must be that of the first (" +
+                        std::to_string(queries->struct_size) + ")");
+  }
   return query;
 }
 
@@ -125,7 +148,7 @@ void tactic_decode_options_init(tactic_decode_options* o) {
 tactic_index* tactic_index_create(const tactic_index_options* options, int32_t num_kv_heads, int32_t head_dim,
                                   int32_t v_head_dim) {
   return guarded<tactic_index*>(nullptr, [&] {
-    const tactic_index_options& o = sized(options, "options");
+    const tactic_index_options o = sized(options, "options");
     tactic::IndexOptions d;
     d.clustering = o.whole_clustering != 0 ? tactic::Clustering::kWhole : tactic::Clustering::kIncremental;
     d.cluster_tokens = o.cluster_tokens;
@@ -158,6 +181,22 @@ int tactic_index_truncate(tactic_index* index, int64_t kv_len) {
   });
 }
 
+int tactic_index_remove(tactic_index* index, int64_t row_begin, int64_t count) {
+  return guarded(-1, [&] {
+    checked(index, "index");
+    index->index.remove(row_begin, count);
+    return 0;
+  });
+}
+
+int tactic_index_forget_learned(tactic_index* index) {
+  return guarded(-1, [&] {
+    checked(index, "index");
+    index->index.forget_learned();
+    return 0;
+  });
+}
+
 int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_segments) {
   return guarded(-1, [&] {
     checked(index, "index");
@@ -178,7 +217,7 @@ size_t tactic_index_memory_bytes(const tactic_index* index) {
 
 tactic_attention* tactic_attention_create(const tactic_decode_options* options, int32_t num_threads) {
   return guarded<tactic_attention*>(nullptr, [&] {
-    const tactic_decode_options& o = sized(options, "options");
+    const tactic_decode_options o = sized(options, "options");
     tactic::DecodeOptions d;
     d.select = static_cast<tactic::Select>(checked_enum(o.select, "select", TACTIC_TOPK));
     d.target_error = o.target_error;
@@ -189,7 +228,7 @@ tactic_attention* tactic_attention_create(const tactic_decode_options* options, 
     d.beta = o.beta;
     d.check_rows = o.check_rows != 0;
     d.seed = o.seed;
-    return new tactic_attention{tactic::Attention(d, tactic::Backend::kCpu, num_threads), {}, {}};
+    return new tactic_attention{tactic::Attention(d, tactic::Backend::kCpu, num_threads), {}, {}, {}};
   });
 }
 
@@ -201,13 +240,33 @@ int tactic_attention_run(tactic_attention* attention, const tactic_query* querie
     checked(attention, "attention");
     if (num_queries > 0) checked(queries, "queries");
     attention->queries.clear();
-    for (size_t i = 0; i < num_queries; ++i) attention->queries.push_back(query_of(sized(queries + i, "query")));
+    size_t heads = 0;
+    for (size_t i = 0; i < num_queries; ++i) {
+      const tactic_query query = query_at(queries, i);
+      attention->queries.push_back(query_of(query));
+      tactic::validate(attention->queries.back());
+      if (query.masses != nullptr) heads += static_cast<size_t>(query.num_q_heads);
+    }
+    attention->masses.resize(heads);
+    tactic::MassEstimate* masses = attention->masses.data();
+    for (size_t i = 0; i < num_queries; ++i) {
+      if (query_at(queries, i).masses == nullptr) continue;
+      attention->queries[i].masses = masses;
+      masses += attention->queries[i].num_q_heads;
+    }
     attention->stats.resize(num_queries);
     attention->attention.run(attention->queries, attention->stats.data());
     for (size_t i = 0; stats != nullptr && i < num_queries; ++i) {
       const tactic::StepStats& s = attention->stats[i];
       stats[i] = {s.kv_len,   s.tokens_certain,   s.tokens_sampled, s.refined_clusters, s.index_bytes,
                   s.kv_bytes, s.kv_bytes_present, s.estimated_mass, s.mass_std_error,   static_cast<int32_t>(s.dense)};
+    }
+    for (size_t i = 0; i < num_queries; ++i) {
+      const tactic::MassEstimate* from = attention->queries[i].masses;
+      if (from == nullptr) continue;
+      const tactic_query query = query_at(queries, i);
+      for (int32_t h = 0; h < query.num_q_heads; ++h)
+        query.masses[h] = {from[h].mass, from[h].std_error, from[h].low, from[h].high};
     }
     return 0;
   });

@@ -323,6 +323,15 @@ class Session {
     query.out = out.get();
     query.out_head_stride = out_stride;
     query.lse = input_.one_in(2) ? lse.get() : nullptr;
+    std::vector<int32_t> likely(static_cast<size_t>(input_.within(0, 5)));
+    int32_t row = -1;
+    for (int32_t& x : likely) x = row += static_cast<int32_t>(input_.within(1, 300));
+    if (!likely.empty() && input_.one_in(20)) likely[0] = input_.raw<int32_t>();
+    query.likely_rows = likely.data();
+    query.num_likely_rows = static_cast<int32_t>(likely.size());
+    query.tau_factor = input_.one_in(20) ? input_.raw<float>() : static_cast<float>(input_.within(0, 4));
+    std::vector<tactic_mass> masses(static_cast<size_t>(num_q_heads));
+    query.masses = input_.one_in(3) ? masses.data() : nullptr;
     tactic_step_stats stats{};
     const int status = tactic_attention_run(attention.get(), &query, 1, &stats);
     checked(status);
