@@ -4,4 +4,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 get_python
 export PYTHONPATH=$TACTIC_ROOT/eval PYTHONDONTWRITEBYTECODE=1
-exec "$PYTHON" -m tasks "$@"
+exec "$PYTHON" -P -m tasks "$@"

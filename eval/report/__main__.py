@@ -9,7 +9,7 @@ import os
 import sys
 
 from .pictures import PICTURES, png
-from .rows import read_rows
+from .rows import label, read_rows
 from .tables import TABLES, markdown
 
 STYLE = """body{font:15px/1.45 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
@@ -29,7 +29,7 @@ def write(path, data):
 
 def make(directory, files):
     """Returns the names of what was written."""
-    rows = read_rows(sorted(glob.glob(os.path.join(directory, "*.jsonl"))) + files)
+    rows = label(read_rows(sorted(glob.glob(os.path.join(directory, "*.jsonl"))) + files))
     models = ", ".join(dict.fromkeys(str(row["model"]) for row in rows if row.get("model") not in (None, "several")))
     title = f"Sparse decode attention: {models}"
     page, text, names = [f"<h1>{html.escape(title)}</h1>"], [f"# {title}"], []

@@ -24,6 +24,19 @@ def read_rows(paths):
 KNOBS = {"budget", "error", "mass", "epsilon", "l", "tau"}  # how much is read; other options make another method
 
 
+def label(rows):
+    """Rows of several models: their texts bear the model's name, so that each has a place of its own."""
+    models = {row["model"] for row in rows if row.get("model") not in (None, "several")}
+    if len(models) < 2:
+        return rows
+
+    def named(row):
+        keys = [key for key in ("text", "trace") if key in row and row.get("model") in models]
+        return row | {key: f"{row[key]}, {row['model']}" for key in keys}
+
+    return [named(row) for row in rows]
+
+
 def method_of(setting):
     """'quest,budget=512' -> 'quest', 'magicpig,k=8,l=75' -> 'magicpig,k=8'; presets are points of 'sample'."""
     first, *options = setting.split(",")
@@ -53,15 +66,22 @@ def latest(rows, keys):
 
 def error_rows(rows):
     """Of `tactic eval trace`, one a text and setting; without those over several texts."""
-    found = [row for row in rows if row.get("verb") == "eval trace" and row.get("model") != "several"]
+    found = [row for row in rows if row.get("verb") == "eval trace" and row.get("model") != "several" and row["read_fraction"] > 0]
     return latest([row | {"text": row["trace"], "place": row["trace"]} for row in found], ("model", "text", "setting"))
 
 
 def kl_rows(rows):
     """Of `tactic eval kl`, one a text, depth and mode; without stock llama.cpp and exact attention."""
     found = [row for row in rows if row.get("verb") == "eval kl" and row.get("taken") and row["read_fraction"] < 1]
-    found = [row | {"setting": row["mode"], "place": f"{row['text']} after {row['depth']}"} for row in found]
-    return latest(found, ("model", "text", "depth", "mode"))
+    several = len({row.get("cache_type") for row in found}) > 1
+    found = [row | {"setting": row["mode"], "place": _place(row, several)} for row in found]
+    return latest(found, ("model", "place", "mode"))
+
+
+def _place(row, name_cache_type):
+    return f"{row['text']} after {row['depth']}" + (f", {row.get('cache_type')}" if name_cache_type else "") + (
+        f", YaRN {row['yarn']:g}" if row.get("yarn", 1) != 1 else ""
+    )
 
 
 def task_rows(rows):

@@ -52,8 +52,12 @@ def make(options):
 def load(options):
     count = counter(options.server, options.model)
     problems, items = [], []
-    for path in options.files:
-        name = os.path.splitext(os.path.basename(path))[0]
+    names = [os.path.splitext(os.path.basename(path))[0] for path in options.files]
+    if len(set(names)) < len(names):  # qa1/4k.jsonl, qa2/4k.jsonl
+        names = ["-".join([os.path.basename(os.path.dirname(os.path.abspath(path))), name]) for path, name in zip(options.files, names)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"files of one name in folders of one name cannot be told apart: {', '.join(options.files)}")
+    for path, name in zip(options.files, names):
         name = name if options.form == "longbench" else f"{options.form}-{name}"
         extra = {"length": options.length} if options.form == "longbench" else {}
         loaded = files.LOADERS[options.form](path, name, count, problems, **extra)
@@ -80,6 +84,13 @@ def ask(options):
 def summary(options):
     table = results.summarize(options.items, options.results, options.baseline)
     print(table.json() if options.json else table.markdown())
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
 
 
 def parser():
@@ -121,8 +132,8 @@ def parser():
     verb.add_argument("-n", "--count", type=int, default=0, help="only the first items; 0: all")
     verb.add_argument("--seed", type=int, default=1)
     verb.add_argument("--timeout", type=float, default=600, help="seconds for a whole answer")
-    verb.add_argument("--attempts", type=int, default=5)
-    verb.add_argument("--workers", type=int, default=1, help="requests at a time")
+    verb.add_argument("--attempts", type=positive, default=5)
+    verb.add_argument("--workers", type=positive, default=1, help="requests at a time")
     verb.add_argument("--max-tokens", type=int, default=0, help="no answer is longer; 0: as the item says")
     verb.set_defaults(run=ask)
 
@@ -139,9 +150,12 @@ def main(arguments=None):
     options = parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except (OSError, ValueError, KeyError, httpx.HTTPError) as error:
+    except (OSError, ValueError, KeyError, httpx.HTTPError, httpx.InvalidURL) as error:
         print(f"eval_tasks: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("eval_tasks: interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ right nor wrong."""
 
 import hashlib
 import json
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -94,19 +95,26 @@ def _choice(content, api):
         finish = choice.get("finish_reason")
         usage = reply.get("usage") or {}
         figures = {"prompt_tokens": usage.get("prompt_tokens"), "output_tokens": usage.get("completion_tokens")}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise NoAnswer(f"rubbish instead of an answer ({type(error).__name__}): {content[:80]!r}") from error
     if not isinstance(text, str):
         raise NoAnswer(f"the answer's text is no string: {text!r}")
     if finish not in ("stop", "length", "eos", None):
         raise NoAnswer(f"the answer ended with '{finish}'")
-    return {"output": text, "complete": finish != "length", **figures}
+    # Half a character that JSON spells out (an answer cut inside an emoji) cannot be written.
+    return {"output": text.encode("utf-8", "replace").decode(), "complete": finish != "length", **figures}
+
+
+def connect_s(settings):
+    return min(10.0, settings.timeout_s)
 
 
 def attempt(client, item, settings):
     path, body = request(item, settings)
     try:
         status, headers, content = _read(client, path, body, settings.timeout_s)
+    except httpx.ConnectTimeout as error:
+        raise NoAnswer(f"no connection within {connect_s(settings):g} s", unreachable=True) from error
     except httpx.TimeoutException as error:
         raise NoAnswer(f"{type(error).__name__} within {settings.timeout_s:g} s") from error
     except httpx.TransportError as error:
@@ -118,13 +126,15 @@ def attempt(client, item, settings):
             pause_s = min(float(headers.get("retry-after", 0)), 300.0)
         except ValueError:
             pause_s = 0.0
+        pause_s = pause_s if math.isfinite(pause_s) else 0.0
         reason = f"status {status}: {content[:200].decode(errors='replace')}"
         raise NoAnswer(reason, again=status in RETRIED, pause_s=pause_s)
     return _choice(content, settings.api)
 
 
-def ask(client, item, settings, sleep=time.sleep):
-    """Fields of the item's result line: an answer, or `error` and whether the server was `unreachable` to the last."""
+def ask(client, item, settings, sleep=time.sleep, stops=lambda: False):
+    """Fields of the item's result line: an answer, or `error` and whether the server was `unreachable` to the last. When
+    it `stops()`, an attempt that failed is the last."""
     line = {"id": item.id, "task": item.task, "mode": settings.mode, "model": settings.model}
     line["fingerprint"] = fingerprint(item, settings)
     begin = time.monotonic()
@@ -134,7 +144,7 @@ def ask(client, item, settings, sleep=time.sleep):
             return line | answer | {"attempts": count, "seconds": round(time.monotonic() - begin, 3)}
         except NoAnswer as error:
             failure = error
-        if not failure.again or count == settings.attempts:
+        if not failure.again or count == settings.attempts or stops():
             break
         sleep(max(failure.pause_s, min(settings.pause_s * 2 ** (count - 1), 60.0)))
     return line | {"error": str(failure), "attempts": count, "unreachable": failure.unreachable}
@@ -178,15 +188,13 @@ class _Lost:
 
 
 def ask_all(items, out, settings, sleep=time.sleep):
-    """Appends a line for every item that `out` has no valid answer to. Returns a Report."""
+    """Appends a line for every item that `out` has no valid answer to. Returns a Report. Interrupted, it waits for the
+    requests under way, writes their answers and asks nothing more."""
     done = read_done(out, items, settings)
     todo = [item for item in items if item.id not in done]
     report = Report(had=len(items) - len(todo))
     lost = _Lost()
-    timeout = httpx.Timeout(settings.timeout_s, connect=min(10.0, settings.timeout_s), pool=None)
-
-    def work(item):
-        return None if lost.is_final else lost.note(ask(client, item, settings, sleep))
+    timeout = httpx.Timeout(settings.timeout_s, connect=connect_s(settings), pool=None)
 
     with (
         Appender(out) as lines,
@@ -194,13 +202,25 @@ def ask_all(items, out, settings, sleep=time.sleep):
         ThreadPoolExecutor(settings.workers) as pool,
         tqdm(total=len(items), initial=report.had, unit="item") as bar,
     ):
-        for future in as_completed([pool.submit(work, item) for item in todo]):
-            line = future.result()
-            if line is None:
-                report.left += 1
-                continue
-            report.failed += "error" in line
-            report.answered += "error" not in line
+
+        def work(item):
+            if lost.is_final:
+                return None
+            line = lost.note(ask(client, item, settings, sleep, lambda: lost.is_final))
             lines.write(line)
-            bar.update()
+            return line
+
+        try:
+            for future in as_completed([pool.submit(work, item) for item in todo]):
+                line = future.result()
+                if line is None:
+                    report.left += 1
+                    continue
+                report.failed += "error" in line
+                report.answered += "error" not in line
+                bar.update()
+        except BaseException:
+            lost.is_final = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return report

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 from .items import Item, read_lines
+from .scores import babilong_labels
 from .tokens import estimate, largest_size
 
 
@@ -66,9 +67,9 @@ def hotpotqa(path):
 
 
 def babilong(path, name, count=estimate, problems=None):
-    """BABILong: input, question, target (several with commas). The labels are all targets that the file has."""
+    """BABILong: input, question, target (scores.babilong_labels). The labels are all targets that the file has."""
     rows = read_lines(path, lambda r: (_text(r, "input"), _text(r, "question"), _text(r, "target")), problems)
-    labels = sorted({label for _, _, target in rows for label in target.split(",")})
+    labels = sorted({label for _, _, target in rows for label in babilong_labels(target)})
     prefix = "The answer is"
     items = []
     for i, (context, question, target) in enumerate(rows):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 from dataclasses import asdict, dataclass, field
 
 METRICS = ("all", "any", "babilong", "last_number", "f1")
@@ -43,6 +44,14 @@ def parse_item(record):
     return Item(**{name: record[name] for name in names if name in record})
 
 
+def _require_unicode(record):
+    """Raises ValueError for bytes that are no UTF-8, and for halves of characters that JSON spells out."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not UTF-8: {error.object[error.start : error.end]!r}") from None
+
+
 def read_lines(path, parse, problems=None):
     """`parse(record)` of every JSON object of a file of JSON lines. A line that is broken or that `parse` refuses
     (ValueError, KeyError, TypeError) is named on stderr and skipped; its name goes into the list `problems`."""
@@ -55,6 +64,7 @@ def read_lines(path, parse, problems=None):
                 record = json.loads(line)
                 if not isinstance(record, dict):
                     raise ValueError("not a JSON object")
+                _require_unicode(record)
                 good.append(parse(record))
             except (ValueError, KeyError, TypeError) as error:
                 what = f"no field {error}" if isinstance(error, KeyError) else str(error)
@@ -85,7 +95,8 @@ def write_items(items, path):
 
 
 class Appender:
-    """Appends JSON objects, one a line, each at once on disk's way. A last line that was cut short is closed first."""
+    """Appends JSON objects, one a line, each at once on disk's way. A last line that was cut short is closed first.
+    Threads may write at the same time."""
 
     def __init__(self, path):
         whole = True
@@ -93,13 +104,16 @@ class Appender:
             with open(path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
                 whole = file.read(1) == b"\n"
+        self._lock = threading.Lock()
         self._file = open(path, "a", encoding="utf-8")
         if not whole:
             self._file.write("\n")
 
     def write(self, record):
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
 
     def __enter__(self):
         return self

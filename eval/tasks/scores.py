@@ -17,13 +17,18 @@ def contains_any(output, item):
     return float(any(answer.lower() in text for answer in item.answers))
 
 
+def babilong_labels(target):
+    """One, or several with commas; a way of two steps ("s,w") is one."""
+    return target.split(",") if len(target) > 3 else [target]
+
+
 def babilong(output, item):
-    """BABILong: of the labels that are not in the question, those in the first sentence are the target's (one, or several
-    with commas), whatever the case."""
+    """BABILong: of the labels that are not in the question, those in the first sentence are the target's, whatever the
+    case."""
     first = output.lower().split(".")[0]
     question = item.prompt.rsplit("Question:", 1)[-1].lower()
     said = {label for label in map(str.lower, item.labels) if label in first and label not in question}
-    return float(said == set(item.answers[0].lower().split(",")))
+    return float(said == set(babilong_labels(item.answers[0].lower())))
 
 
 def last_number(output, item):

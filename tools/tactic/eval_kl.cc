@@ -109,6 +109,16 @@ Source text_source(const Host& host, const EvalOptions& options, const std::stri
                               static_cast<long long>(options.depth), static_cast<long long>(options.steps),
                               static_cast<long long>(needed + (options.windows - 1) * std::max<int64_t>(stride, 0))));
   }
+  if (options.windows > 1 && stride == 0) {
+    throw CommandError(format("%s has %zu tokens: %lld windows would be the same one", path.c_str(), text.size(),
+                              static_cast<long long>(options.windows)));
+  }
+  if (options.windows > 1 && stride < options.steps) {
+    std::fprintf(stderr,
+                 "note: %s: windows begin %lld tokens after each other and decode %lld: tokens that several decode make "
+                 "the intervals too narrow\n",
+                 path.c_str(), static_cast<long long>(stride), static_cast<long long>(options.steps));
+  }
   for (int64_t w = 0; w < options.windows; ++w) {
     std::vector<llama_token> window;
     if (add_bos) window.push_back(llama_vocab_bos(host.vocab()));

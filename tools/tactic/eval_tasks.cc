@@ -59,9 +59,11 @@ Item parse_item(const std::string& line, const TasksOptions& options, const std:
         format("max_tokens (%lld) must lie between 1 and 65536", static_cast<long long>(item.max_tokens)));
   }
   if (options.max_tokens > 0) item.max_tokens = std::min(item.max_tokens, options.max_tokens);
-  item.fingerprint =
-      fingerprint({item.id, item.task, item.prompt, item.prefix, item.target, std::to_string(item.max_tokens),
-                   options.cache_type, options.bare ? "bare" : "chat", model});
+  std::vector<std::string> parts = {
+      item.id, item.task, item.prompt, item.prefix, item.target, std::to_string(item.max_tokens), options.cache_type,
+      options.bare ? "bare" : "chat", model};
+  if (options.host.yarn != 1) parts.push_back(format("yarn %g", options.host.yarn));
+  item.fingerprint = fingerprint(parts);
   return item;
 }
 
@@ -159,13 +161,16 @@ class TaskRun {
         std::mismatch(tokens.begin(), tokens.end(), previous.tokens.begin(), previous.tokens.end()).first;
     int64_t shared = (alike - tokens.begin()) / Session::kBatchTokens * Session::kBatchTokens;
     if (std::ssize(previous.tokens) > session_options_.kv_len_max) shared = 0;
-    Session session(host_, parse_mode("stock"), session_options_);
+    auto session = std::make_unique<Session>(host_, parse_mode("stock"), session_options_);
     if (shared > 0) {
-      session.restore(previous.state, std::ssize(previous.tokens));
-      session.truncate(shared);
+      session->restore(previous.state, std::ssize(previous.tokens));
+      if (!session->truncate(shared)) {  // a recurrent part remembers the whole text only
+        session = std::make_unique<Session>(host_, parse_mode("stock"), session_options_);
+        shared = 0;
+      }
     }
-    session.prefill(tokens.subspan(static_cast<size_t>(shared)));
-    state_ = session.save();
+    session->prefill(tokens.subspan(static_cast<size_t>(shared)));
+    state_ = session->save();
     previous = {{tokens.begin(), tokens.end()}, state_};
     exact_.resize(target_.size() * static_cast<size_t>(host_.vocab_size()));
   }
@@ -261,7 +266,8 @@ void eval_tasks(const TasksOptions& options) {
   JsonLines out(options.out);
   Host host(options.host, modes);
   const Json facts = record_header(host, "eval tasks");
-  const Json header = {{"commit", facts["commit"]}, {"model", model}, {"cache_type", options.cache_type}};
+  const Json header = {
+      {"commit", facts["commit"]}, {"model", model}, {"cache_type", options.cache_type}, {"yarn", facts["yarn"]}};
 
   Prefilled previous;
   Progress progress("items", std::ssize(items), "items");

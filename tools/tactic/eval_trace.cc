@@ -124,6 +124,18 @@ std::vector<int32_t> chosen_layers(const EvalTraceOptions& options, const eval::
   return layers;
 }
 
+// Methods other than the library's own have no answer for sliding-window layers, so that these tell nothing where both are
+// compared.
+void leave_out_windows(const eval::Trace& trace, std::vector<int32_t>& layers) {
+  const size_t left = std::erase_if(layers, [&](int32_t i) { return trace.layer(i).info->window > 0; });
+  if (layers.empty())
+    throw CommandError(trace.path() + ": only sliding-window layers are asked for, which other methods do not answer");
+  if (left > 0) {
+    std::fprintf(stderr, "note: %s: %zu sliding-window layer(s) left out, which other methods do not answer\n",
+                 trace.path().c_str(), left);
+  }
+}
+
 // The decode queries, thinned evenly to `limit` if there are more.
 std::vector<int64_t> chosen_queries(const eval::Trace& trace, int64_t limit, int64_t within) {
   std::vector<int64_t> all;
@@ -167,7 +179,9 @@ std::vector<double> error_by_layer(const SettingCases& cases, const eval::Trace&
 
 std::vector<SettingCases> measure(const EvalTraceOptions& options, const eval::Trace& trace,
                                   const std::vector<Setting>& settings) {
-  const std::vector<int32_t> layers = chosen_layers(options, trace);
+  std::vector<int32_t> layers = chosen_layers(options, trace);
+  if (std::any_of(settings.begin(), settings.end(), [](const Setting& s) { return eval::is_baseline(s.name); }))
+    leave_out_windows(trace, layers);
   const std::vector<int64_t> queries = chosen_queries(trace, options.queries, options.within);
   if (queries.empty()) throw CommandError(trace.path() + " holds no decode query");
   std::vector<std::vector<SettingCases>> parts(layers.size());

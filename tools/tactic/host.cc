@@ -303,11 +303,10 @@ void Session::restore(std::span<const uint8_t> state, int64_t kv_len) {
   kv_len_ = kv_len;
 }
 
-void Session::truncate(int64_t kv_len) {
-  if (!llama_memory_seq_rm(llama_get_memory(context_.get()), 0, static_cast<llama_pos>(kv_len), -1)) {
-    throw CommandError("this model's cache cannot be cut back to " + std::to_string(kv_len) + " tokens");
-  }
+bool Session::truncate(int64_t kv_len) {
+  if (!llama_memory_seq_rm(llama_get_memory(context_.get()), 0, static_cast<llama_pos>(kv_len), -1)) return false;
   kv_len_ = kv_len;
+  return true;
 }
 
 void require_exact(const tactic_totals& totals, ggml_type cache_type) {

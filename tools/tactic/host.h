@@ -127,8 +127,8 @@ class Session {
 
   std::vector<uint8_t> save() const;
   void restore(std::span<const uint8_t> state, int64_t kv_len);
-  /// Forgets the tokens from position `kv_len` on.
-  void truncate(int64_t kv_len);
+  /// Forgets the tokens from position `kv_len` on. False: the model's memory cannot, and the session is of no more use.
+  bool truncate(int64_t kv_len);
 
   int64_t kv_len() const { return kv_len_; }
   const Mode& mode() const { return mode_; }

@@ -207,7 +207,8 @@ Json record_header(const Host& host, const std::string& verb) {
   Json header = record_header(verb);
   header.update({{"host", {{"llama", llama_version()}, {"ggml", ggml_version()}}},
                  {"model", std::filesystem::path(host.options().model_path).filename().string()},
-                 {"model_description", description}});
+                 {"model_description", description},
+                 {"yarn", host.options().yarn}});
   return header;
 }
 

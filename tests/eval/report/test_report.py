@@ -85,6 +85,25 @@ def test_depths_are_not_mixed():
     assert [line[1] for line in tables.kl(two)[1:]] == ["7168", "7168", "16000"]
 
 
+def test_models_have_places_of_their_own(tmp_path):
+    def sparsity(model, layers):
+        return [{"table": "sparsity_head", "model": model, "text": "prose", "layer": layer, "head": 0, "tokens": 12, "median": 3} for layer in range(layers)]
+
+    write_rows(tmp_path / "rows.jsonl", [*MEASURED, *sparsity("m", 2), *sparsity("other", 3), error_row("sample,error=0.01", 0.3, 0.02) | {"model": "other"}])
+    assert "sparsity.png" in make(str(tmp_path), [])
+    text = (tmp_path / "report.md").read_text()
+    assert "| prose, m | sample,error=0.01 |" in text and "| prose, other | sample,error=0.01 |" in text
+
+
+def test_cache_types_are_not_mixed():
+    mixed = [kl_row("quality=high", 0.16, 0.004) | {"cache_type": t} for t in ("f16", "q8_0")]
+    assert rows.places(rows.kl_rows(mixed)) == ["prose after 7168, f16", "prose after 7168, q8_0"]
+
+
+def test_a_method_that_was_not_measured_is_left_out(tmp_path):
+    assert rows.error_rows([error_row("quest,budget=512", 0, 0)]) == []
+
+
 def test_a_repeated_run_replaces_its_rows():
     twice = [error_row("quest,budget=512", 0.2, 0.2), error_row("quest,budget=512", 0.2, 0.3)]
     assert [row["mean_error"] for row in rows.error_rows(twice)] == [0.3]

@@ -63,6 +63,12 @@ class FakeServer:
             send(good)
         elif act.isdigit():
             send(b"overloaded", int(act), retry_after="7")
+        elif act.startswith("503 "):
+            send(b"overloaded", 503, retry_after=act[4:])
+        elif act == "nested":
+            send(b"[" * 100_000)
+        elif act == "half":  # the last emoji was cut, as JSON may spell it
+            send(good.replace(b'"}', b'\\ud83d"}', 1))
         elif act == "garbage":
             send(b"<html>It works!</html>")
         elif act == "binary":

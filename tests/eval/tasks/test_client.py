@@ -1,11 +1,13 @@
 import json
 
+import httpx
 import pytest
 from fake_server import FakeServer, answer_to
 from tasks.__main__ import main
 from tasks.client import GIVE_UP_AFTER, Settings, ask_all
 from tasks.items import Item, write_items
 from tasks.results import summarize
+from tqdm import tqdm
 
 
 def items(count):
@@ -53,7 +55,7 @@ def test_completions_get_the_prefix(tmp_path):
     assert path == "/v1/completions" and body["prompt"] == "prompt 1\nSo:" and body["max_tokens"] == 2
 
 
-BAD = ["500", "503", "429", "garbage", "binary", "zip", "empty", "list", "null", "aborted", "cut", "short", "hang up"]
+BAD = ["nested", "500", "503", "429", "garbage", "binary", "zip", "empty", "list", "null", "aborted", "cut", "short", "hang up"]
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -135,6 +137,47 @@ def test_no_server_at_all(tmp_path):
         pass
     report = run(server, tmp_path / "out", count=10)
     assert (report.failed, report.left, report.answered) == (GIVE_UP_AFTER, 7, 0)
+
+
+@pytest.mark.parametrize("wish", ["nan", "inf", "-5", "soon"])
+def test_wishes_that_are_none_are_not_heard(tmp_path, wish):
+    pauses = []
+    with FakeServer([f"503 {wish}"]) as server:
+        assert run(server, tmp_path / "out", sleep=pauses.append, pause_s=2).complete
+    assert pauses == [300 if wish == "inf" else 2]
+
+
+def test_half_a_character_costs_one_letter(tmp_path):
+    with FakeServer(["half"]) as server:
+        assert run(server, tmp_path / "out").complete
+    assert lines(tmp_path / "out")[0]["output"] == answer_to("prompt 0") + "?"
+
+
+def test_an_address_without_a_machine_counts_as_no_connection(tmp_path, monkeypatch):
+    def post(*_, **__):
+        raise httpx.ConnectTimeout("")
+
+    monkeypatch.setattr(httpx.Client, "stream", post)
+    report = run("http://127.0.0.1:1/v1", tmp_path / "out", count=10)
+    assert (report.failed, report.left) == (GIVE_UP_AFTER, 7)
+    assert lines(tmp_path / "out")[0]["error"] == "no connection within 10 s"
+
+
+def test_an_interruption_keeps_what_was_answered_and_asks_nothing_more(tmp_path, monkeypatch):
+    class Bar(tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("tasks.client.tqdm", Bar)
+    out = tmp_path / "out"
+    with FakeServer() as server:
+        with pytest.raises(KeyboardInterrupt):
+            run(server, out, count=500)
+        asked = len(server.requests)
+        assert asked < 500
+        assert len(lines(out)) == asked
+        monkeypatch.undo()
+        assert run(server, out, count=500).had == asked
 
 
 def test_workers_lose_nothing(tmp_path):

@@ -72,6 +72,7 @@ def test_lines_resume_and_summary(made, tmp_path):
 
     rows = summarize([made], [out], "dense").rows
     assert {(r["task"], r["mode"]): r["n"] for r in rows} == {(t, m): n for t, n in (("niah_multikey_1", 2), ("hello", 1)) for m in names}
+    assert "another text, model or setting" in run(made, out, "--yarn", "2", code=1).stderr
     assert run(made, out).stdout.startswith("3 of 3 items") and len(out.read_text().splitlines()) == 10
 
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from tasks import files
+from tasks.__main__ import main
 from tasks.items import Appender, Item, read_items, write_items
 from tasks.tokens import estimate
 
@@ -24,6 +25,40 @@ def test_babilong(tmp_path, capsys):
     assert len(problems) == 3
     shown = capsys.readouterr().err
     assert "set.jsonl:2: skipped" in shown and ":3: skipped: no field 'target'" in shown and ":4: skipped" in shown
+
+
+def test_what_is_no_unicode_is_named_and_skipped(tmp_path, capsys):
+    path = tmp_path / "set.jsonl"
+    good = json.dumps({"input": "Mary went to the garden.", "question": "Where is Mary?", "target": "garden"}).encode()
+    path.write_bytes(b"\n".join([good.replace(b"Mary", b"M\xe4ry"), good.replace(b"Mary", b"M\\ud83dry"), good]) + b"\n")
+    problems = []
+    (item,) = files.babilong(path, "babilong-qa1", problems=problems)
+    assert item.id == "babilong-qa1-0" and len(problems) == 2
+    write_items([item], tmp_path / "items.jsonl")
+    shown = capsys.readouterr().err
+    assert "set.jsonl:1: skipped: not UTF-8" in shown and "set.jsonl:2: skipped: not UTF-8" in shown
+
+
+def test_babilongs_ways_are_one_label(tmp_path):
+    ways = [{"input": "x", "question": "How do you go from a to b?", "target": t} for t in ("s,w", "n,n", "e,s")]
+    items = files.babilong(lines(tmp_path, *ways), "babilong-qa19")
+    assert items[0].labels == ["e,s", "n,n", "s,w"]
+    several = {"input": "x", "question": "What is Mary carrying?", "target": "apple,milk"}
+    assert files.babilong(lines(tmp_path, several), "babilong-qa8")[0].labels == ["apple", "milk"]
+
+
+def test_files_of_one_name_do_not_take_each_others_ids(tmp_path, capsys):
+    record = json.dumps({"input": "Mary went to the garden.", "question": "Where is Mary?", "target": "garden"})
+    paths = []
+    for folder in ("qa1", "qa2", "more/qa2"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "4k.jsonl").write_text(record)
+        paths.append(str(tmp_path / folder / "4k.jsonl"))
+    out = str(tmp_path / "items.jsonl")
+    assert main(["load", "babilong", *paths[:2], "-o", out]) == 0
+    assert [item.id for item in read_items(out)] == ["babilong-qa1-4k-0", "babilong-qa2-4k-0"]
+    assert main(["load", "babilong", *paths, "-o", out]) == 1
+    assert "cannot be told apart" in capsys.readouterr().err
 
 
 def test_longeval(tmp_path):

@@ -45,6 +45,14 @@ def test_babilong(output, value):
     assert score(output, item("babilong", "bathroom", prompt="text\n\nQuestion: Where is Mary?", labels=PLACES)) == value
 
 
+def test_babilongs_way_of_two_steps_is_one_label():
+    ways = ["e,s", "n,n", "s,w"]
+    question = item("babilong", "s,w", prompt="Question: How do you go from the hall to the garden?", labels=ways)
+    assert score("s,w", question) == 1
+    assert score("w,s", question) == 0
+    assert score("n,n", question) == 0
+
+
 def test_babilong_labels_of_the_question_do_not_count():
     question = item("babilong", "kitchen", prompt="text\n\nQuestion: What is north of the garden?", labels=PLACES)
     assert score("The kitchen is north of the garden", question) == 1
