@@ -129,16 +129,25 @@ class AccelBackend {
     check_cells(node);
     const int64_t begin = now_ns(), rows = rows_to_store(node);
     share_rows(num_threads, rows, node->ne[0], [&](int64_t first, int64_t last) { store_rows(node, first, last); });
-    const int64_t stored = now_ns();
-    shared().stats.add_write(stored - begin);
+    shared().stats.add_write(now_ns() - begin);
+    try {
+      index_rows(node, rows, options);
+    } catch (const std::exception& error) {  // most likely memory; the rows are there, and are read densely
+      log_error("%s is not indexed: %s", node->name, error.what());
+      shared().watch.clear();
+    }
+  }
+
+  void index_rows(const ggml_tensor* node, int64_t rows, const PluginOptions& options) {
     const std::shared_ptr<CacheLayer> layer = shared().watch.note_write(node, options);
     if (layer != nullptr) layer->owner = this;
     // Prefill pays for its clusters as it goes; decode steps have their own budget.
     if (layer == nullptr || rows <= options.max_rows * static_cast<int64_t>(layer->streams.size())) return;
     if (!options.enabled || options.decode.select == Select::kDense || options.index.clustering == Clustering::kWhole)
       return;
+    const int64_t begin = now_ns();
     for (size_t s = 0; s < layer->streams.size(); ++s) maintain(*layer, s, -1);
-    shared().stats.add_clustering(now_ns() - stored);
+    shared().stats.add_clustering(now_ns() - begin);
   }
 
   void maintain(CacheLayer& layer, size_t stream, double budget) {
@@ -226,8 +235,8 @@ class AccelBackend {
     query.stream_id += stream * 64;
     try {
       StreamIndex& entry = *layer.streams[stream];
-      if (row == 0) entry.begin_step(bits.visible, bits.num_visible, options.max_rows);
-      shared().watch.before_step(layer, stream, bits.visible, row == 0, options.faults);
+      const bool begins = row == 0 && entry.begin_step(bits.visible, bits.num_visible, options.max_rows);
+      shared().watch.before_step(layer, stream, bits.visible, begins, options.faults);
       if (row == 0) maintain(layer, stream, budget_of(layer, entry));
       query.index = &entry.index;
       query.tau_factor = entry.tau_factor();

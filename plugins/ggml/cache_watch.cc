@@ -205,29 +205,31 @@ bool returned_changed(StreamIndex& entry, const KvView& kv, const std::vector<ui
 
 }  // namespace
 
-void StreamIndex::begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows) {
+bool StreamIndex::begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows) {
   constexpr int64_t kMaxStep = 64;  // more rows than a decode step ever has
+  const bool same = now_visible == visible;
+  if (same && written_since_step == 0 && steps > 0) return false;
   const int32_t before = std::exchange(newest, written.empty() ? -1 : written.back());
-  const bool again = newest == before && now_visible == visible;  // the newest row was taken back and came again
-  if (num_now < num_visible || num_now > num_visible + kMaxStep || again) {
+  const bool again = newest == before && same;  // the newest row was taken back and came again
+  const auto word = [](const std::vector<uint64_t>& bits, size_t w) { return w < bits.size() ? bits[w] : 0; };
+  int64_t others = 0;  // cells that were not shown before: many of them are a prompt, or of another sequence
+  for (size_t w = 0; w < now_visible.size(); ++w) others += std::popcount(now_visible[w] & ~word(visible, w));
+  if (num_now < num_visible || others > kMaxStep || again) {
     index.forget_learned();
     steps = 0;
   }
   if (steps == 0 || written_since_step > max_rows) steps_since_prompt = 0;
   written_since_step = 0;
-  if (num_now < num_visible) {
-    const auto word = [](const std::vector<uint64_t>& bits, size_t w) { return w < bits.size() ? bits[w] : 0; };
-    int64_t others = 0;  // cells that were not shown before: many of them are of another sequence
-    for (size_t w = 0; w < now_visible.size(); ++w) others += std::popcount(now_visible[w] & ~word(visible, w));
-    for (size_t w = 0; w < visible.size() && others <= kMaxStep; ++w) {
-      for_runs(visible[w] & ~word(now_visible, w),
-               [&](int begin, int length) { index.remove(static_cast<int64_t>(w) * 64 + begin, length); });
-    }
+  const bool same_sequence = others <= kMaxStep && 2 * others < num_now;
+  for (size_t w = 0; w < visible.size() && num_now < num_visible && same_sequence; ++w) {
+    for_runs(visible[w] & ~word(now_visible, w),
+             [&](int begin, int length) { index.remove(static_cast<int64_t>(w) * 64 + begin, length); });
   }
   visible = now_visible;
   num_visible = num_now;
   ++steps;
   ++steps_since_prompt;
+  return true;
 }
 
 // The first tokens of an answer decide how it goes on, and nothing is known yet of how the heads read: four times tau

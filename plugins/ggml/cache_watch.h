@@ -36,8 +36,9 @@ struct StreamIndex {
   EarlierPlaces earlier_places;     // of the first layer
   /// The cells that a step's first row shows. Where they do not go on from the step before, a prompt came in between or
   /// rows were taken back: what was learned is forgotten and rows that were taken back leave the index, so that a
-  /// request that is asked again reads the same rows again. `max_rows`: a decode step has no more.
-  void begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows);
+  /// request that is asked again reads the same rows again. `max_rows`: a decode step has no more. False: no step
+  /// begins, for another layer has attended to this layer's cache in it.
+  bool begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows);
   /// DecodeQuery::tau_factor of the step under way.
   float tau_factor() const;
   explicit StreamIndex(const IndexOptions& options, const KvShape& shape) : index(options, shape) {}

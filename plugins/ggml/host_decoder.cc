@@ -30,7 +30,11 @@ tactic_query query_of(const DecodeQuery& q) {
           q.position,
           q.out,
           q.out_head_stride,
-          q.lse};
+          q.lse,
+          nullptr,
+          0,
+          1,
+          nullptr};
 }
 
 StepStats stats_of(const tactic_step_stats& s, int32_t num_kv_heads) {

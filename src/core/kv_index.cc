@@ -336,12 +336,19 @@ bool KvIndex::maintain(const KvView& kv, double max_segments) {
   }
 }
 
+namespace {
+
+constexpr int64_t kFewChanged = 8;  // rows of a segment, rewritten one by one
+
+}  // namespace
+
 int64_t KvIndex::verify(const KvView& kv) {
   IndexState& s = *state_;
   check_view_of(s, kv);
   const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
   int64_t changed = 0;
   for (const Segment& segment : s.segments) {
+    const int64_t before = changed;
     for (int32_t i = 0; i < segment.num_rows; ++i) {
       const int64_t row = segment.row_begin + i;
       if (!s.indexed.test(row)) continue;
@@ -356,6 +363,10 @@ int64_t KvIndex::verify(const KvView& kv) {
         break;
       }
     }
+    // A check looks at eight bytes of a row. Where a few dimensions of all rows changed (a shift of positions under a
+    // rotary embedding of some of them), most rows pass: the segment's clusters are of no more use.
+    if (changed - before > std::max<int64_t>(kFewChanged, segment.num_rows / 32))
+      s.indexed.reset_range(segment.row_begin, segment.row_begin + segment.num_rows);
   }
   return changed;
 }

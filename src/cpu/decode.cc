@@ -149,7 +149,10 @@ class CpuRun : public BackendRun {
         if (task.sparse && task.not_finite) return;  // done anew
         if (task.sparse) read_settled(task, partial_of(task, thread));
         merge_task(t, threads);
-        if (task.sparse && learn_apart_ && !query_changed(task)) learn(task, options);
+        if (task.sparse && learn_apart_ && !query_changed(task)) {
+          forget_expected(task);
+          learn(task, options);
+        }
       });
     });
   }
@@ -333,8 +336,13 @@ class CpuRun : public BackendRun {
   void finish_queries(std::span<const DecodeQuery> queries, const DecodeOptions& options, StepStats* stats) {
     for (Task& task : tasks_) kept_.push_back(std::move(task));
     tasks_.clear();
-    for (Task& task : kept_) {
-      if (task.sparse && !learn_apart_) learn(task, options);
+    if (!learn_apart_) {  // queries of one index name rows for each of them
+      for (Task& task : kept_) {
+        if (task.sparse) forget_expected(task);
+      }
+      for (Task& task : kept_) {
+        if (task.sparse) learn(task, options);
+      }
     }
     for (const DecodeQuery& query : queries) {
       if (query.selection != nullptr) query.selection->heads.resize(static_cast<size_t>(query.kv.num_kv_heads));

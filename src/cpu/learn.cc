@@ -36,9 +36,7 @@ void for_heavy_rows(const Task& task, const RowList& list, const std::vector<flo
 // Heavy rows whose clusters were not meant to be read whole are suspects; the rows after all heavy ones are expected to
 // weigh much in the next step.
 void find_heavy(const Task& task, Calibration& known) {
-  std::vector<int32_t>& expected = known.expected;
-  std::vector<int32_t> surprises;
-  expected.clear();
+  std::vector<int32_t> expected, surprises;
   const auto look = [&](const RowList& list, const std::vector<float>* log_weights, int64_t first_surprise) {
     for_heavy_rows(task, list, log_weights, [&](int64_t i) {
       const int32_t row = list.tokens[static_cast<size_t>(i)];
@@ -51,11 +49,17 @@ void find_heavy(const Task& task, Calibration& known) {
   look(task.refined, nullptr, 0);
   sort_unique(expected);
   if (expected.size() > kExpected) expected.resize(kExpected);
+  known.expected.insert(known.expected.end(), expected.begin(), expected.end());
+  sort_unique(known.expected);
   sort_unique(surprises);
   for (const int32_t row : surprises) found_heavy(task.query->index->state(), task.head, row);
 }
 
 }  // namespace
+
+void forget_expected(Task& task) {
+  task.query->index->state().calibration[static_cast<size_t>(task.head)].expected.clear();
+}
 
 void learn(Task& task, const DecodeOptions& options) {
   if (options.select != Select::kSample) return;

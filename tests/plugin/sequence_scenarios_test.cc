@@ -68,6 +68,24 @@ TEST_F(SequenceScenarios, DifferentTextsInOneCache) {
                    .faults = {"fault=mask"}});
 }
 
+// A short answer in the first slot, a long one in the second: what the long one's index holds must stay.
+TEST_F(SequenceScenarios, AShortNeighborTakesNoRowsOut) {
+  const auto text = tokens_of(records(7, 0, 60), 512), hello = tokens_of(words(71, 100), 30), rest = question(7, 19);
+  forget_indexes();
+  Session s(kSparse, {.num_seqs = 2, .unified = true});
+  s.prefill(text, 0, 1);
+  s.decode(std::span(rest).first(4), 512, 1);
+  s.prefill(hello, 0, 0);
+  take_totals();
+  for (size_t i = 0; i < 6; ++i) {
+    const auto at = static_cast<llama_pos>(i);
+    s.decode_batch(std::vector<Step>{{rest[i], 30 + at, 0}, {rest[i + 4], 516 + at, 1}});
+  }
+  const tactic_totals totals = take_totals();
+  EXPECT_GT(totals.queries, 0);
+  EXPECT_EQ(2 * totals.dense_queries, totals.queries) << "all of the short one, none of the long one";
+}
+
 // The whole stream is copied behind the plug-in's back.
 TEST_F(SequenceScenarios, SequenceCopiedToAnotherStream) {
   const auto text = tokens_of(records(8, 0, 40), 448), before = tokens_of(words(81, 500), 448), rest = question(8, 19);

@@ -1,4 +1,6 @@
 // What must hold of selections whatever the numbers: everything selected is dense, more accuracy reads more.
+#include <algorithm>
+
 #include "support.h"
 
 namespace tactic::test {
@@ -19,6 +21,37 @@ const DecodeOptions kEverything[] = {
     {.select = Select::kFit, .target_mass = 1},
     {.select = Select::kTopK, .budget = 1 << 30},
 };
+
+// Two sequences in one cache, each of which finds a heavy row of its own.
+TEST(Selection, QueriesOfOneIndexNameRowsForEachOfThem) {
+  constexpr int64_t kRows = 1600, kHalf = 800;
+  Problem problem(spec_of(kRows), 1, 7, 0.1f);
+  const std::vector<float> one(64, 2.0f);
+  for (const int64_t row : {300, 1100}) problem.cache.set_key(0, row, one);
+  problem.build_index();
+  std::vector<uint64_t> visible[2] = {std::vector<uint64_t>(kRows / 64), std::vector<uint64_t>(kRows / 64)};
+  for (int64_t row = 0; row < kRows; ++row) visible[row / kHalf][row / 64] |= uint64_t{1} << (row % 64);
+  std::vector<float> q(problem.q.size(), 0.0f), out[2] = {problem.out, problem.out};
+  std::fill_n(q.begin(), 64, 1.0f);
+  std::vector<DecodeQuery> queries(2, problem.query);
+  for (size_t i = 0; i < 2; ++i) {
+    queries[i].kv = problem.cache.view();
+    queries[i].index = problem.index.get();
+    queries[i].q = q.data();
+    queries[i].visible = visible[i].data();
+    queries[i].out = out[i].data();
+    queries[i].lse = nullptr;
+  }
+  Attention attention({.select = Select::kSample, .tau = 300});
+  attention.run(queries);
+  const std::vector<int32_t>& expected = problem.index->state().calibration[0].expected;
+  EXPECT_TRUE(std::binary_search(expected.begin(), expected.end(), 301)) << ::testing::PrintToString(expected);
+  EXPECT_TRUE(std::binary_search(expected.begin(), expected.end(), 1101)) << ::testing::PrintToString(expected);
+  queries.pop_back();
+  attention.run(queries);
+  EXPECT_TRUE(std::binary_search(expected.begin(), expected.end(), 301));
+  EXPECT_FALSE(std::binary_search(expected.begin(), expected.end(), 1101)) << "of the step before";
+}
 
 TEST(Selection, EverythingSelectedIsDense) {
   for (const DType dtype : kAllTypes) {

@@ -114,10 +114,11 @@ Source text_source(const Host& host, const EvalOptions& options, const std::stri
                               static_cast<long long>(options.windows)));
   }
   if (options.windows > 1 && stride < options.steps) {
-    std::fprintf(stderr,
-                 "note: %s: windows begin %lld tokens after each other and decode %lld: tokens that several decode make "
-                 "the intervals too narrow\n",
-                 path.c_str(), static_cast<long long>(stride), static_cast<long long>(options.steps));
+    std::fprintf(
+        stderr,
+        "note: %s: windows begin %lld tokens after each other and decode %lld: tokens that several decode make "
+        "the intervals too narrow\n",
+        path.c_str(), static_cast<long long>(stride), static_cast<long long>(options.steps));
   }
   for (int64_t w = 0; w < options.windows; ++w) {
     std::vector<llama_token> window;

@@ -59,9 +59,15 @@ Item parse_item(const std::string& line, const TasksOptions& options, const std:
         format("max_tokens (%lld) must lie between 1 and 65536", static_cast<long long>(item.max_tokens)));
   }
   if (options.max_tokens > 0) item.max_tokens = std::min(item.max_tokens, options.max_tokens);
-  std::vector<std::string> parts = {
-      item.id, item.task, item.prompt, item.prefix, item.target, std::to_string(item.max_tokens), options.cache_type,
-      options.bare ? "bare" : "chat", model};
+  std::vector<std::string> parts = {item.id,
+                                    item.task,
+                                    item.prompt,
+                                    item.prefix,
+                                    item.target,
+                                    std::to_string(item.max_tokens),
+                                    options.cache_type,
+                                    options.bare ? "bare" : "chat",
+                                    model};
   if (options.host.yarn != 1) parts.push_back(format("yarn %g", options.host.yarn));
   item.fingerprint = fingerprint(parts);
   return item;

@@ -124,8 +124,8 @@ std::vector<int32_t> chosen_layers(const EvalTraceOptions& options, const eval::
   return layers;
 }
 
-// Methods other than the library's own have no answer for sliding-window layers, so that these tell nothing where both are
-// compared.
+// Methods other than the library's own have no answer for sliding-window layers, so that these tell nothing where both
+// are compared.
 void leave_out_windows(const eval::Trace& trace, std::vector<int32_t>& layers) {
   const size_t left = std::erase_if(layers, [&](int32_t i) { return trace.layer(i).info->window > 0; });
   if (layers.empty())
