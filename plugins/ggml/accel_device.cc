@@ -356,8 +356,12 @@ bool device_supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
     case GGML_OP_FLASH_ATTN_EXT: {
       const std::shared_ptr<const PluginOptions> options = shared().options();
       if (options->enabled && options->decode.select != Select::kDense) {
-        note_geometry(op, *options);
-        note_unsupported(op, *options);
+        try {
+          note_geometry(op, *options);
+          note_unsupported(op, *options);
+        } catch (const std::exception& error) {  // whether it can be computed does not depend on what is noted
+          log_error("%s: %s", op->name, error.what());
+        }
       }
       return match_attention(op, *options).has_value();
     }

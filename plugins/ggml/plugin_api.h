@@ -1,5 +1,6 @@
 // What a host program that knows the plug-in may ask of it, beyond what ggml asks. Each function is found with
-// ggml_backend_reg_get_proc_address(reg, name); all are thread-safe and apply to every context of the process.
+// ggml_backend_reg_get_proc_address(reg, name). They apply to every context of the process and may be called by any
+// thread; "tactic_take_totals" and "tactic_inspect" only while no context computes, for they look at the indexes.
 #pragma once
 
 #include <stddef.h>
