@@ -150,7 +150,7 @@ class CpuRun : public BackendRun {
         if (task.sparse) read_settled(task, partial_of(task, thread));
         merge_task(t, threads);
         if (task.sparse && learn_apart_ && !query_changed(task)) {
-          forget_expected(task);
+          forget_expected(task, options);
           learn(task, options);
         }
       });
@@ -338,7 +338,7 @@ class CpuRun : public BackendRun {
     tasks_.clear();
     if (!learn_apart_) {  // queries of one index name rows for each of them
       for (Task& task : kept_) {
-        if (task.sparse) forget_expected(task);
+        if (task.sparse) forget_expected(task, options);
       }
       for (Task& task : kept_) {
         if (task.sparse) learn(task, options);

@@ -57,7 +57,8 @@ void find_heavy(const Task& task, Calibration& known) {
 
 }  // namespace
 
-void forget_expected(Task& task) {
+void forget_expected(Task& task, const DecodeOptions& options) {
+  if (options.select != Select::kSample) return;  // learns nothing
   task.query->index->state().calibration[static_cast<size_t>(task.head)].expected.clear();
 }
 

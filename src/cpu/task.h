@@ -96,7 +96,7 @@ void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* 
 bool rows_unchanged(const Task& task, int64_t begin, int64_t end);
 
 /// Before the first of the step's tasks with this index and head learns: what the step before expected is past.
-void forget_expected(Task& task);
+void forget_expected(Task& task, const DecodeOptions& options);
 
 /// What the step learned goes into the index, for later steps (learn.cc). One thread at a time for one index and head.
 void learn(Task& task, const DecodeOptions& options);
