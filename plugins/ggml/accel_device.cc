@@ -146,7 +146,9 @@ class AccelBackend {
     if (!options.enabled || options.decode.select == Select::kDense || options.index.clustering == Clustering::kWhole)
       return;
     const int64_t begin = now_ns();
-    for (size_t s = 0; s < layer->streams.size(); ++s) maintain(*layer, s, -1);
+    for (size_t s = 0; s < layer->streams.size(); ++s) {
+      if (!layer->streams[s]->stays_short()) maintain(*layer, s, -1);
+    }
     shared().stats.add_clustering(now_ns() - begin);
   }
 
@@ -237,6 +239,9 @@ class AccelBackend {
       StreamIndex& entry = *layer.streams[stream];
       const bool begins = row == 0 && entry.begin_step(bits.visible, bits.num_visible, options.max_rows);
       shared().watch.before_step(layer, stream, bits.visible, begins, options.faults);
+      const bool too_short = bits.num_visible < options.min_context;
+      if (row == 0) entry.note_length(too_short);
+      if (too_short) return;
       if (row == 0) maintain(layer, stream, budget_of(layer, entry));
       query.index = &entry.index;
       query.tau_factor = entry.tau_factor();

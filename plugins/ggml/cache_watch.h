@@ -6,6 +6,7 @@
 // values.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -39,9 +40,17 @@ struct StreamIndex {
   /// request that is asked again reads the same rows again. `max_rows`: a decode step has no more. False: no step
   /// begins, for another layer has attended to this layer's cache in it.
   bool begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows);
+  /// A step begins. `too_short`: it sees fewer rows than a selection is worth.
+  void note_length(bool too_short) { short_steps_ = too_short ? std::min(short_steps_ + 1, kManyShort) : 0; }
+  /// Step after step sees too few rows, as in a sliding window: rows are not clustered as they are written.
+  bool stays_short() const { return short_steps_ == kManyShort; }
   /// DecodeQuery::tau_factor of the step under way.
   float tau_factor() const;
   explicit StreamIndex(const IndexOptions& options, const KvShape& shape) : index(options, shape) {}
+
+ private:
+  static constexpr int32_t kManyShort = 16;
+  int32_t short_steps_ = 0;
 };
 
 /// The layer's number as the cache's name says it, else `fallback`.

@@ -54,6 +54,31 @@ TEST_F(Graph, SlidingWindow) {
   EXPECT_GT(windowed_error(1536, 1024), kBound) << "the mask does not matter";
 }
 
+// A short window in a long ring is not worth a selection, nor its rows a cluster; a query that sees more is.
+TEST_F(Graph, ShortWindowIsReadDensely) {
+  configure("segment=256,provisional=64,error=0.03");
+  constexpr int64_t kCells = 1536;
+  Layer layer(kCells);
+  Rows rows(17);
+  std::vector<float> mask(kCells, kHidden);
+  layer.write(0, rows.keys(kCells), rows.values(kCells));
+  std::fill_n(mask.begin(), 512, 0.0f);
+  double worst = 0;
+  for (int step = 0; step < 20; ++step) worst = std::max(worst, layer.error(rows.query(), mask));
+  EXPECT_LT(worst, 1e-3);
+  tactic_totals totals = take_totals();
+  EXPECT_EQ(totals.sparse_queries, 0);
+  EXPECT_EQ(totals.queries, 20);
+  const int64_t before = totals.index_memory_bytes;
+  layer.write(0, rows.keys(256), rows.values(256));  // as a prompt
+  EXPECT_LE(take_totals().index_memory_bytes, before) << "rows that no step can see are clustered";
+  std::fill_n(mask.begin(), 1200, 0.0f);
+  for (int step = 0; step < 4; ++step) EXPECT_LT(layer.error(rows.query(), mask), kBound);
+  totals = take_totals();
+  EXPECT_EQ(totals.sparse_queries, 4);
+  EXPECT_GT(totals.index_memory_bytes, before);
+}
+
 TEST_F(Graph, MaskWithOtherValuesIsExact) {
   Layer layer(1024);
   Rows rows(8);
