@@ -175,8 +175,7 @@ class AccelBackend {
     if (!match) throw Error(std::string("attention node ") + node->name + " cannot be computed here");
     const bool offered = shared().decoder.is_set() && match->rows() == 1;
     const bool indexed = options.enabled && options.decode.select != Select::kDense && !offered;
-    const std::shared_ptr<CacheLayer> layer =
-        indexed || offered ? shared().watch.layer_of(*match, options.index) : nullptr;
+    const std::shared_ptr<CacheLayer> layer = indexed || offered ? watched_layer(*match, options) : nullptr;
     const int64_t num_queries = match->rows() * match->streams();
     queries_.assign(static_cast<size_t>(num_queries), {});
     stats_.resize(static_cast<size_t>(num_queries));
@@ -217,6 +216,15 @@ class AccelBackend {
     const int32_t after = cache->data == first_cache_ ? 0 : node_layer_ + 1;  // where no index and no name says it
     node_layer_ = layer != nullptr ? layer->layer : layer_number(cache, static_cast<size_t>(after));
     shared().stats.add_node(stats_.data(), num_queries, node_layer_, now_ns() - attend_begin);
+  }
+
+  static std::shared_ptr<CacheLayer> watched_layer(const AttentionMatch& match, const PluginOptions& options) {
+    try {
+      return shared().watch.layer_of(match, options.index);
+    } catch (const std::exception& error) {  // most likely memory
+      log_error("%s is read densely: %s", match.out->name, error.what());
+      return nullptr;
+    }
   }
 
   void run(const ggml_tensor& node, const PluginOptions& options) {
@@ -310,7 +318,9 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph* graph) {
 }
 
 const char* device_name(ggml_backend_dev_t) { return "TACTIC"; }
-const char* device_description(ggml_backend_dev_t) { return "Tactic sparse decode attention on the CPU"; }
+const char* device_description(ggml_backend_dev_t) {
+  return "Tactic sparse decode attention on the CPU, on without --device";
+}
 void device_memory(ggml_backend_dev_t, size_t* free, size_t* total) { *free = *total = 0; }
 enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
 

@@ -76,7 +76,7 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
   if (offset < 0 || (fresh.k_stream_bytes > 0 && offset % fresh.k_stream_bytes != 0)) return nullptr;
 
   const std::lock_guard lock(mutex_);
-  std::shared_ptr<CacheLayer>& layer = layers_[k->data];
+  const auto at = layers_.find(k->data);
   const auto same = [](const KvView& a, const KvView& b) {
     const auto rows = [](const RowsView& x, const RowsView& y) {
       return x.data == y.data && x.dtype == y.dtype && x.token_stride_bytes == y.token_stride_bytes &&
@@ -85,23 +85,23 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
     return rows(a.k, b.k) && rows(a.v, b.v) && a.num_kv_heads == b.num_kv_heads && a.head_dim == b.head_dim &&
            a.v_head_dim == b.v_head_dim && a.kv_len == b.kv_len;
   };
-  if (layer == nullptr || !same(layer->view, fresh.view) || layer->streams.size() != static_cast<size_t>(k->ne[2])) {
-    fresh.layer = layer_number(k, layers_.size());
-    layer = std::make_shared<CacheLayer>(std::move(fresh));
-    for (int64_t s = 0; s < k->ne[2]; ++s) {
-      layer->streams.push_back(std::make_unique<StreamIndex>(
-          options, KvShape{layer->view.num_kv_heads, layer->view.head_dim, layer->view.v_head_dim}));
-    }
-    // Memory is in one cache only: what else lay there is gone, and must be neither read nor told of writes.
-    std::shared_ptr<CacheLayer> made = layer;
-    std::erase_if(layers_,
-                  [&](const auto& entry) { return entry.second != made && share_memory(*entry.second, *made); });
-    made->last_used = ++clock_;
-    if (layers_.size() > kMaxLayers) drop_oldest();
-    return made;
+  if (at != layers_.end() && same(at->second->view, fresh.view) &&
+      at->second->streams.size() == static_cast<size_t>(k->ne[2])) {
+    at->second->last_used = ++clock_;
+    return at->second;
   }
-  layer->last_used = ++clock_;
-  return layer;
+  fresh.layer = layer_number(k, layers_.size() - (at != layers_.end() ? 1 : 0));
+  const auto made = std::make_shared<CacheLayer>(std::move(fresh));
+  for (int64_t s = 0; s < k->ne[2]; ++s) {
+    made->streams.push_back(std::make_unique<StreamIndex>(
+        options, KvShape{made->view.num_kv_heads, made->view.head_dim, made->view.v_head_dim}));
+  }
+  // Memory is in one cache only: what else lay there is gone, and must be neither read nor told of writes.
+  std::erase_if(layers_, [&](const auto& entry) { return share_memory(*entry.second, *made); });
+  made->last_used = ++clock_;
+  layers_[k->data] = made;
+  if (layers_.size() > kMaxLayers) drop_oldest();
+  return made;
 }
 
 void CacheWatch::note_empty(const AttentionMatch& match) {
@@ -138,8 +138,11 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
     }
   }
   if (layer == nullptr) return nullptr;
-  const ggml_tensor* cells = node->src[1];
   const bool values = cache->data == layer->v_cache;
+  const auto row_bytes = static_cast<int64_t>(cache->nb[1]);
+  const RowsView& rows = values ? layer->view.v : layer->view.k;
+  if (cache->ne[1] != layer->cells || row_bytes != rows.token_stride_bytes) return nullptr;  // another cache's by now
+  const ggml_tensor* cells = node->src[1];
   for (size_t s = 0; values && s < layer->streams.size(); ++s) layer->streams[s]->written.clear();
   int64_t run_begin = -1, run_end = -1;  // cells mostly come in order
   const auto flush = [&] {
