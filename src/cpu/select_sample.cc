@@ -81,6 +81,7 @@ bool rms_weights(const ClusterScores& scores, const SelectParams& params, float*
     float clustered = hn::GetLane(hn::SumOfLanes(df, sums));
     for (const int32_t c : params.sink_clusters) clustered -= std::exp(std::max(means[c] - max, -80.0f));
     const float total = std::max(clustered, 0.0f) + params.exact[g].sum * std::exp(params.exact[g].max - max);
+    if (!(total > 0)) return false;  // nothing is left of the sinks' clusters, and exact rows are beyond the range
     log_totals[g] = max + std::log(total);
     const float share = params.sinks == nullptr ? 0.0f : params.sinks[g] * std::exp(params.exact[g].max - max) / total;
     sink_factors[g] = sink_factor(share);

@@ -149,6 +149,36 @@ TEST(Robustness, HiddenClustersDoNotDrownTheVisible) {
   }
 }
 
+// A sequence whose first row lies in a cluster of another's: its other members are hidden, long and far apart, so that
+// nothing of the cluster is left when the sink is taken out of it.
+TEST(Robustness, ASinkInAClusterOfHiddenRowsLeavesTheOthersReadable) {
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
+    SCOPED_TRACE(text("seed ", seed));
+    CacheSpec spec = spec_of(4096, DType::kF32);
+    spec.num_kv_heads = 1;
+    spec.topic_scale = 0;
+    spec.seed = seed;
+    Problem problem(spec, 1, seed + 100);
+    problem.query.sm_scale = 1;
+    for (int64_t row = 0; row < 2048; ++row) {
+      std::vector<float> k = problem.cache.key(0, row);
+      for (float& x : k) x *= 30;
+      problem.cache.set_key(0, row, k);
+    }
+    problem.build_index();
+    std::vector<uint64_t> visible(64);
+    std::fill(visible.begin() + 32, visible.end(), ~uint64_t{0});
+    visible[15] = uint64_t{1} << 40;
+    problem.query.visible = visible.data();
+    problem.run({.select = Select::kDense});
+    const std::vector<float> exact = problem.out;
+    for (const Backend backend : kBackends) {
+      problem.run({.tau = 2000}, backend);
+      EXPECT_LT(relative_error(problem.out, exact), 0.2);
+    }
+  }
+}
+
 TEST(Robustness, HiddenRowsMayHoldAnything) {
   for (const DType dtype : kAllTypes) {
     for_all(spec_of(1500, dtype), 2, [&](Problem& problem, const DecodeOptions& options, Backend backend) {
