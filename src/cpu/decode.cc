@@ -124,24 +124,29 @@ class CpuRun : public BackendRun {
     const auto for_tasks = [&](auto fn) {  // a task each, in turn
       for (size_t t = static_cast<size_t>(thread); t < tasks_.size(); t += static_cast<size_t>(threads)) fn(t);
     };
+    const auto wait = [&] {  // a caller alone waits for no one: the team around it, if there is one, is another's
+      if (threads > 1) {
+#pragma omp barrier
+      }
+    };
     bool any_sparse = false;
     for (const Task& task : tasks_) any_sparse = any_sparse || task.sparse;
     error.guard([&] {
       for_tasks([&](size_t t) { begin_task(tasks_[t], queries_[static_cast<size_t>(tasks_[t].query_number)].rows); });
     });
-#pragma omp barrier
+    wait();
     if (any_sparse) {
       error.guard([&] { score_phase(thread, threads); });
-#pragma omp barrier
+      wait();
       error.guard([&] {
         for_tasks([&](size_t t) {
           if (tasks_[t].sparse) select_rows(tasks_[t], options);
         });
       });
-#pragma omp barrier
+      wait();
     }
     error.guard([&] { read_phase(options, thread, threads); });
-#pragma omp barrier
+    wait();
     error.guard([&] {
       for_tasks([&](size_t t) {
         Task& task = tasks_[t];

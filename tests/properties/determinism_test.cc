@@ -1,4 +1,6 @@
 // Same inputs, same bits, for each thread count; other seeds, other draws.
+#include <unistd.h>
+
 #include "support.h"
 
 namespace tactic::test {
@@ -84,6 +86,25 @@ TEST(Determinism, EverythingThatNamesTheStepChangesTheDraw) {
   problem.query = query;
   EXPECT_TRUE(differs({.tau = 100, .beta = 1, .seed = 1}));
   EXPECT_FALSE(differs(options));
+}
+
+// A caller's own OpenMP loop, with more queries for one thread than for another: no step waits for another's.
+TEST(Determinism, StepsInsideACallersParallelRegion) {
+  constexpr int kQueries = 3;
+  std::vector<std::unique_ptr<Problem>> problems;
+  std::vector<std::vector<float>> alone;
+  for (int i = 0; i < kQueries; ++i) {
+    problems.push_back(std::make_unique<Problem>(spec_of(1500), 2, 7 + i, 0.3f));
+    problems.back()->build_index();
+    problems.back()->run({.tau = 100});
+    alone.push_back(problems.back()->out);
+    problems.back()->index->forget_learned();
+  }
+  alarm(60);  // a step that waits for ever ends the program
+#pragma omp parallel for num_threads(2) schedule(static)
+  for (int i = 0; i < kQueries; ++i) problems[static_cast<size_t>(i)]->run({.tau = 100});
+  alarm(0);
+  for (size_t i = 0; i < kQueries; ++i) EXPECT_TRUE(same_bits(problems[i]->out, alone[i]));
 }
 
 }  // namespace
