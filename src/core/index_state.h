@@ -61,7 +61,12 @@ struct Calibration {
   std::vector<int32_t> heavy;          // rows found so again, ascending: every step reads them for certain
   std::vector<int32_t> expected;       // rows that the next step reads for certain, ascending (core/expected_rows.h)
   std::vector<double> usual_variance;  // [group_size] running mean of the drawn rows' variance relative to their
-                                       // squared sum; empty: unknown
+                                       // squared sum; of another size than the query's group: unknown
+
+  /// usual_variance of query head g, 0: unknown.
+  double usual_of(size_t g, size_t group_size) const {
+    return usual_variance.size() == group_size ? usual_variance[g] : 0;
+  }
 
   /// The slope, held near kPriorSlope until pairs of total weight kPriorWeight are in.
   float beta() const {

@@ -75,7 +75,8 @@ void learn(Task& task, const DecodeOptions& options) {
   }
   for (size_t g = 0; g < task.relative_variance.size(); ++g) {
     if (!(task.relative_variance[g] > 0)) continue;
-    known.usual_variance.resize(task.relative_variance.size(), 0.0);
+    if (known.usual_variance.size() != task.relative_variance.size())  // that of another group is not known of this one
+      known.usual_variance.assign(task.relative_variance.size(), 0.0);
     double& usual = known.usual_variance[g];
     usual += (usual > 0 ? DrawnVariance::kUsualRate : 1.0) * (task.relative_variance[g] - usual);
   }

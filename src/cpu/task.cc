@@ -266,8 +266,7 @@ void settle_again(Task& task) {
 // learn of it.
 std::vector<HeadMass> measure(Task& task, const std::vector<char>& silent, const std::vector<double>& refined,
                               bool first) {
-  const std::vector<double>& known =
-      task.query->index->state().calibration[static_cast<size_t>(task.head)].usual_variance;
+  const Calibration& known = task.query->index->state().calibration[static_cast<size_t>(task.head)];
   const Undrawn undrawn =
       undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, silent);
   std::vector<HeadMass> masses;
@@ -286,7 +285,8 @@ std::vector<HeadMass> measure(Task& task, const std::vector<char>& silent, const
     }
     const double certain = task.certain[static_cast<size_t>(g)];
     const double total = certain + (read ? 0.0 : std::max(0.0, sum - refined[static_cast<size_t>(g)]));
-    const double mass = certain / total, usual = known.empty() ? 0 : known[static_cast<size_t>(g)];
+    const double mass = certain / total,
+                 usual = known.usual_of(static_cast<size_t>(g), static_cast<size_t>(task.group_size));
     const double tau = unseen_tau(task.inclusion, static_cast<size_t>(g));
     const double variance = undrawn.any && !read ? drawn.variance(total, tau, undrawn.count_variance, usual) : 0;
     if (first)

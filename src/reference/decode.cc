@@ -47,7 +47,6 @@ void measure(const IndexState& index, const RowsView& k, int32_t head, const Hea
              const float* q, int32_t dim, std::vector<HeadMass>& masses) {
   const bool read = all_read(sizes, whole);
   const Undrawn undrawn = undrawn_rows(index, sizes, inclusion.probability, silent);
-  const std::vector<double>& known = index.calibration[head].usual_variance;
   for (size_t g = 0; g < masses.size(); ++g) {
     const auto score = [&](int32_t row) { return dot_row(k, head, row, q + g * dim, dim); };
     std::vector<double> certain;
@@ -73,8 +72,8 @@ void measure(const IndexState& index, const RowsView& k, int32_t head, const Hea
     for (int64_t i = 0; i < selection.num_certain; ++i) {
       if (refined[selection.clusters[i]]) rest -= std::exp(score(selection.tokens[i]) - max);
     }
-    const double total = sum + (read ? 0.0 : std::max(0.0, rest)), usual = known.empty() ? 0 : known[g],
-                 mass = sum / total;
+    const double total = sum + (read ? 0.0 : std::max(0.0, rest)), mass = sum / total,
+                 usual = index.calibration[head].usual_of(g, masses.size());
     const double tau = unseen_tau(inclusion, g);
     if (!(total > 0)) continue;
     masses[g] = {mass,

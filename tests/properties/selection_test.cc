@@ -239,5 +239,44 @@ TEST(Selection, NoVisibleRowGivesZeros) {
   }
 }
 
+// What steps with other groups have learned of their heads says nothing of these.
+TEST(Selection, TheGroupOfAnIndexMayChange) {
+  constexpr int32_t kGroup = 8;
+  CacheSpec spec = spec_of(4000);
+  spec.num_kv_heads = 1;
+  Problem problem(spec, kGroup, 7, 0.1f);
+  const DecodeOptions options{.tau = 100, .refine = 1, .beta = 1};
+  for (const Backend backend : kBackends) {
+    std::vector<MassEstimate> masses[2];
+    std::vector<double> usual[2];
+    for (const bool changes : {false, true}) {
+      problem.build_index();
+      std::vector<double>& known = problem.index->state().calibration[0].usual_variance;
+      problem.query.masses = nullptr;
+      if (changes) {
+        problem.query.num_q_heads = 1;
+        problem.run(options);
+        ASSERT_EQ(known.size(), 1u);
+        const std::vector<double> of_one = known;
+        problem.index->forget_learned();
+        known = of_one;
+        known[0] *= 100;
+      }
+      problem.query.num_q_heads = kGroup;
+      masses[changes].resize(kGroup);
+      problem.query.masses = masses[changes].data();
+      problem.run(options, backend);
+      usual[changes] = known;
+    }
+    for (size_t g = 0; g < kGroup; ++g) {
+      EXPECT_GT(masses[0][g].std_error, 0);
+      EXPECT_EQ(masses[0][g].std_error, masses[1][g].std_error) << "head " << g;
+    }
+    if (backend == Backend::kCpu) {
+      EXPECT_EQ(usual[0], usual[1]);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tactic::test
