@@ -104,7 +104,8 @@ int tactic_index_truncate(tactic_index* index, int64_t kv_len);
 int tactic_index_remove(tactic_index* index, int64_t row_begin, int64_t count);
 /* Another text begins: what steps have learned is of the one before. */
 int tactic_index_forget_learned(tactic_index* index);
-/* max_segments < 0: all that is due. Returns 1 when work is left. */
+/* max_segments: in full segments, a call with less than 1 builds provisional ones alone; < 0: all that is due. Returns
+ * 1 when work is left, for this budget or for a larger one. */
 int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_segments);
 /* Number of rows that had changed, or -1. */
 int64_t tactic_index_verify(tactic_index* index, const tactic_kv* kv);

@@ -43,8 +43,11 @@ class KvIndex {
   /// These rows are gone, and segments that hold any of them: their other rows are clustered anew when that is due.
   void remove(int64_t row_begin, int64_t count);
 
-  /// Clusters what is due. `max_segments` bounds the work of this call (a provisional segment counts as one eighth of
-  /// it or less); negative: all that is due. Returns whether work is left. Throws Error if `kv` does not fit the shape.
+  /// Clusters what is due. `max_segments` bounds the work of this call, negative: all that is due. A full segment
+  /// counts as 1, a provisional one as (provisional_tokens / segment_tokens)^2 * cluster_tokens /
+  /// provisional_cluster_tokens (1/16 with the defaults), so that a call with less than 1 builds provisional ones
+  /// alone. Returns whether work is left, for this call's budget or for a larger one. Throws Error if `kv` does not fit
+  /// the shape or kv_len is less than the rows written.
   bool maintain(const KvView& kv, double max_segments = -1);
 
   /// Compares every indexed row's check value; rows that differ count as rewritten. Returns how many differed.

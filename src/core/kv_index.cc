@@ -201,8 +201,8 @@ bool is_written(const IndexState& s, int64_t begin, int64_t end) {
 
 // Incremental clustering: a block of segment_tokens rows is one segment once all its rows are written, before that each
 // full part of provisional_tokens rows is a segment of its own. What was rewritten is built anew when enough has
-// changed.
-std::vector<Due> due_incremental(const IndexState& s, double max_segments) {
+// changed. `left_out`: something waits for a larger budget.
+std::vector<Due> due_incremental(const IndexState& s, double max_segments, bool& left_out) {
   const IndexOptions& o = s.options;
   const int64_t block_rows = o.segment_tokens, part_rows = o.provisional_tokens;
   const auto cost = [](int64_t rows, int32_t cluster_rows) {  // of k-means: rows times clusters
@@ -222,6 +222,7 @@ std::vector<Due> due_incremental(const IndexState& s, double max_segments) {
         planned += 1;
         continue;
       }
+      left_out = true;
       if (exists) continue;  // stays readable; its rewritten rows are read exactly
     } else if (segment_at(s, begin, o.segment_tokens) != nullptr && unindexed < block_rows / 2) {
       continue;  // cut short by truncate(): what is left of the segment is still good
@@ -325,9 +326,10 @@ bool KvIndex::maintain(const KvView& kv, double max_segments) {
   const bool whole = s.options.clustering == Clustering::kWhole;
   double spent = 0;
   while (true) {  // a new segment can push out an old one and make its other parts due
+    bool left_out = false;
     const std::vector<Due> due =
-        whole ? due_whole(s) : due_incremental(s, max_segments < 0 ? -1 : max_segments - spent);
-    if (due.empty()) return false;
+        whole ? due_whole(s) : due_incremental(s, max_segments < 0 ? -1 : max_segments - spent, left_out);
+    if (due.empty()) return left_out;
     for (const Due& item : due) {
       if (max_segments >= 0 && spent + item.cost > max_segments) return true;
       spent += item.cost;

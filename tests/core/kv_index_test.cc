@@ -162,6 +162,30 @@ TEST(KvIndex, BudgetedMaintenanceComesToTheSame) {
   }
 }
 
+TEST(KvIndex, WorkIsLeftWhileFullSegmentsWaitForTheirBudget) {
+  const CacheSpec spec = spec_of(1700);
+  const Cache cache(spec);
+  KvIndex index = empty_index(spec);
+  for (int64_t rows = 100; rows <= spec.kv_len; rows += 100) {
+    index.write(rows - 100, 100);
+    EXPECT_EQ(index.maintain(cut(cache.view(), rows), 0.5), rows >= 512) << rows << " rows";
+  }
+  const auto full = [&] {
+    return std::count_if(index.state().segments.begin(), index.state().segments.end(),
+                         [](const Segment& segment) { return !segment.provisional; });
+  };
+  EXPECT_EQ(full(), 0);
+  for (int i = 1; i <= 3; ++i) {
+    EXPECT_EQ(index.maintain(cache.view(), 1), i < 3);
+    EXPECT_EQ(full(), i);
+  }
+  expect_same(index, *build_index(cache, kSmall));
+  index.write(600, 100);  // as many as are worth a new segment
+  EXPECT_TRUE(index.maintain(cache.view(), 0.5));
+  EXPECT_FALSE(index.maintain(cache.view(), 1));
+  EXPECT_EQ(index.rows_indexed(), 1660);
+}
+
 TEST(KvIndex, BudgetZeroDoesNothing) {
   const CacheSpec spec = spec_of(600);
   const Cache cache(spec);
