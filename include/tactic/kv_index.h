@@ -40,7 +40,8 @@ class KvIndex {
   /// Rows from kv_len on are gone.
   void truncate(int64_t kv_len);
 
-  /// These rows are gone, and segments that hold any of them: their other rows are clustered anew when that is due.
+  /// These rows are gone, and segments that hold any of them: their other rows are clustered anew when that is due,
+  /// with Clustering::kWhole at the next maintain().
   void remove(int64_t row_begin, int64_t count);
 
   /// Clusters what is due. `max_segments` bounds the work of this call, negative: all that is due. A full segment

@@ -18,7 +18,7 @@ enum class Select : uint8_t {
 /// When keys are clustered.
 enum class Clustering : uint8_t {
   kIncremental,  // small segments as rows come, re-clustered coarser as they fill
-  kWhole,        // the paper: everything at once at the first decode step, again every `segment_tokens` steps
+  kWhole,        // the paper: everything at once at the first decode step, again when `segment_tokens` rows have come
 };
 
 /// What the index keeps. Fixed when a KvIndex is made.

@@ -46,6 +46,15 @@ int64_t RowBits::count_range(int64_t begin, int64_t end) const {
   return count;
 }
 
+int64_t RowBits::find(bool value, int64_t begin, int64_t end) const {
+  while (begin < end) {
+    const uint64_t bits = (value ? word(begin >> 6) : ~word(begin >> 6)) >> (begin & 63);
+    if (bits != 0) return std::min(end, begin + std::countr_zero(bits));
+    begin = (begin | 63) + 1;
+  }
+  return end;
+}
+
 std::vector<int32_t> RowFilter::first_visible(int32_t count) const {
   std::vector<int32_t> rows;
   for (int64_t w = 0; w * 64 < kv_len; ++w) {
@@ -237,15 +246,19 @@ std::vector<Due> due_incremental(const IndexState& s, double max_segments, bool&
   return due;
 }
 
-// The paper's way: all rows at once, and again when segment_tokens rows have come since.
+// The paper's way: all rows at once, and again when segment_tokens rows have come since. Removed rows part segments.
 std::vector<Due> due_whole(const IndexState& s) {
-  const int64_t unindexed = unindexed_in(s, 0, s.rows_end);
-  if (s.rows_end < 64 || (!s.segments.empty() && unindexed < s.options.segment_tokens)) return {};
-  if (!is_written(s, 0, s.rows_end)) return {};
+  constexpr int64_t kLeastRows = 64;  // fewer between two holes are read exactly
   std::vector<Due> due;
-  for (int64_t begin = 0; begin < s.rows_end; begin += kMaxSegmentRows) {
-    due.push_back({begin, static_cast<int32_t>(std::min<int64_t>(kMaxSegmentRows, s.rows_end - begin)), false, 0});
+  int64_t unindexed = 0;
+  for (int64_t begin = s.written.find(true, 0, s.rows_end), end; begin < s.rows_end;
+       begin = s.written.find(true, end, s.rows_end)) {
+    end = std::min(begin + kMaxSegmentRows, s.written.find(false, begin, s.rows_end));
+    if (end - begin < kLeastRows) continue;
+    due.push_back({begin, static_cast<int32_t>(end - begin), false, 0});
+    unindexed += unindexed_in(s, begin, end);
   }
+  if (!s.segments.empty() && unindexed < s.options.segment_tokens) due.clear();
   return due;
 }
 

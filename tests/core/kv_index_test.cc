@@ -232,6 +232,38 @@ TEST(KvIndex, WholeClusteringAsInThePaper) {
   expect_partition(index);
 }
 
+TEST(KvIndex, WholeClusteringAroundRemovedRows) {
+  const CacheSpec spec = spec_of(3000);
+  const Cache cache(spec);
+  IndexOptions options = kSmall;
+  options.clustering = Clustering::kWhole;
+  KvIndex index = empty_index(spec, options);
+  index.write(0, 2000);
+  index.maintain(cut(cache.view(), 2000));
+  index.remove(1000, 1);
+  index.remove(1040, 60);
+  EXPECT_EQ(index.rows_indexed(), 0);
+  index.write(2000, 100);
+  EXPECT_FALSE(index.maintain(cut(cache.view(), 2100)));
+  ASSERT_EQ(index.state().segments.size(), 2u);
+  EXPECT_EQ(index.rows_indexed(), 1000 - 4 + 1000) << "39 rows between the holes are too few";
+  expect_partition(index);
+  index.write(2100, 511);
+  const Segment* first = index.state().segments.data();
+  index.maintain(cut(cache.view(), 2611));
+  EXPECT_EQ(index.rows_indexed(), 1996) << "one row short of segment_tokens";
+  EXPECT_EQ(index.state().segments.data(), first);
+  index.write(2611, 1);
+  index.maintain(cut(cache.view(), 2612));
+  EXPECT_EQ(index.rows_indexed(), 1996 + 512);
+  index.write(1000, 1);
+  index.write(1040, 60);
+  index.write(2612, 388);
+  index.maintain(cache.view());
+  EXPECT_EQ(index.rows_indexed(), 1996 + 512) << "488 rows have come";
+  expect_partition(index);
+}
+
 TEST(KvIndex, VerifyFindsChangedRows) {
   const CacheSpec spec = spec_of(1024);
   Cache cache(spec);
