@@ -90,6 +90,8 @@ class RowBits {
   int64_t count_range(int64_t begin, int64_t end) const;  // rows past the capacity count as 0
   /// The first row from `begin` on whose bit is `value`, or `end`.
   int64_t find(bool value, int64_t begin, int64_t end) const;
+  /// One past the last row below `end` whose bit is set, or 0.
+  int64_t end_below(int64_t end) const;
   uint64_t word(int64_t index) const {
     return index < static_cast<int64_t>(words_.size()) ? words_[static_cast<size_t>(index)] : 0;
   }

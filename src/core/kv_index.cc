@@ -55,6 +55,14 @@ int64_t RowBits::find(bool value, int64_t begin, int64_t end) const {
   return end;
 }
 
+int64_t RowBits::end_below(int64_t end) const {
+  for (; end > 0; end = (end - 1) & ~int64_t{63}) {
+    const int drop = static_cast<int>(-end & 63);  // bits of the last word that lie past the end
+    if (const uint64_t bits = word((end - 1) >> 6) << drop; bits != 0) return end - std::countl_zero(bits);
+  }
+  return 0;
+}
+
 std::vector<int32_t> RowFilter::first_visible(int32_t count) const {
   std::vector<int32_t> rows;
   for (int64_t w = 0; w * 64 < kv_len; ++w) {
@@ -126,7 +134,7 @@ void KvIndex::truncate(int64_t kv_len) {
   if (kv_len >= s.rows_end) return;
   s.written.reset_range(kv_len, s.rows_end);
   s.indexed.reset_range(kv_len, s.rows_end);
-  s.rows_end = kv_len;
+  s.rows_end = s.written.end_below(kv_len);
   std::erase_if(s.segments, [&](const Segment& segment) { return segment.row_begin >= kv_len; });
 }
 
@@ -143,7 +151,7 @@ void KvIndex::remove(int64_t row_begin, int64_t count) {
     s.indexed.reset_range(segment.row_begin, segment_end);
     return true;
   });
-  if (end == s.rows_end) s.rows_end = row_begin;
+  s.rows_end = s.written.end_below(s.rows_end);
 }
 
 namespace {

@@ -350,23 +350,6 @@ TEST(KvIndex, BadInputsNameValueAndLimit) {
   EXPECT_THAT([&] { index->verify(other); }, ThrowsMessage<Error>(HasSubstr("head_dim (80)")));
 }
 
-TEST(RowBits, RangesAndCounts) {
-  RowBits bits;
-  EXPECT_FALSE(bits.test(5));
-  EXPECT_EQ(bits.count_range(0, 1000), 0);
-  bits.resize(200);
-  bits.set_range(3, 130);
-  EXPECT_EQ(bits.count_range(0, 1000), 127);
-  bits.reset_range(64, 128);
-  EXPECT_EQ(bits.count_range(0, 1000), 127 - 64);
-  EXPECT_EQ(bits.count_range(63, 64), 1);
-  EXPECT_EQ(bits.count_range(64, 128), 0);
-  EXPECT_TRUE(bits.test(129));
-  EXPECT_FALSE(bits.test(130));
-  bits.reset_range(100, 100000);
-  EXPECT_EQ(bits.count_range(0, 256), 61);
-}
-
 TEST(KvIndex, RemovedRowsTakeTheirSegmentsAlong) {
   const Cache cache(spec_of(1100));
   const auto index = build_index(cache, kSmall);
@@ -390,13 +373,23 @@ TEST(KvIndex, RemovedRowsTakeTheirSegmentsAlong) {
   EXPECT_THAT([&] { index->remove(-1, 2); }, ThrowsMessage<Error>(HasSubstr("rows -1")));
 }
 
-TEST(Outliers, AreAShareOfTheRowsButFewOfTheClusters) {
-  EXPECT_EQ(outliers_of(0.0025f, 2048, 128), 5);
-  EXPECT_EQ(outliers_of(0.0025f, 256, 64), 1);
-  EXPECT_EQ(outliers_of(0.0025f, 2048, 32), 2);
-  EXPECT_EQ(outliers_of(0.25f, 2048, 128), 8);
-  EXPECT_EQ(outliers_of(0.25f, 2048, 15), 0);
-  EXPECT_EQ(outliers_of(0, 2048, 128), 0);
+TEST(KvIndex, RowsEndWithTheLastWrittenOne) {
+  const CacheSpec spec = spec_of(1000);
+  const Cache cache(spec);
+  KvIndex index = empty_index(spec);
+  index.write(0, 1000);
+  index.remove(0, 500);
+  index.remove(500, 500);
+  EXPECT_FALSE(index.maintain(cut(cache.view(), 0)));
+  index.write(0, 300);
+  index.write(800, 200);
+  index.truncate(700);
+  EXPECT_FALSE(index.maintain(cut(cache.view(), 300)));
+  EXPECT_EQ(index.rows_written(), 300);
+  expect_partition(index);
+  index.write(900, 10);
+  index.remove(905, 5);
+  EXPECT_THAT([&] { index.maintain(cut(cache.view(), 904)); }, ThrowsMessage<Error>(HasSubstr("the 905 rows written")));
 }
 
 TEST(FoundHeavy, TwiceIsReadForCertain) {
@@ -445,27 +438,6 @@ TEST(FoundHeavy, TwiceIsReadForCertain) {
     index->forget_learned();
     expected_rows(state, 1, filter, {}, read);
     EXPECT_TRUE(read.empty());
-  }
-}
-
-TEST(RowFilter, CountsAgreeWithSingleRows) {
-  RowBits indexed;
-  indexed.resize(300);
-  indexed.set_range(70, 290);
-  const std::vector<uint64_t> visible = random_bits(300, 0.5, 11);
-  for (const int64_t kv_len : {0, 1, 63, 64, 65, 128, 299, 300}) {
-    for (const uint64_t* bits : {static_cast<const uint64_t*>(nullptr), visible.data()}) {
-      const RowFilter filter{bits, kv_len, &indexed};
-      int64_t seen = 0, in_index = 0;
-      for (int64_t row = 0; row < 300; ++row) {
-        EXPECT_FALSE(filter.reads_exact(row) && filter.reads_indexed(row));
-        EXPECT_EQ(filter.reads_exact(row) || filter.reads_indexed(row), filter.is_visible(row));
-        seen += filter.is_visible(row);
-        in_index += filter.reads_indexed(row);
-      }
-      EXPECT_EQ(filter.count_visible(0, 300), seen);
-      EXPECT_EQ(filter.count_indexed(0, 300), in_index);
-    }
   }
 }
 
