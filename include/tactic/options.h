@@ -52,7 +52,7 @@ struct DecodeOptions {
              // read with certainty and reads on until every head surely has this share; 0: any mass will do
   int32_t budget = 1024;   // kTopK: tokens per query head
   float beta = 0.0f;       // kSample: weight of the spread term; 0: calibrated per layer and head from what is read
-  bool check_rows = true;  // compare the check value of each indexed row that is read
+  bool check_rows = true;  // compare the check value of each row that is read as one of its cluster
   uint64_t seed = 0;
 };
 

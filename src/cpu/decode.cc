@@ -150,8 +150,11 @@ class CpuRun : public BackendRun {
     error.guard([&] {
       for_tasks([&](size_t t) {
         Task& task = tasks_[t];
-        if (task.sparse && !task.not_finite) settle_task(t, options, threads);
-        if (task.sparse && task.not_finite) return;  // done anew
+        if (task.sparse && !task.not_finite) {
+          settle_task(t, options, threads);
+          task.late_changed = options.check_rows && !rows_unchanged(task, task.refined, 0, task.refined.size());
+        }
+        if (task.sparse && (task.not_finite || task.late_changed)) return;  // done anew
         if (task.sparse) read_settled(task, partial_of(task, thread));
         merge_task(t, threads);
         if (task.sparse && learn_apart_ && !query_changed(task)) {
@@ -220,7 +223,7 @@ class CpuRun : public BackendRun {
             value_rows(task, task.selected, at, heavy, partial);
             at = heavy + 1;
           }
-          if (options.check_rows && !rows_unchanged(task, begin, end)) mark_changed(task);
+          if (options.check_rows && !rows_unchanged(task, task.selected, begin, end)) mark_changed(task);
         });
   }
 
@@ -321,7 +324,7 @@ class CpuRun : public BackendRun {
     for (const Task& task : tasks_) {
       DenseReason& reason = reasons[static_cast<size_t>(task.query_number)];
       if (task.not_finite) reason = DenseReason::kNotFinite;
-      if (task.changed) reason = DenseReason::kRowChanged;
+      if (task.changed || task.late_changed) reason = DenseReason::kRowChanged;
     }
     bool any = false;
     for (size_t i = 0; i < queries_.size(); ++i) {

@@ -26,7 +26,7 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   const int32_t head = task.head;
   task.group_size = query.num_q_heads / query.kv.num_kv_heads;
   task.refined_clusters = task.probed = 0;
-  task.changed = task.not_finite = false;
+  task.changed = task.late_changed = task.not_finite = false;
   const auto dim = static_cast<size_t>(query.kv.head_dim), group = static_cast<size_t>(task.group_size);
   task.q.resize(group * dim);
   task.q_norms2.assign(group, 0);
@@ -389,7 +389,7 @@ void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* 
   list_changes(task);
 }
 
-bool rows_unchanged(const Task& task, int64_t begin, int64_t end) {
+bool rows_unchanged(const Task& task, const RowList& list, int64_t begin, int64_t end) {
   const KvView& kv = task.query->kv;
   const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
   const IndexState& index = task.query->index->state();
@@ -398,7 +398,7 @@ bool rows_unchanged(const Task& task, int64_t begin, int64_t end) {
   const uint8_t* stored[kBlock];
   uint32_t difference = 0;
   for (; begin < end; begin += kBlock) {
-    const int32_t* rows = task.selected.tokens.data() + begin;
+    const int32_t* rows = list.tokens.data() + begin;
     const int64_t count = std::min(kBlock, end - begin);
     for (int64_t i = 0; i < count; ++i) {  // the check values lie anywhere in memory
       if (segment == nullptr || rows[i] < segment->row_begin || rows[i] >= segment->row_begin + segment->num_rows)

@@ -59,6 +59,7 @@ struct Task {
   float beta = 0;
   int64_t refined_clusters = 0, probed = 0;
   bool changed = false, not_finite = false;
+  bool late_changed = false;  // among the rows added by refinement, which the step's other heads need not know of
 
   int32_t head_dim() const { return query->kv.head_dim; }
   int32_t v_head_dim() const { return query->kv.v_head_dim; }
@@ -92,8 +93,8 @@ int64_t next_heavy(const Task& task, int64_t begin, int64_t end);
 /// state and the mass. A row that outweighs every estimate beyond the range of f32 counts as not finite.
 void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums);
 
-/// Compares the check values of selected rows [begin, end).
-bool rows_unchanged(const Task& task, int64_t begin, int64_t end);
+/// Compares the check values of rows [begin, end) of a list of rows that stand in clusters.
+bool rows_unchanged(const Task& task, const RowList& list, int64_t begin, int64_t end);
 
 /// Before the first of the step's tasks with this index and head learns: what the step before expected is past.
 void forget_expected(Task& task, const DecodeOptions& options);

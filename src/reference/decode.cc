@@ -160,6 +160,8 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
       leave_out(expected, selection);
     }
     masses = measured(planned);
+    if (options.check_rows && !unchanged(index, kv, head, selection))
+      return DenseReason::kRowChanged;  // added ones too
   }
   const size_t num_sampled = selection.tokens.size() - selection.num_certain, num_selected = selection.tokens.size();
   if (query.selection != nullptr) {

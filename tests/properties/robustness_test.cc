@@ -272,6 +272,30 @@ TEST(Robustness, ARowChangedUnseenMakesTheStepDense) {
   }
 }
 
+// Rows that a step reads on for, or because a drawn one was too heavy, are checked as well.
+TEST(Robustness, AChangedRowIsFoundAmongThoseReadForAMass) {
+  for (const Backend backend : kBackends) {
+    for (uint64_t seed = 1; seed <= 5; ++seed) {
+      CacheSpec spec = spec_of(4000);
+      spec.num_kv_heads = 1;
+      spec.topic_scale = 0;
+      spec.seed = seed;
+      Problem problem(spec, 1, seed + 20);
+      problem.query.sm_scale = 0.15f;
+      problem.build_index();
+      for (int64_t row = 100; row < 3800; row += 40) {
+        problem.cache.set_key(0, row, problem.cache.key(0, row + 1));
+        problem.cache.set_value(0, row, problem.cache.value(0, row + 1));
+      }
+      const StepStats stats = problem.run({.tau = 1, .target_mass = 0.9999f}, backend, 2);
+      EXPECT_EQ(stats.dense, DenseReason::kRowChanged) << "seed " << seed;
+      const std::vector<float> out = problem.out;
+      problem.run({.select = Select::kDense}, backend, 2);
+      EXPECT_TRUE(same_bits(problem.out, out));
+    }
+  }
+}
+
 TEST(Robustness, OneQueryThatFallsBackLeavesTheOthersAlone) {
   Problem good(spec_of(2000), 2, 7, 0.3f), bad(spec_of(1500), 3, 8, 0.3f), other(spec_of(1700), 1, 9, 0.3f);
   for (Problem* problem : {&good, &bad, &other}) problem->build_index();
