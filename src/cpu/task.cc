@@ -415,8 +415,22 @@ bool rows_unchanged(const Task& task, const RowList& list, int64_t begin, int64_
   return difference == 0;
 }
 
+namespace {
+
+int64_t rows_read(const Task& task) { return task.exact.size() + task.selected.size() + task.refined.size(); }
+
+}  // namespace
+
 void report(const Task& task) {
   const DecodeQuery& query = *task.query;
+  if (query.head_stats != nullptr && task.sparse) {
+    HeadStats& head = query.head_stats[task.head];
+    head = {rows_read(task), task.exact.size(), 0, 0, task.inclusion.tau, task.beta};
+    for (size_t g = 0; g < static_cast<size_t>(task.group_size); ++g) {
+      head.exact_mass += double{task.exact_state[g].sum} / task.state[g].sum / task.group_size;
+      head.estimated_mass += task.masses[g].mass / task.group_size;
+    }
+  }
   if (query.masses != nullptr) {
     for (size_t g = 0; g < static_cast<size_t>(task.group_size); ++g) {
       const HeadMass& m = task.masses[g];
@@ -458,7 +472,7 @@ void add_stats(const Task& task, StepStats& stats) {
   for (int64_t i = task.selection.num_certain; i < task.selected.size(); ++i) {
     sampled += task.selection.log_weights[static_cast<size_t>(i)] != 0;
   }
-  const int64_t read = task.exact.size() + task.selected.size() + task.refined.size();
+  const int64_t read = rows_read(task);
   stats.tokens_certain += read - sampled;
   stats.tokens_sampled += sampled;
   stats.tokens_value += read;
@@ -475,13 +489,6 @@ void add_stats(const Task& task, StepStats& stats) {
     stats.index_bytes += int64_t{segment.num_clusters} * (kv.head_dim + 10) + kv.head_dim * 4;
   }
   stats.index_bytes += (task.selected.size() + task.refined.size()) * 3;
-  if (task.query->head_stats == nullptr) return;
-  HeadStats& head = task.query->head_stats[task.head];
-  head = {read, task.exact.size(), 0, 0, task.inclusion.tau, task.beta};
-  for (size_t g = 0; g < static_cast<size_t>(task.group_size); ++g) {
-    head.exact_mass += double{task.exact_state[g].sum} / task.state[g].sum / task.group_size;
-    head.estimated_mass += task.masses[g].mass / task.group_size;
-  }
 }
 
 }  // namespace tactic::cpu

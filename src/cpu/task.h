@@ -102,7 +102,7 @@ void forget_expected(Task& task, const DecodeOptions& options);
 /// What the step learned goes into the index, for later steps (learn.cc). One thread at a time for one index and head.
 void learn(Task& task, const DecodeOptions& options);
 
-/// Masses and rows, as far as the query asks for them. Its selection has room for all heads.
+/// Masses, rows and figures of the head, as far as the query asks for them. Its selection has room for all heads.
 void report(const Task& task);
 
 void add_stats(const Task& task, StepStats& stats);

@@ -278,5 +278,26 @@ TEST(Selection, TheGroupOfAnIndexMayChange) {
   }
 }
 
+TEST(Selection, HeadStatsNeedNoOtherStats) {
+  Problem problem(spec_of(4000), 2, 7, 0.3f);
+  problem.build_index();
+  HeadStats heads[2][2];
+  for (const bool others : {false, true}) {
+    problem.index->forget_learned();
+    problem.query.head_stats = heads[others];
+    problem.query.kv = problem.cache.view();
+    problem.query.index = problem.index.get();
+    StepStats stats;
+    Attention({.tau = 100}, Backend::kCpu, 1).run({&problem.query, 1}, others ? &stats : nullptr);
+  }
+  for (size_t head = 0; head < 2; ++head) {
+    EXPECT_GT(heads[0][head].tokens, 0);
+    EXPECT_EQ(heads[0][head].tokens, heads[1][head].tokens);
+    EXPECT_GT(heads[0][head].estimated_mass, 0);
+    EXPECT_EQ(heads[0][head].estimated_mass, heads[1][head].estimated_mass);
+    EXPECT_EQ(heads[0][head].tau, 100);
+  }
+}
+
 }  // namespace
 }  // namespace tactic::test
