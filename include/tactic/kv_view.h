@@ -29,8 +29,8 @@ struct RowsView {
   int64_t head_stride_bytes = 0;
   const int32_t* page_table = nullptr;  // [ceil(kv_len / page_tokens)] page numbers; nullptr: tokens lie in order
   int32_t page_tokens = 0;              // tokens per page
-  int64_t page_stride_bytes = 0;
-  int32_t num_pages = 0;  // pages that exist, so that the table's numbers can be checked; 0: not checked
+  int64_t page_stride_bytes = 0;        // from one page to the next; a row at least, unless one page holds all
+  int32_t num_pages = 0;                // pages that exist, so that the table's numbers can be checked; 0: not checked
 
   const std::byte* row(int64_t head, int64_t token) const {
     int64_t offset = head * head_stride_bytes;

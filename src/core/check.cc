@@ -57,6 +57,8 @@ void check_strides(const KvView& kv) {
     if (kv.kv_len > 0 && kv.num_kv_heads > 1) check_stride(name, "head_stride_bytes", rows.head_stride_bytes, row);
     if (kv.kv_len > 1 && (rows.page_table == nullptr || rows.page_tokens > 1))
       check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row);
+    if (rows.page_table != nullptr && kv.kv_len > rows.page_tokens)
+      check_stride(name, "page_stride_bytes", rows.page_stride_bytes, row);
   };
   check("K", kv.k, kv.head_dim);
   check("V", kv.v, kv.v_head_dim);

@@ -54,6 +54,13 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
   kv = sound;
   kv.v.head_stride_bytes = 0;
   expect_error(kv, "V head_stride_bytes (0) must be at least a row's");
+  kv = sound;
+  kv.v.page_stride_bytes = 0;
+  expect_error(kv, "V page_stride_bytes (0) must be at least a row's 160 bytes");
+  DecodeQuery one_page = problem.query;
+  one_page.kv.kv_len = sound.k.page_tokens;
+  one_page.kv.k.page_stride_bytes = one_page.kv.v.page_stride_bytes = 0;
+  EXPECT_NO_THROW(attention.run({&one_page, 1})) << "nothing is multiplied by it";
   DecodeQuery forgotten = problem.query;
   for (const float factor : {0.0f, -1.0f, 2e6f, NAN, HUGE_VALF}) {
     DecodeQuery query = forgotten;
