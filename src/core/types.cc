@@ -77,6 +77,7 @@ void require(bool ok, const char* name, T value, const char* limit) {
 }  // namespace
 
 void validate(const IndexOptions& o) {
+  require(o.clustering <= Clustering::kWhole, "clustering", static_cast<int>(o.clustering), "in 0..1");
   require(o.segment_tokens >= 64 && o.segment_tokens <= kMaxSegmentRows, "segment_tokens", o.segment_tokens,
           "in 64..65535");
   require(o.provisional_tokens >= 16 && o.provisional_tokens <= o.segment_tokens &&
@@ -92,6 +93,7 @@ void validate(const IndexOptions& o) {
 }
 
 void validate(const DecodeOptions& o) {
+  require(o.select <= Select::kTopK, "select", static_cast<int>(o.select), "in 0..3");
   require(o.target_error > 0 && o.target_error <= 1, "target_error", o.target_error, "in (0, 1]");
   require(o.tau == 0 || (o.tau >= 1 && o.tau <= 1e9f), "tau", o.tau, "0 or in 1..1e9");
   require(o.refine > 0 && o.refine <= 1, "refine", o.refine, "in (0, 1]");

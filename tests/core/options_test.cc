@@ -22,6 +22,7 @@ TEST(Options, DefaultsAreValid) {
 }
 
 TEST(Options, IndexOptionsOutOfRangeNameValue) {
+  expect_rejected(IndexOptions{.clustering = static_cast<Clustering>(2)}, "clustering", "2");
   expect_rejected(IndexOptions{.segment_tokens = 63}, "segment_tokens", "63");
   expect_rejected(IndexOptions{.segment_tokens = 65536}, "segment_tokens", "65536");
   expect_rejected(IndexOptions{.provisional_tokens = 300}, "provisional_tokens", "300");
@@ -37,6 +38,7 @@ TEST(Options, IndexOptionsOutOfRangeNameValue) {
 }
 
 TEST(Options, DecodeOptionsOutOfRangeNameValue) {
+  expect_rejected(DecodeOptions{.select = static_cast<Select>(9)}, "select", "9");
   expect_rejected(DecodeOptions{.target_error = 0}, "target_error", "0");
   expect_rejected(DecodeOptions{.target_error = std::nanf("")}, "target_error", "nan");
   expect_rejected(DecodeOptions{.tau = -1}, "tau", "-1");
