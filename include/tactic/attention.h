@@ -33,7 +33,7 @@ struct DecodeQuery {
   uint64_t stream_id = 0;  // with seed, layer and position it makes the random offset of the sampling
   int32_t layer = 0;
   int64_t position = 0;
-  float* out = nullptr;             // [num_q_heads, v_head_dim]
+  float* out = nullptr;             // [num_q_heads, v_head_dim]; may be the memory of this query's q
   int64_t out_head_stride = 0;      // in floats
   float* lse = nullptr;             // [num_q_heads] natural log of the sum of exp(score), or nullptr
   HeadStats* head_stats = nullptr;  // [num_kv_heads], filled by sparse steps on the CPU, or nullptr

@@ -78,7 +78,7 @@ typedef struct {
   uint64_t stream_id;
   int32_t layer;
   int64_t position;
-  float* out; /* [num_q_heads, v_head_dim] */
+  float* out; /* [num_q_heads, v_head_dim]; may be the memory of this query's q */
   int64_t out_head_stride;
   float* lse; /* [num_q_heads] or NULL */
   /* May be missing: */

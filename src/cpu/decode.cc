@@ -81,6 +81,7 @@ class CpuRun : public BackendRun {
         task.head = head;
         task.filter = state.filter;
         task.sparse = state.dense == DenseReason::kNone;
+        task.again = false;
       }
     }
     // Tasks that share an index learn one after the other.
@@ -337,7 +338,7 @@ class CpuRun : public BackendRun {
     std::erase_if(tasks_, [&](const Task& task) {
       return reasons[static_cast<size_t>(task.query_number)] == DenseReason::kNone && keep(task);
     });
-    for (Task& task : tasks_) task.sparse = false;
+    for (Task& task : tasks_) task.sparse = false, task.again = true;
     return true;
   }
 

@@ -29,7 +29,7 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   task.changed = task.late_changed = task.not_finite = false;
   const auto dim = static_cast<size_t>(query.kv.head_dim), group = static_cast<size_t>(task.group_size);
   task.q.resize(group * dim);
-  task.q_norms2.assign(group, 0);
+  if (!task.again) task.q_norms2.assign(group, 0);
   task.exact_state.assign(group, {});
   task.state.assign(group, {});
   task.masses.assign(group, {});
@@ -37,7 +37,7 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   task.certain.assign(group, 0);
   task.refined_sum.assign(group, 0);
   task.relative_variance.assign(group, 0);
-  for (size_t g = 0; g < group; ++g) {
+  for (size_t g = 0; g < group && !task.again; ++g) {
     const float* q = query.q + (head * task.group_size + static_cast<int64_t>(g)) * query.q_head_stride;
     for (size_t d = 0; d < dim; ++d) {
       const float value = q[d] * query.sm_scale;

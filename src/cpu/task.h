@@ -32,6 +32,7 @@ struct Task {
   int32_t group_size = 0;
   RowFilter filter;
   bool sparse = false;
+  bool again = false;           // done anew: q is here, and where it was the answers of other heads may lie by now
   std::vector<float> q;         // [group_size, head_dim] scaled by sm_scale
   std::vector<float> q_norms2;  // [group_size]
   RowList exact;  // sinks, recent and rewritten rows, what is not finite, expected rows; every visible one when dense

@@ -296,6 +296,25 @@ TEST(Robustness, AChangedRowIsFoundAmongThoseReadForAMass) {
   }
 }
 
+TEST(Robustness, TheAnswerMayTakeTheQuerysPlace) {
+  for (const bool changed : {false, true}) {
+    for_all(spec_of(2000), 2, [&](Problem& problem, const DecodeOptions& options, Backend backend) {
+      problem.build_index();
+      for (int64_t row = 100; changed && row < 2000; ++row)  // the other head is done by then
+        problem.cache.set_value(1, row, problem.cache.value(0, row));
+      const StepStats stats = problem.run(options, backend);
+      if (changed && options.select != Select::kDense) {
+        EXPECT_EQ(stats.dense, DenseReason::kRowChanged);
+      }
+      const std::vector<float> out = problem.out;
+      problem.index->forget_learned();
+      problem.query.out = problem.q.data();
+      problem.run(options, backend);
+      EXPECT_TRUE(same_bits(problem.q, out));
+    });
+  }
+}
+
 TEST(Robustness, OneQueryThatFallsBackLeavesTheOthersAlone) {
   Problem good(spec_of(2000), 2, 7, 0.3f), bad(spec_of(1500), 3, 8, 0.3f), other(spec_of(1700), 1, 9, 0.3f);
   for (Problem* problem : {&good, &bad, &other}) problem->build_index();
