@@ -11,7 +11,8 @@ struct HeadSelection {
   std::vector<int32_t> tokens;  // row numbers, each at most once
   std::vector<float>
       log_weights;  // added to the score: 0 for a certain row, -ln(inclusion probability) for a sampled one
-  std::vector<int32_t> clusters;  // cluster of each token in the index (numbered over all segments), -1 for none
+  std::vector<int32_t> clusters;  // that each token was read as a member of (numbered over all segments), -1 for tokens
+                                  // that are read whatever their cluster says
   int64_t num_certain = 0;        // tokens[0 .. num_certain) are certain
 
   void clear() { tokens.clear(), log_weights.clear(), clusters.clear(), num_certain = 0; }

@@ -49,6 +49,7 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   task.selection.clear();
   task.selected.tokens.clear();
   task.refined.tokens.clear();
+  task.refined_from.clear();
   task.corrected.tokens.clear();
   task.changes.clear();
   task.expected.clear();
@@ -211,6 +212,7 @@ void read_whole(Task& task, const std::vector<int32_t>& found) {
           } else if (task.filter.reads_indexed(row) &&
                      !std::binary_search(task.expected.begin(), task.expected.end(), row)) {
             task.refined.tokens.push_back(row);
+            task.refined_from.push_back(base + c);
           }
         }
       }
@@ -447,7 +449,7 @@ void report(const Task& task) {
     out.clusters.push_back(cluster);
   };
   for (const int32_t row : task.exact.tokens) push(row, 0, -1);
-  for (const int32_t row : task.refined.tokens) push(row, 0, -1);
+  for (size_t i = 0; i < task.refined.tokens.size(); ++i) push(task.refined.tokens[i], 0, task.refined_from[i]);
   for (const bool certain : {true, false}) {
     for (size_t i = 0; i < task.selected.tokens.size(); ++i) {
       const float log_weight = task.selection.log_weights[i];

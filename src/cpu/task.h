@@ -42,6 +42,7 @@ struct Task {
   HeadSelection selection;
   RowList selected;                       // the selection's rows; log weights in `selection`
   RowList refined;                        // rows added by refinement
+  std::vector<int32_t> refined_from;      // the cluster of each of those
   RowList corrected;                      // selected rows whose weights changed after their values were added: by what
   std::vector<SoftmaxState> exact_state;  // [group_size]
   std::vector<SoftmaxState> state;        // [group_size] over everything read; max is that of the exact rows and of the

@@ -299,5 +299,36 @@ TEST(Selection, HeadStatsNeedNoOtherStats) {
   }
 }
 
+// Rows that were read on for too.
+TEST(Selection, EveryRowOfAClusterNamesIt) {
+  Problem problem(spec_of(4000), 2, 7, 0.1f);
+  for (const Backend backend : kBackends) {
+    problem.build_index();
+    std::vector<std::vector<int32_t>> cluster_of(2, std::vector<int32_t>(4000, -1));
+    for (size_t head = 0; head < 2; ++head) {
+      int32_t base = 0;
+      for (const Segment& segment : problem.index->state().segments) {
+        const HeadClusters& clusters = segment.heads[head];
+        auto member = clusters.members.begin();
+        for (size_t c = 0; c < clusters.sizes.size(); ++c) {
+          for (int i = 0; i < clusters.sizes[c]; ++i)
+            cluster_of[head][static_cast<size_t>(segment.row_begin) + *member++] = base + static_cast<int32_t>(c);
+        }
+        base += padded_clusters(segment.num_clusters);
+      }
+    }
+    Selection selection;
+    problem.query.selection = &selection;
+    const int64_t few = problem.run({.tau = 200, .beta = 1}, backend).tokens_certain;
+    problem.index->forget_learned();
+    EXPECT_GT(problem.run({.tau = 200, .target_mass = 0.8f, .beta = 1}, backend).tokens_certain, few);
+    for (size_t head = 0; head < 2; ++head) {
+      const HeadSelection& rows = selection.heads[head];
+      for (size_t i = 0; i < rows.tokens.size(); ++i)
+        ASSERT_EQ(rows.clusters[i], cluster_of[head][static_cast<size_t>(rows.tokens[i])]) << "row " << rows.tokens[i];
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tactic::test
