@@ -32,8 +32,9 @@ struct DecodeQuery {
   float tau_factor = 1;  // sample: reads as if tau were so many times its value; more than 1 for steps that matter more
   uint64_t stream_id = 0;  // with seed, layer and position it makes the random offset of the sampling
   int32_t layer = 0;
-  int64_t position = 0;
-  float* out = nullptr;             // [num_q_heads, v_head_dim]; may be the memory of this query's q
+  int64_t position = 0;  // of the token in its sequence, one more at each step: at the same one a step draws the same
+                         // rows again, and clusters are learned from at every eighth (DecodeOptions::beta)
+  float* out = nullptr;  // [num_q_heads, v_head_dim]; may be the memory of this query's q
   int64_t out_head_stride = 0;      // in floats
   float* lse = nullptr;             // [num_q_heads] natural log of the sum of exp(score), or nullptr
   HeadStats* head_stats = nullptr;  // [num_kv_heads], filled by sparse steps on the CPU, or nullptr

@@ -77,8 +77,8 @@ typedef struct {
   const float* bias;       /* or NULL */
   uint64_t stream_id;
   int32_t layer;
-  int64_t position;
-  float* out; /* [num_q_heads, v_head_dim]; may be the memory of this query's q */
+  int64_t position; /* one more at each step */
+  float* out;       /* [num_q_heads, v_head_dim]; may be the memory of this query's q */
   int64_t out_head_stride;
   float* lse; /* [num_q_heads] or NULL */
   /* May be missing: */
