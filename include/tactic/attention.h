@@ -38,7 +38,7 @@ struct DecodeQuery {
   int64_t out_head_stride = 0;      // in floats
   float* lse = nullptr;             // [num_q_heads] natural log of the sum of exp(score), or nullptr
   HeadStats* head_stats = nullptr;  // [num_kv_heads], filled by sparse steps on the CPU, or nullptr
-  MassEstimate* masses = nullptr;   // [num_q_heads], or nullptr
+  MassEstimate* masses = nullptr;   // [num_q_heads], measured by kSample alone, or nullptr
   Selection* selection = nullptr;   // every row read and its log weight, for those who want to look at it, or nullptr
 };
 

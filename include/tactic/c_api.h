@@ -52,11 +52,11 @@ typedef struct {
 
 typedef struct {
   int64_t kv_len, tokens_certain, tokens_sampled, refined_clusters, index_bytes, kv_bytes, kv_bytes_present;
-  double estimated_mass, mass_std_error;
-  int32_t dense; /* 0: no, else why, as tactic::DenseReason */
+  double estimated_mass, mass_std_error; /* measured by TACTIC_SAMPLE, 1 and 0 for the others */
+  int32_t dense;                         /* 0: no, else why, as tactic::DenseReason */
 } tactic_step_stats;
 
-/* As tactic::MassEstimate. */
+/* As tactic::MassEstimate: measured by TACTIC_SAMPLE, 1 for the others. */
 typedef struct {
   double mass, std_error, low, high;
 } tactic_mass;

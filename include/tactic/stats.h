@@ -26,8 +26,9 @@ struct StepStats {
   int64_t index_bytes = 0;       // of the index read
   int64_t kv_bytes = 0;          // of K and V read, probes and refinement included
   int64_t kv_bytes_present = 0;  // of K and V visible to the query
-  double estimated_mass = 0;     // mass of the certain rows, mean over query heads
-  double mass_std_error = 0;     // its standard error, root mean square over query heads
+  double estimated_mass = 0;     // kSample: mass of the certain rows, mean over query heads. Else 1: kDense reads all
+                                 // of it, kFit and kTopK measure nothing
+  double mass_std_error = 0;     // its standard error, root mean square over query heads; 0 where it is not estimated
   DenseReason dense = DenseReason::kNone;
 
   /// Bytes of K, V and index read over those of K and V present. Above 1 when a step has read nearly every row and the
@@ -38,7 +39,8 @@ struct StepStats {
   }
 };
 
-/// What a step believes of the mass of the rows it read with certainty, for one query head.
+/// What a sampling step believes of the mass of the rows it read with certainty, for one query head. Of a dense step
+/// exactly 1. kFit and kTopK measure nothing and leave it so, whatever they miss.
 struct MassEstimate {
   double mass = 1;
   double std_error = 0;
@@ -49,8 +51,8 @@ struct MassEstimate {
 struct HeadStats {
   int64_t tokens = 0;         // rows read
   int64_t exact_tokens = 0;   // of those, sinks, recent and expected rows
-  double exact_mass = 0;      // estimated mass of those, mean over the group
-  double estimated_mass = 0;  // of all certain rows, mean over the group
+  double exact_mass = 0;      // estimated mass of those, mean over the group; kFit, kTopK: beside the rows read
+  double estimated_mass = 0;  // of all certain rows, mean over the group; kFit, kTopK: 1
   float tau = 0;              // kSample: the one used
   float beta = 0;             // kSample: the one used
 };

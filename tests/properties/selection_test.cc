@@ -330,5 +330,27 @@ TEST(Selection, EveryRowOfAClusterNamesIt) {
   }
 }
 
+// They know nothing of the rows that they do not read.
+TEST(Selection, FitAndTopKMeasureNoMass) {
+  for (const Backend backend : kBackends) {
+    for (const Select select : {Select::kFit, Select::kTopK}) {
+      Problem problem(spec_of(4000), 2, 7, 0.1f);
+      problem.build_index();
+      std::vector<MassEstimate> masses(4, {-1, -1, -1, -1});
+      problem.query.masses = masses.data();
+      const StepStats stats = problem.run({.select = select, .target_mass = 0.3f, .budget = 32}, backend);
+      EXPECT_EQ(stats.dense, DenseReason::kNone);
+      EXPECT_DOUBLE_EQ(stats.estimated_mass, 1);
+      EXPECT_EQ(stats.mass_std_error, 0);
+      for (const MassEstimate& mass : masses) {
+        EXPECT_EQ(mass.mass, 1);
+        EXPECT_EQ(mass.std_error, 0);
+        EXPECT_EQ(mass.low, 1);
+        EXPECT_EQ(mass.high, 1);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tactic::test
