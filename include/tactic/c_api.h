@@ -104,6 +104,13 @@ int tactic_index_truncate(tactic_index* index, int64_t kv_len);
 int tactic_index_remove(tactic_index* index, int64_t row_begin, int64_t count);
 /* Another text begins: what steps have learned is of the one before. */
 int tactic_index_forget_learned(tactic_index* index);
+/* Forgets everything but the options and the number of threads. */
+int tactic_index_clear(tactic_index* index);
+/* Threads that maintain may use, at most 1024; 0, as in a new index: OpenMP's default. */
+int tactic_index_set_num_threads(tactic_index* index, int32_t num_threads);
+/* Rows that hold something, and those of them that are in clusters and unchanged since; 0 for NULL. */
+int64_t tactic_index_rows_written(const tactic_index* index);
+int64_t tactic_index_rows_indexed(const tactic_index* index);
 /* max_segments: in full segments, a call with less than 1 builds provisional ones alone; < 0: all that is due. Returns
  * 1 when work is left, for this budget or for a larger one. */
 int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_segments);

@@ -197,6 +197,30 @@ int tactic_index_forget_learned(tactic_index* index) {
   });
 }
 
+int tactic_index_clear(tactic_index* index) {
+  return guarded(-1, [&] {
+    checked(index, "index");
+    index->index.clear();
+    return 0;
+  });
+}
+
+int tactic_index_set_num_threads(tactic_index* index, int32_t num_threads) {
+  return guarded(-1, [&] {
+    checked(index, "index");
+    index->index.set_num_threads(num_threads);
+    return 0;
+  });
+}
+
+int64_t tactic_index_rows_written(const tactic_index* index) {
+  return index != nullptr ? index->index.rows_written() : 0;
+}
+
+int64_t tactic_index_rows_indexed(const tactic_index* index) {
+  return index != nullptr ? index->index.rows_indexed() : 0;
+}
+
 int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_segments) {
   return guarded(-1, [&] {
     checked(index, "index");

@@ -171,5 +171,29 @@ TEST(CInterface, RemovedRowsLeaveTheIndex) {
   EXPECT_NE(tactic_last_error()[0], '\0');
 }
 
+TEST(CInterface, AnIndexCountsItsRowsAndForgetsThem) {
+  Step step;
+  EXPECT_EQ(tactic_index_rows_written(step.index), kRows);
+  const int64_t indexed = tactic_index_rows_indexed(step.index);
+  EXPECT_GT(indexed, kRows * 3 / 4);
+  EXPECT_EQ(tactic_index_write(step.index, 100, 20), 0);
+  EXPECT_EQ(tactic_index_rows_indexed(step.index), indexed - 20);
+  EXPECT_EQ(tactic_index_clear(step.index), 0);
+  EXPECT_EQ(tactic_index_rows_written(step.index), 0);
+  EXPECT_EQ(tactic_index_rows_indexed(step.index), 0);
+  EXPECT_EQ(tactic_index_rows_written(nullptr), 0);
+  EXPECT_EQ(tactic_index_clear(nullptr), -1);
+}
+
+TEST(CInterface, ThreadsOfAnIndex) {
+  Step step;
+  EXPECT_EQ(tactic_index_set_num_threads(step.index, 1), 0);
+  EXPECT_EQ(tactic_index_clear(step.index), 0);
+  EXPECT_EQ(tactic_index_write(step.index, 0, kRows), 0);
+  EXPECT_EQ(tactic_index_maintain(step.index, &step.query.kv, -1), 0);
+  EXPECT_EQ(tactic_index_set_num_threads(step.index, 1025), -1);
+  EXPECT_NE(std::strstr(tactic_last_error(), "num_threads (1025)"), nullptr) << tactic_last_error();
+}
+
 }  // namespace
 }  // namespace tactic::test
