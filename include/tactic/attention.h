@@ -25,8 +25,8 @@ struct DecodeQuery {
   float sm_scale = 1.0f;      // score = sm_scale * q.k
   KvView kv;                  // kv_len may be less than the index knows: rows from there on are hidden, none is read
   KvIndex* index = nullptr;   // nullptr: dense. Calibration and statistics are kept in it
-  const uint64_t* visible = nullptr;     // bit r of word r / 64: row r takes part. nullptr: all of kv.kv_len
-  const float* bias = nullptr;           // [kv_len] added to the scores (dense only), -inf hides; nullptr: none
+  const uint64_t* visible = nullptr;  // bit r of word r / 64: row r takes part. nullptr: all of kv.kv_len
+  const float* bias = nullptr;        // [kv_len] added to the scores, -inf hides; makes the step dense; nullptr: none
   const int32_t* likely_rows = nullptr;  // [num_likely_rows] ascending: read for certain where they stand in clusters
   int32_t num_likely_rows = 0;
   float tau_factor = 1;  // sample: reads as if tau were so many times its value; more than 1 for steps that matter more
@@ -37,7 +37,7 @@ struct DecodeQuery {
   float* out = nullptr;  // [num_q_heads, v_head_dim]; may be the memory of this query's q
   int64_t out_head_stride = 0;      // in floats
   float* lse = nullptr;             // [num_q_heads] natural log of the sum of exp(score), or nullptr
-  HeadStats* head_stats = nullptr;  // [num_kv_heads], filled by sparse steps on the CPU, or nullptr
+  HeadStats* head_stats = nullptr;  // [num_kv_heads], filled by sparse steps on the CPU (others leave it), or nullptr
   MassEstimate* masses = nullptr;   // [num_q_heads], measured by kSample alone, or nullptr
   Selection* selection = nullptr;   // every row read and its log weight, for those who want to look at it, or nullptr
 };
@@ -57,8 +57,9 @@ class Attention {
   Attention& operator=(Attention&&) noexcept;
 
   /// Computes every query. A query that cannot be answered within the options is answered exactly, and its stats say
-  /// why. A query without any visible row gives zeros and lse = -infinity. `stats`: one per query, or nullptr. Throws
-  /// Error when shapes do not fit, naming the value and the limit.
+  /// why. A query without any visible row gives zeros and lse = -infinity. `stats`: one per query, or nullptr. Writes
+  /// what it learns into the queries' indexes: while it runs, nobody else may use these. Throws Error when shapes do
+  /// not fit, naming the value and the limit.
   void run(std::span<const DecodeQuery> queries, StepStats* stats = nullptr);
 
   void set_options(const DecodeOptions& options);

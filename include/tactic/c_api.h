@@ -1,6 +1,7 @@
-/* The library from C and from other languages. Every function that can fail returns 0, or -1 and leaves a message that
- * tactic_last_error() gives to the same thread. Structures begin with their size, so that later versions can grow them:
- * fields that a caller's structure does not have yet are as if it had set them to 0. */
+/* The library from C and from other languages. Every function that can fail returns -1 or NULL then and leaves a
+ * message that tactic_last_error() gives to the same thread. Options and queries begin with their size, so that later
+ * versions can grow them: fields that a caller's structure does not have yet are as if it had set them to 0. The other
+ * structures (tactic_rows, tactic_kv, tactic_step_stats, tactic_mass) stay as they are. */
 #ifndef TACTIC_C_API_H
 #define TACTIC_C_API_H
 
@@ -89,6 +90,8 @@ typedef struct {
 } tactic_query;
 
 const char* tactic_version(void);
+/* What the last call that failed on this thread left, "" before any: valid until the next one fails, or the thread
+ * ends. Calls that succeed leave it. */
 const char* tactic_last_error(void);
 
 void tactic_index_options_init(tactic_index_options* options);
@@ -114,14 +117,14 @@ int64_t tactic_index_rows_indexed(const tactic_index* index);
 /* max_segments: in full segments, a call with less than 1 builds provisional ones alone; < 0: all that is due. Returns
  * 1 when work is left, for this budget or for a larger one. */
 int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_segments);
-/* Number of rows that had changed, or -1. */
+/* Number of rows that had changed, or -1. Segments with many of them are dropped whole. */
 int64_t tactic_index_verify(tactic_index* index, const tactic_kv* kv);
 size_t tactic_index_memory_bytes(const tactic_index* index);
 
 /* num_threads at most 1024; 0: OpenMP's default. NULL on error. */
 tactic_attention* tactic_attention_create(const tactic_decode_options* options, int32_t num_threads);
 void tactic_attention_free(tactic_attention* attention);
-/* stats: [num_queries] or NULL. */
+/* stats: [num_queries] or NULL. Writes what it learns into the queries' indexes: one thread at a time for an index. */
 int tactic_attention_run(tactic_attention* attention, const tactic_query* queries, size_t num_queries,
                          tactic_step_stats* stats);
 

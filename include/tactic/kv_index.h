@@ -34,7 +34,8 @@ class KvIndex {
   KvIndex(KvIndex&&) noexcept;
   KvIndex& operator=(KvIndex&&) noexcept;
 
-  /// Rows [row_begin, row_begin + count) were stored or overwritten. Costs O(count) bits, reads no row.
+  /// Rows [row_begin, row_begin + count) were stored or overwritten. Reads no row; memory is a quarter of a byte for
+  /// each row up to the highest one ever written, at most twice that. Throws Error unless rows lie in 0..2^31-1.
   void write(int64_t row_begin, int64_t count);
 
   /// Rows from kv_len on are gone.
@@ -51,7 +52,9 @@ class KvIndex {
   /// the shape or kv_len is less than the rows written.
   bool maintain(const KvView& kv, double max_segments = -1);
 
-  /// Compares every indexed row's check value; rows that differ count as rewritten. Returns how many differed.
+  /// Compares every indexed row's check value; rows that differ count as rewritten. Where more than 8 rows and a 32nd
+  /// of a segment differ, all of its rows do, as most changed rows may have passed. Returns how many differed. Throws
+  /// Error as maintain() does.
   int64_t verify(const KvView& kv);
 
   /// Forgets everything but the options.

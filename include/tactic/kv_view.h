@@ -21,7 +21,7 @@ size_t row_bytes(DType dtype, int64_t elements);
 /// "f32", "f16", "bf16", "q8_0", "q4_0", "f8_e4m3".
 const char* dtype_name(DType dtype);
 
-/// Rows [num_kv_heads, kv_len, head_dim] at any strides, optionally through pages of tokens.
+/// Rows [num_kv_heads, kv_len, head_dim] at any strides of a row or more, optionally through pages of tokens.
 struct RowsView {
   const void* data = nullptr;
   DType dtype = DType::kF16;
@@ -43,13 +43,15 @@ struct RowsView {
   }
 };
 
-/// The K and V rows of one layer and one sequence (or of one pool of rows that several sequences share).
+/// The K and V rows of one layer and one sequence (or of one pool of rows that several sequences share). The CPU takes
+/// up to 65536 KV heads and dimensions that are multiples of 16 (of 32 for q8_0 and q4_0) up to 1024; the limits of
+/// CUDA are in cuda.h.
 struct KvView {
   RowsView k, v;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;    // of K and Q
   int32_t v_head_dim = 0;  // of V and the output
-  int64_t kv_len = 0;      // rows that may be read
+  int64_t kv_len = 0;      // rows that may be read, less than 2^31
 };
 
 }  // namespace tactic

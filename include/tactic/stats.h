@@ -24,7 +24,8 @@ struct StepStats {
   int64_t tokens_value = 0;    // of all those, rows whose V was read too
   int64_t refined_clusters = 0;
   int64_t index_bytes = 0;       // of the index read
-  int64_t kv_bytes = 0;          // of K and V read, probes and refinement included
+  int64_t kv_bytes = 0;          // of K and V read, probes and refinement included, but not what a step read before it
+                                 // fell back to dense attention
   int64_t kv_bytes_present = 0;  // of K and V visible to the query
   double estimated_mass = 0;     // kSample: mass of the certain rows, mean over query heads. Else 1: kDense reads all
                                  // of it, kFit and kTopK measure nothing
