@@ -35,9 +35,9 @@ def kl(rows):
     cells = [["text", "depth", "method and setting", "rows per KV head", "read fraction", "mean KL", "95% interval", "p99", "worst step",
               "same top token"]]
     for row in by_method(kl_rows(rows)):
-        low, high = row["mean_kl_95"]
+        interval = "{:.4f}-{:.4f}".format(*row["mean_kl_95"]) if "mean_kl_95" in row else "-"
         cells.append([row["text"], str(row["depth"]), row["setting"], f"{row['tokens_per_kv_head']:.0f}", f"{row['read_fraction']:.3f}",
-                      f"{row['mean_kl']:.4f}", f"{low:.4f}-{high:.4f}", f"{row['p99_kl']:.3f}", f"{row['max_kl']:.3f}", percent(row["same_top"])])
+                      f"{row['mean_kl']:.4f}", interval, f"{row['p99_kl']:.3f}", f"{row['max_kl']:.3f}", percent(row["same_top"])])
     return cells
 
 

@@ -90,6 +90,12 @@ says "$work/bytes_long is not UTF-8 text"
 call 0 bench -m "$model" --file "$work/bytes_long" -d 64 -n 2 --rounds 1 --warmup 2 -t 2 --modes dense
 says "$work/bytes_long is not UTF-8 text"
 
+# Few tokens say nothing of how sure their mean is.
+printf 'too few tokens for an interval\n'
+call 0 eval kl -m "$model" --records 0 -d 64 -n 40 -t 2 --modes stock --json "$work/few.jsonl"
+grep -q '"mean_kl":0' "$work/few.jsonl" || fail "no row of the few tokens"
+! grep -q mean_kl_95 "$work/few.jsonl" || fail "an interval of 40 tokens"
+
 # Every context that YaRN extends is the same: exact attention has no distance from itself.
 printf 'yarn\n'
 call 0 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --yarn 2 --modes 'dense;dense,seed=1' --json "$work/yarn.jsonl"

@@ -226,7 +226,7 @@ std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const s
 
 struct Summary {
   double mean_kl, median_kl, p99_kl, max_kl;
-  Interval mean_interval;
+  std::optional<Interval> mean_interval;
   double same_top;
   Interval same_top_interval;
   double perplexity, exact_perplexity;
@@ -295,7 +295,6 @@ Json mode_json(const Host& host, const EvalOptions& options, const EvalMode& mod
                {"seed", options.seed},
                {"cache_type", options.cache_type},
                {"mean_kl", s.mean_kl},
-               {"mean_kl_95", {s.mean_interval.low, s.mean_interval.high}},
                {"median_kl", s.median_kl},
                {"p99_kl", s.p99_kl},
                {"max_kl", s.max_kl},
@@ -309,6 +308,7 @@ Json mode_json(const Host& host, const EvalOptions& options, const EvalMode& mod
                {"dense_share", read.dense_share},
                {"taken", read.taken},
                {"totals", totals_json(result.totals)}});
+  if (s.mean_interval) line["mean_kl_95"] = {s.mean_interval->low, s.mean_interval->high};
   if (mode.baseline) line["attention_error"] = result.error_sum / static_cast<double>(options.windows);
   return line;
 }
@@ -323,8 +323,7 @@ void report(const Host& host, const EvalOptions& options, const std::vector<Eval
     const ReadFigures read(results[m].totals, mean_kv_len(options));
     exact_perplexity = s.exact_perplexity;
     table.add({modes[m].mode.name, format("%.5f", s.mean_kl),
-               results[m].tokens.size() < 32 ? "-"  // one block of 16: nothing to resample
-                                             : format("%.5f-%.5f", s.mean_interval.low, s.mean_interval.high),
+               s.mean_interval ? format("%.5f-%.5f", s.mean_interval->low, s.mean_interval->high) : "-",
                format("%.5f", s.median_kl), format("%.4f", s.p99_kl), format("%.4f", s.max_kl),
                format("%.1f%%", 100 * s.same_top),
                format("%.1f-%.1f%%", 100 * s.same_top_interval.low, 100 * s.same_top_interval.high),
@@ -404,8 +403,8 @@ void add_eval(CLI::App& app) {
       "\n"
       "Example:\n  tactic eval kl -m model.gguf --text book.txt --records 0 -d 6144 -n 384 --modes "
       "'stock;sample,error=0.03'\n"
-      "Exact: attention over the whole stored cache, summed in f32. Intervals: bootstrap over blocks of 16 tokens; "
-      "Wilson.");
+      "Exact: attention over the whole stored cache, summed in f32. Intervals: bootstrap over blocks of 16 tokens "
+      "(eight at least); Wilson.");
   verb->callback([options] { eval_kl(*options); });
   add_eval_paper(*eval);
   add_eval_trace(*eval);

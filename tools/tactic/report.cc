@@ -60,8 +60,8 @@ double quantile(std::span<const double> values, double q) {
   return sorted[below] + (rank - static_cast<double>(below)) * (sorted[above] - sorted[below]);
 }
 
-Interval bootstrap_mean(std::span<const double> values, size_t series_length, size_t block, int resamples,
-                        uint64_t seed) {
+std::optional<Interval> bootstrap_mean(std::span<const double> values, size_t series_length, size_t block,
+                                       int resamples, uint64_t seed) {
   struct Block {
     double sum;
     size_t count;
@@ -73,7 +73,7 @@ Interval bootstrap_mean(std::span<const double> values, size_t series_length, si
     blocks.push_back({mean(part) * static_cast<double>(part.size()), part.size()});
     begin += part.size();
   }
-  if (blocks.empty()) return {};
+  if (blocks.size() < 8) return std::nullopt;  // of one or two, all resamples would be nearly the same
   std::mt19937_64 random(seed);
   std::uniform_int_distribution<size_t> pick(0, blocks.size() - 1);
   std::vector<double> means;
@@ -87,7 +87,7 @@ Interval bootstrap_mean(std::span<const double> values, size_t series_length, si
     }
     means.push_back(sum / static_cast<double>(count));
   }
-  return {quantile(means, 0.025), quantile(means, 0.975)};
+  return Interval{quantile(means, 0.025), quantile(means, 0.975)};
 }
 
 Interval wilson(int64_t successes, int64_t trials) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -26,9 +27,9 @@ double mean(std::span<const double> values);
 double quantile(std::span<const double> values, double q);
 inline double median(std::span<const double> values) { return quantile(values, 0.5); }
 /// 95% percentile interval of the mean of several series of `series_length` values one after the other. Resamples
-/// blocks of `block` neighbors of one series, since neighboring tokens are correlated.
-Interval bootstrap_mean(std::span<const double> values, size_t series_length, size_t block, int resamples = 2000,
-                        uint64_t seed = 1);
+/// blocks of `block` neighbors of one series, since neighboring tokens are correlated. Fewer than eight blocks: none.
+std::optional<Interval> bootstrap_mean(std::span<const double> values, size_t series_length, size_t block,
+                                       int resamples = 2000, uint64_t seed = 1);
 /// 95% interval of a rate.
 Interval wilson(int64_t successes, int64_t trials);
 

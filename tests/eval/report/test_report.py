@@ -85,6 +85,12 @@ def test_depths_are_not_mixed():
     assert [line[1] for line in tables.kl(two)[1:]] == ["7168", "7168", "16000"]
 
 
+def test_a_row_of_too_few_tokens_has_no_interval():
+    row = kl_row("topk,budget=1", 0.1, 0.04)
+    del row["mean_kl_95"]
+    assert tables.kl([row])[1][6] == "-"
+
+
 def test_models_have_places_of_their_own(tmp_path):
     def sparsity(model, layers):
         return [{"table": "sparsity_head", "model": model, "text": "prose", "layer": layer, "head": 0, "tokens": 12, "median": 3} for layer in range(layers)]
