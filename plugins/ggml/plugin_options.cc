@@ -71,8 +71,8 @@ const std::vector<std::pair<const char*, Setter>>& setters() {
       {"select",
        [](O& o, S, S v) {
          try {
-           if (v == "off") o.enabled = false;
-           else o.decode.select = select_from_name(v);
+           o.enabled = v != "off";
+           if (o.enabled) o.decode.select = select_from_name(v);
          } catch (const Error& error) {
            throw Error(error.what() + std::string(", off"));
          }

@@ -85,6 +85,8 @@ TEST(PluginOptions, TauStandsBesideAPresetButNotBesideAnError) {
 TEST(PluginOptions, OffTakesNothing) {
   EXPECT_FALSE(parse_options("select=off").enabled);
   EXPECT_TRUE(parse_options("select=dense").enabled);
+  EXPECT_TRUE(parse_options("select=off,select=topk").enabled) << "the last one counts";
+  EXPECT_FALSE(parse_options("select=topk,select=off").enabled);
 }
 
 TEST(PluginOptions, SeparatorsWithoutItemsAreHarmless) {
