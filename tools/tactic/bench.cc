@@ -276,9 +276,8 @@ void bench(const BenchOptions& options) {
   const std::vector<int64_t> threads = options.threads.empty() ? std::vector<int64_t>{default_threads()}
                                                                : parse_numbers(options.threads, "--threads", 1, 512);
   for (const std::string& type : options.cache_types) parse_cache_type(type);
-  const auto watcher = std::find_if(modes.begin(), modes.end(), [](const Mode& mode) {
-    return mode.name.find("dense") == std::string::npos && !mode.is_stock();
-  });
+  const auto watcher =
+      std::find_if(modes.begin(), modes.end(), [](const Mode& mode) { return !mode.is_dense() && !mode.is_stock(); });
   if (options.watch_prefill && watcher == modes.end())
     throw CommandError("--watch-prefill needs a mode other than stock and dense");
   JsonLines json(options.json);

@@ -1,4 +1,6 @@
 #include "host.h"
+#include "plugin_options.h"
+#include "tactic/error.h"
 #include "text.h"
 
 #include <dlfcn.h>
@@ -10,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 namespace tactic::tool {
@@ -74,6 +77,15 @@ std::string find_plugin(const std::string& asked) {
                      "; name it with --plugin or TACTIC_PLUGIN");
 }
 
+// Nothing of what the plug-in will refuse.
+std::optional<plugin::PluginOptions> parsed(const Mode& mode) {
+  try {
+    return plugin::parse_options(mode.options);
+  } catch (const Error&) {
+    return std::nullopt;
+  }
+}
+
 // llama.cpp's own messages about a bad file run over several lines and do not name the simple causes.
 void check_model_file(const std::string& path) {
   std::ifstream file = open_input(path, "the model ");
@@ -106,6 +118,16 @@ ggml_type parse_cache_type(const std::string& name) {
     known += std::string(known.empty() ? "" : ", ") + ggml_type_name(type);
   }
   throw CommandError("cache type '" + name + "' is none of " + known);
+}
+
+bool Mode::is_stock() const {
+  const auto options_of_mode = parsed(*this);
+  return options_of_mode && !options_of_mode->enabled;
+}
+
+bool Mode::is_dense() const {
+  const auto options_of_mode = parsed(*this);
+  return options_of_mode && options_of_mode->enabled && options_of_mode->decode.select == Select::kDense;
 }
 
 Mode parse_mode(const std::string& text) {

@@ -33,7 +33,8 @@ class CommandError : public std::runtime_error {
 struct Mode {
   std::string name;
   std::string options;
-  bool is_stock() const { return options.ends_with("select=off"); }
+  bool is_stock() const;  // llama.cpp's own attention
+  bool is_dense() const;  // reads everything, by the plug-in
 };
 
 /// llama.cpp's own attention with the plug-in's other options as in `mode`: were its index options to change, the
