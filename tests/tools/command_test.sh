@@ -79,6 +79,14 @@ refuses 1 "$work/nothing has no text" bench -m "$model" --file "$work/nothing" -
 refuses 1 "nothing to evaluate; give --text or --records" eval kl -m "$model"
 refuses 1 "'many' is not a whole number" bench -m "$model" -d many
 
+# Two answers of llama.cpp's own are no speed-up.
+printf 'nothing sparse\n'
+for mode in default select=off sample,seed=1; do
+  call 0 run -m "$model" --prompt hi -n 12 -t 2 --compare --tactic "$mode"
+  ! grep -q "decode speed against stock" "$work/err" || fail "a speed-up of nothing: $mode"
+done
+says "nothing was sparse, so that there is no speed to compare: the context is below min_context (1024)"
+
 # What is not UTF-8 is said, replaced and gone on with.
 printf 'broken \377 and cut off \342\202 here.\n' > "$work/bytes"
 cat "$work/bytes" "$work/long" > "$work/bytes_long"

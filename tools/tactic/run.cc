@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "kl.h"
+#include "plugin_options.h"
 #include "report.h"
 #include "text.h"
 #include "verbs.h"
@@ -238,7 +239,15 @@ void run(const RunOptions& options) {
   names.push_back(mode.name);
   print_figures(names, answers, prefill_seconds, static_cast<int64_t>(body.size()), prefill_totals);
   if (!options.compare) return;
-  if (answers[0].steps > 0 && answers[1].steps > 0) {
+  const tactic_totals& totals = answers[1].totals;
+  if (mode.is_stock()) {
+    std::fprintf(stderr, "both answers are llama.cpp's own\n");
+  } else if (totals.dense_queries == totals.queries && !mode.is_dense()) {  // none at all, too
+    std::fprintf(stderr,
+                 "nothing was sparse, so that there is no speed to compare: the context is below min_context (%d), or "
+                 "the model's attention or the cache type is left to llama.cpp\n",
+                 plugin::parse_options(mode.options).min_context);
+  } else if (answers[0].steps > 0 && answers[1].steps > 0) {
     // One answers after the other: other work on the machine tells more than so few tokens. `bench` takes turns.
     const bool few = std::min(answers[0].steps, answers[1].steps) < 8;
     std::fprintf(stderr, "decode speed against stock: %.2f%s\n",
