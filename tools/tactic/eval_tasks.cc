@@ -185,6 +185,7 @@ class TaskRun {
     Answer answer;
     along_target(mode, is_reference, answer);
     greedily(mode, answer);
+    if (is_reference) require_exact(answer.totals, session_options_.cache_type);
     return answer;
   }
 
@@ -214,7 +215,6 @@ class TaskRun {
       answer.same_top += token.top == token.exact_top ? 1 : 0;
       return ++i < target_.size() ? std::optional(target_[i - 1]) : std::nullopt;
     });
-    if (is_reference) require_exact(answer.totals, session_options_.cache_type);
   }
 
   void greedily(const Mode& mode, Answer& answer) {

@@ -83,6 +83,12 @@ def test_other_items_are_not_mixed(made, tmp_path):
     assert len(lines(out)) == 1
 
 
+def test_no_exact_answers_of_a_cache_that_is_left_to_llama(tmp_path):
+    write_items([Item(id="bare", task="t", prompt="A word or two.", answers=["x"], metric="any", max_tokens=2)], tmp_path / "items")
+    assert "no exact reference" in run(tmp_path / "items", tmp_path / "out", "--cache-type", "f32", code=1).stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_long_items_and_bad_arguments(made, tmp_path):
     out = tmp_path / "out.jsonl"
     write_items([Item(id="long", task="t", prompt="word " * 9000, answers=["x"], metric="any", max_tokens=2)], tmp_path / "long")
