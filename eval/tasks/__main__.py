@@ -140,7 +140,7 @@ def parser():
     verb = verbs.add_parser("summary", help="scores, intervals, each mode against the baseline")
     verb.add_argument("results", nargs="+")
     verb.add_argument("--items", required=True, action="append", help="may be repeated")
-    verb.add_argument("--baseline", default="dense")
+    verb.add_argument("--baseline", help="the mode that others are compared with; else dense, if it is there")
     verb.add_argument("--json", action="store_true", help="JSON lines instead of a Markdown table")
     verb.set_defaults(run=summary)
     return top

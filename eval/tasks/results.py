@@ -65,7 +65,7 @@ def _against(rows):
     scores, score_haystacks = [(a, b) for a, b, _ in scored], [h for _, _, h in scored]
     known = [(a.logprob - b.logprob, h) for a, b, h in rows if a.logprob is not None and b.logprob is not None]
     logprobs, logprob_haystacks = [d for d, _ in known], [h for _, h in known]
-    figures = {"pairs": len(scores), "haystacks": len(set(score_haystacks))}
+    figures = {"pairs": len(scores), "pair_haystacks": len(set(score_haystacks))}
     if scores:
         found = compare(scores, score_haystacks)
         interval = found.pop("interval")
@@ -132,8 +132,9 @@ def _worst(rows, mode):
     return f"{mode}: {'; '.join(parts)}" if parts else None
 
 
-def summarize(item_paths, result_paths, baseline):
-    """Every item of the files counts in every mode: answered, or missing."""
+def summarize(item_paths, result_paths, baseline=None):
+    """Every item of the files counts in every mode: answered, or missing. Without a baseline it is `dense`, if there are
+    results of it. Raises ValueError for one that no result has."""
     problems, items = [], {}
     for path in item_paths:
         for item in read_items(path, problems):
@@ -150,6 +151,9 @@ def summarize(item_paths, result_paths, baseline):
         answer.score = None if answer.output is None else score(answer.output, items[item_id])
 
     modes = list(dict.fromkeys(mode for _, mode in answers))
+    if baseline is not None and modes and baseline not in modes:
+        raise ValueError(f"no result has the mode of the baseline, '{baseline}'; the modes are {', '.join(modes)}")
+    baseline = baseline or "dense"
     modes.sort(key=lambda mode: mode != baseline)
     rows = []
     for task in dict.fromkeys(item.task for item in items.values()):

@@ -29,7 +29,7 @@ def lines(path):
 
 def summary(tmp_path, out, count=4):
     write_items(items(count), tmp_path / "items.jsonl")
-    (row,) = summarize([tmp_path / "items.jsonl"], [out], "dense").rows
+    (row,) = summarize([tmp_path / "items.jsonl"], [out]).rows
     return row["n"], row["missing"], row["score"]
 
 

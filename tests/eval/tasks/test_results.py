@@ -36,6 +36,22 @@ def test_scores_and_paired_test(tmp_path):
     assert "score_minus" not in dense
 
 
+def test_haystacks_are_counted_of_all_answers_and_of_the_pairs(tmp_path):
+    answers = [line(n, "sparse", "yes") for n in range(6)] + [line(n, "dense", "yes") for n in range(2)]
+    _, sparse = write(tmp_path, 6, answers, haystack=lambda n: f"h{n // 2}").rows
+    assert (sparse["n"], sparse["haystacks"], sparse["pairs"], sparse["pair_haystacks"]) == (6, 3, 2, 1)
+
+
+def test_a_baseline_that_is_not_there_is_refused(tmp_path):
+    write(tmp_path, 1, [line(0, "dense", "yes"), line(0, "sparse", "yes")])
+    with pytest.raises(ValueError, match="baseline, 'dens'; the modes are dense, sparse"):
+        summarize([tmp_path / "items"], [tmp_path / "results"], "dens")
+    write_items([Item(id="i0", task="t", prompt="p", answers=["yes"], metric="any", max_tokens=4)], tmp_path / "items")
+    (tmp_path / "results").write_text(json.dumps(line(0, "sparse", "yes")) + "\n")
+    (row,) = summarize([tmp_path / "items"], [tmp_path / "results"]).rows
+    assert row["pairs"] == 0 and row["n"] == 1
+
+
 def test_log_probabilities(tmp_path):
     answers = []
     for n, difference in enumerate([0.1, 0.2, 0.3, 0.4, 0.5]):
