@@ -53,6 +53,10 @@ Item parse_item(const std::string& line, const TasksOptions& options, const std:
             .target = json.value("target", ""),
             .max_tokens = json.at("max_tokens"),
             .fingerprint = {}};
+  for (std::string* text : {&item.prompt, &item.prefix, &item.target}) {
+    if (repair_utf8(*text, nullptr) > 0)
+      std::fprintf(stderr, "tactic: warning: item %s: zero bytes are replaced by U+FFFD\n", item.id.c_str());
+  }
   if (item.id.empty() || item.prompt.empty()) throw CommandError("id and prompt must not be empty");
   if (item.max_tokens < 1 || item.max_tokens > 1 << 16) {
     throw CommandError(

@@ -89,6 +89,14 @@ def test_no_exact_answers_of_a_cache_that_is_left_to_llama(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_zero_byte_does_not_end_the_prompt(tmp_path):
+    prompt = "word " * 60 + "\0" + "word " * 60
+    write_items([Item(id="zero", task="t", prompt=prompt, answers=["x"], metric="any", max_tokens=2)], tmp_path / "items")
+    done = run(tmp_path / "items", tmp_path / "out", modes="stock")
+    assert "item zero: zero bytes are replaced" in done.stderr
+    assert lines(tmp_path / "out")[0]["prompt_tokens"] > 120
+
+
 def test_too_long_items_and_bad_arguments(made, tmp_path):
     out = tmp_path / "out.jsonl"
     write_items([Item(id="long", task="t", prompt="word " * 9000, answers=["x"], metric="any", max_tokens=2)], tmp_path / "long")
