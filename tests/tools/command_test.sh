@@ -69,7 +69,10 @@ refuses 1 "the prompt is empty; give --prompt or --file" run -m "$model" --promp
 refuses 1 "$work/blank has no text" run -m "$model" --file "$work/blank" --prompt "a question"
 refuses 1 "--temp must be a number in 0..10" run -m "$model" --prompt hi --temp nan
 TACTIC=quality=best refuses 1 "quality=best: must be exact, high, balanced or fast" run -m "$model" --prompt hi
-refuses 1 "/dev/null: cannot be written: it is there and no regular file" trace --synthetic flat-128 -o /dev/null
+refuses 1 "cannot write /dev/null: it is there and no regular file" trace --synthetic flat-128 -o /dev/null
+refuses 1 "cannot write /dev/null: it is there and no regular file" trace -m "$model" --records 0 -o /dev/null
+printf '{"id":"a","task":"t","prompt":"hi there","answers":["x"],"metric":"any","max_tokens":2}\n' > "$work/items"
+refuses 1 "cannot write /dev/zero: it is there and no regular file" eval tasks -m "$model" --items "$work/items" -o /dev/zero
 refuses 1 "and the context holds 256 (-c)" run -m "$model" --file "$work/long" -c 256
 refuses 1 "cannot read $work/none" run -m "$model" --file "$work/none"
 refuses 1 "it is a directory" run -m "$model" --file "$work"

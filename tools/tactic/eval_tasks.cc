@@ -105,6 +105,7 @@ std::map<std::string, std::set<std::string>> read_done(const std::string& out, c
   std::map<std::string, std::string> fingerprints;
   for (const Item& item : items) fingerprints[item.id] = item.fingerprint;
   std::map<std::string, std::set<std::string>> done;
+  check_regular(out);
   std::ifstream file(out);
   std::string line;
   bool is_whole = true;

@@ -93,10 +93,18 @@ std::ifstream open_input(const std::string& path, const std::string& what) {
 void check_writable(const std::string& path, bool replaced) {
   std::error_code error;
   if (std::filesystem::is_directory(path, error)) throw CommandError("cannot write " + path + ": it is a directory");
+  if (replaced) check_regular(path);
   const bool is_there = !replaced && std::filesystem::exists(path, error);
   const std::string checked = is_there ? path : std::filesystem::absolute(path, error).parent_path().string();
   if (access(checked.c_str(), is_there ? W_OK : W_OK | X_OK) != 0)
     throw CommandError("cannot write " + path + ": " + std::strerror(errno));
+}
+
+void check_regular(const std::string& path) {
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status))
+    throw CommandError("cannot write " + path + ": it is there and no regular file");
 }
 
 std::string read_text(const std::string& path) {

@@ -17,8 +17,10 @@ int64_t repair_utf8(std::string& text, size_t* first);
 /// Throws CommandError that says why it cannot be read; `what` it is, as in "the model ".
 std::ifstream open_input(const std::string& path, const std::string& what = "");
 /// Before the minutes of work, and without making or touching the file: throws CommandError that says why it cannot be
-/// written. `replaced`: by another of its name, so that only its folder counts.
+/// written. `replaced`: by another of its name, so that only its folder counts, and that it is no device.
 void check_writable(const std::string& path, bool replaced = false);
+/// Throws CommandError for a device or a pipe, which is neither replaced nor read to an end.
+void check_regular(const std::string& path);
 /// The whole file as valid UTF-8; warns on stderr about what was replaced.
 std::string read_text(const std::string& path);
 
