@@ -103,6 +103,12 @@ says "$work/bytes_long is not UTF-8 text"
 call 0 bench -m "$model" --file "$work/bytes_long" -d 64 -n 2 --rounds 1 --warmup 2 -t 2 --modes dense
 says "$work/bytes_long is not UTF-8 text"
 
+# A line that was cut short spoils no other.
+printf 'half a line\n'
+printf '{"verb":"eva' > "$work/half.jsonl"
+call 0 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes stock --json "$work/half.jsonl"
+[ "$(wc -l < "$work/half.jsonl")" = 2 ] || fail "a line is glued to the half before it"
+
 # Few tokens say nothing of how sure their mean is.
 printf 'too few tokens for an interval\n'
 call 0 eval kl -m "$model" --records 0 -d 64 -n 40 -t 2 --modes stock --json "$work/few.jsonl"

@@ -100,7 +100,7 @@ std::vector<Item> read_items(const TasksOptions& options, const std::string& mod
   return items;
 }
 
-/// Modes that `out` has already, by item. A last line that was cut short is closed, so that it spoils no other.
+/// Modes that `out` has already, by item.
 std::map<std::string, std::set<std::string>> read_done(const std::string& out, const std::vector<Item>& items) {
   std::map<std::string, std::string> fingerprints;
   for (const Item& item : items) fingerprints[item.id] = item.fingerprint;
@@ -108,9 +108,7 @@ std::map<std::string, std::set<std::string>> read_done(const std::string& out, c
   check_regular(out);
   std::ifstream file(out);
   std::string line;
-  bool is_whole = true;
   while (std::getline(file, line)) {
-    is_whole = !file.eof();
     const Json json = Json::parse(line, nullptr, false);
     if (!json.is_object() || json.contains("error")) continue;
     if (!json.contains("id") || !json["id"].is_string() || !json.contains("mode") || !json["mode"].is_string())
@@ -123,7 +121,6 @@ std::map<std::string, std::set<std::string>> read_done(const std::string& out, c
     }
     done[id].insert(json["mode"].get<std::string>());
   }
-  if (!is_whole) std::ofstream(out, std::ios::app) << '\n';
   return done;
 }
 

@@ -188,9 +188,18 @@ JsonLines::JsonLines(const std::string& path) : path_(path) {
 
 void JsonLines::write(const Json& object) {
   if (!is_wanted()) return;
-  if (!file_.is_open()) file_.open(path_, std::ios::app);
+  if (!file_.is_open()) open();
   file_ << object.dump(-1, ' ', false, Json::error_handler_t::replace) << std::endl;
   if (!file_) throw CommandError("cannot write " + path_);
+}
+
+void JsonLines::open() {
+  std::error_code error;
+  char last = '\n';
+  if (std::filesystem::is_regular_file(path_, error))
+    std::ifstream(path_, std::ios::binary).seekg(-1, std::ios::end).get(last);
+  file_.open(path_, std::ios::app);
+  if (last != '\n') file_ << '\n';
 }
 
 Json record_header(const std::string& verb) {

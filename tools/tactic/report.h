@@ -59,7 +59,7 @@ class Table {
 };
 
 /// Appends one JSON object a line to a file; no path: does nothing. A new file is made with the first line, so that a
-/// run that ends before it leaves none.
+/// run that ends before it leaves none. A last line that was cut short is closed first, so that it spoils no other.
 class JsonLines {
  public:
   /// Throws CommandError if the file could not be written.
@@ -68,6 +68,8 @@ class JsonLines {
   void write(const Json& object);
 
  private:
+  void open();
+
   std::ofstream file_;
   std::string path_;
 };
