@@ -133,6 +133,11 @@ refuses 1 "cannot write $work/folder: it is a directory" eval kl -m "$model" --r
 refuses 1 "cannot write $work/no/rows.jsonl: No such file" eval kl -m "$model" --records 0 --json "$work/no/rows.jsonl"
 refuses 1 "cannot read $work/none" eval kl -m "$model" --text "$work/none" --json "$work/rows.jsonl"
 [ ! -e "$work/rows.jsonl" ] || fail "a run that wrote no row left $work/rows.jsonl"
+printf 'the result of an earlier run\n'
+call 0 trace -m "$model" --records 0 -n 64 --queries 2 --prompt-queries 2 -t 2 -o "$work/small.trace"
+mkdir "$work/paper" && echo earlier > "$work/paper/paper.jsonl"
+refuses 1 "no decode query lies within 0 rows" eval paper --traces "$work/small.trace" --within 0 -o "$work/paper"
+grep -q earlier "$work/paper/paper.jsonl" || fail "eval paper deleted the result of an earlier run and has no other"
 for signal in INT TERM; do
   printf 'SIG%s\n' "$signal"
   set -m   # else what runs in the background ignores SIGINT

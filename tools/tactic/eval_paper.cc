@@ -6,6 +6,7 @@
 #include "paper/paper.h"
 #include "report.h"
 #include "tactic/error.h"
+#include "text.h"
 #include "verbs.h"
 
 namespace tactic::tool {
@@ -50,8 +51,10 @@ void eval_paper(const EvalPaperOptions& options) {
   std::filesystem::create_directories(options.directory, failure);
   const std::string path = options.directory + "/paper.jsonl";
   if (failure) throw CommandError("cannot make " + options.directory + ": " + failure.message());
-  std::filesystem::remove(path, failure);  // a run replaces the last one
-  JsonLines json(path);
+  check_writable(path, true);  // a run replaces the last one, when it has something better
+  const std::string part = path + ".part";
+  std::filesystem::remove(part, failure);
+  JsonLines json(part);
   for (const eval::Trace& trace : traces) {
     std::fprintf(stderr, "%s ...\n", trace.path().c_str());
     std::vector<Json> rows;
@@ -71,6 +74,8 @@ void eval_paper(const EvalPaperOptions& options) {
     std::printf("\nTable 1, %s, %s; paper: Llama-3.1-8B\n", trace.info().model.c_str(), trace.info().text.c_str());
     print_table1(trace.info().text, rows);
   }
+  std::filesystem::rename(part, path, failure);
+  if (failure) throw CommandError("cannot write " + path + ": " + failure.message());
   std::printf("\n%s written; scripts/report.sh %s makes the report\n", path.c_str(), options.directory.c_str());
 }
 
