@@ -76,6 +76,7 @@ refuses 1 "cannot write /dev/zero: it is there and no regular file" eval tasks -
 refuses 1 "and the context holds 256 (-c)" run -m "$model" --file "$work/long" -c 256
 refuses 1 "cannot read $work/none" run -m "$model" --file "$work/none"
 refuses 1 "it is a directory" run -m "$model" --file "$work"
+(ulimit -v 4000000; refuses 1 "/dev/zero is larger than 1 GiB" run -m "$model" --file /dev/zero; exit "$failures") || failures=$((failures + 1))
 refuses 1 "$work/blank has" eval kl -m "$model" --text "$work/blank" -d 64 -n 4
 refuses 1 "tokens; 1 window(s) of depth 8000 and 4 steps need" eval kl -m "$model" --text "$work/long" -d 8000 -n 4
 refuses 1 "$work/nothing has no text" bench -m "$model" --file "$work/nothing" -d 64

@@ -9,7 +9,6 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <random>
 #include <set>
 
@@ -109,9 +108,16 @@ void check_regular(const std::string& path) {
 
 std::string read_text(const std::string& path) {
   std::ifstream file = open_input(path);
-  std::string text{std::istreambuf_iterator<char>(file), {}};
   constexpr size_t kMaxBytes = size_t{1} << 30;  // llama.cpp counts bytes and tokens in 32 bits
-  if (text.size() > kMaxBytes) throw CommandError(path + " is larger than 1 GiB");
+  constexpr size_t kPart = size_t{1} << 20;      // a file may have no end
+  std::string text;
+  while (file.peek() != std::ifstream::traits_type::eof()) {
+    const size_t had = text.size();
+    if (had == kMaxBytes) throw CommandError(path + " is larger than 1 GiB");
+    text.resize(had + kPart);
+    file.read(text.data() + had, kPart);
+    text.resize(had + static_cast<size_t>(file.gcount()));
+  }
   size_t first = 0;
   if (const int64_t places = repair_utf8(text, &first); places > 0) {
     std::fprintf(stderr,
