@@ -82,6 +82,7 @@ refuses 1 "tokens; 1 window(s) of depth 8000 and 4 steps need" eval kl -m "$mode
 refuses 1 "$work/nothing has no text" bench -m "$model" --file "$work/nothing" -d 64
 refuses 1 "nothing to evaluate; give --text or --records" eval kl -m "$model"
 refuses 1 "'many' is not a whole number" bench -m "$model" -d many
+refuses 1 "more than 10000 numbers in '0-268435456:1'" bench -m "$model" -d 0-268435456:1
 
 # Two answers of llama.cpp's own are no speed-up.
 printf 'nothing sparse\n'

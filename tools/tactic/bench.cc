@@ -290,13 +290,14 @@ void bench(const BenchOptions& options) {
     std::fprintf(stderr, "tactic: note: depth %lld is beyond the model's context of %lld tokens\n",
                  static_cast<long long>(kv_len_max), static_cast<long long>(host.context_tokens()));
   }
-  const std::vector<llama_token> tokens = bench_tokens(host, options, kv_len_max);
+  std::vector<llama_token> tokens;
   const auto prefill_threads = static_cast<int32_t>(*std::max_element(threads.begin(), threads.end()));
 
   for (const std::string& type : options.cache_types) {
     SessionOptions session_options = {
         .kv_len_max = kv_len_max, .threads = prefill_threads, .cache_type = parse_cache_type(type)};
     Prefill plain{std::make_unique<Session>(host, parse_mode("stock"), session_options)};
+    if (tokens.empty()) tokens = bench_tokens(host, options, kv_len_max);  // minutes of it, if the context is possible
     for (const int64_t depth : depths) {
       plain.advance(host, tokens, depth, format("prefill to %lld", static_cast<long long>(depth)));
       const std::vector<uint8_t> state = depth > 0 ? plain.session->save() : std::vector<uint8_t>{};

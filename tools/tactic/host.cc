@@ -11,6 +11,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <thread>
@@ -340,6 +341,7 @@ void require_exact(const tactic_totals& totals, ggml_type cache_type) {
 
 std::vector<llama_token> tokenize(const llama_vocab* vocab, const std::string& text, bool add_special,
                                   bool with_special) {
+  if (text.size() > std::numeric_limits<int32_t>::max()) throw CommandError("llama.cpp takes no text of 2 GiB");
   const auto text_size = static_cast<int32_t>(text.size());
   std::vector<llama_token> tokens(text.size() / 3 + 16);
   for (;;) {

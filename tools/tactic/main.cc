@@ -3,6 +3,7 @@
 #include <csignal>
 #include <cstdio>
 #include <exception>
+#include <new>
 #include <string>
 
 #include "tactic/c_api.h"
@@ -68,6 +69,9 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     std::fprintf(stderr, "tactic: %s\n", error.what());
     return 2;
+  } catch (const std::bad_alloc&) {
+    std::fputs("tactic: out of memory\n", stderr);
+    return 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "tactic: %s\n", error.what());
     return 1;

@@ -234,6 +234,7 @@ std::string make_prose(size_t size_bytes, uint64_t seed) {
 }
 
 std::vector<int64_t> parse_numbers(const std::string& text, const std::string& option, int64_t low, int64_t high) {
+  constexpr size_t kMost = 10000;
   std::vector<int64_t> numbers;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
@@ -253,6 +254,7 @@ std::vector<int64_t> parse_numbers(const std::string& text, const std::string& o
     const bool multiplies = item[step] == 'x';
     const int64_t by = parse_number(item.substr(step + 1), option, multiplies ? 2 : 1, high);
     for (int64_t n = parse_number(item.substr(0, dash), option, multiplies ? 1 : low, high); n <= last;) {
+      if (numbers.size() == kMost) throw CommandError(option + ": more than 10000 numbers in '" + text + "'");
       numbers.push_back(n);
       n = multiplies ? n * by : n + by;
     }
