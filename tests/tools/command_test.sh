@@ -153,6 +153,12 @@ for signal in INT TERM; do
   [ ! -e "$work/cut.trace.part" ] && [ ! -e "$work/cut.trace" ] || fail "half a trace was left after SIG$signal"
 done
 
+printf 'a closed stdout\n'
+got=0
+timeout 120 "$tactic" eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes stock --json "$work/closed.jsonl" 2> "$work/err" >&- || got=$?
+[ "$got" = 1 ] || fail "status $got, not 1, with a closed stdout"
+[ "$(grep -vc '^{' "$work/closed.jsonl")" = 0 ] || fail "the report is in the JSON file"
+
 # A full disk.
 printf 'a full disk\n'
 call 1 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes dense --json /dev/full

@@ -1,4 +1,7 @@
 // The command `tactic`.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
 #include <csignal>
 #include <cstdio>
@@ -42,6 +45,8 @@ void clean_up_when_interrupted() {
 }  // namespace tactic::tool
 
 int main(int argc, char** argv) {
+  // A stream that the caller closed stays of no use: else a file that is opened would take its place and its output.
+  for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;) fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
   CLI::App app("Adaptive sparse attention for llama.cpp: try it, time it, measure its error, look inside.", "tactic");
   app.footer(
       "Modes: stock (llama.cpp's own attention), dense (exact, f32), sample, fit, topk with options, as in\n"
