@@ -7,6 +7,10 @@ cmake -S "$1/tests/consumer" -B "$tmp/build" -DCMAKE_PREFIX_PATH="$tmp/prefix" -
 cmake --build "$tmp/build" > "$tmp/build.log" || { cat "$tmp/build.log"; exit 1; }
 "$tmp/build/consumer_cpp"
 "$tmp/build/consumer_c"
+mkdir "$tmp/c"
+printf '%s\n' 'cmake_minimum_required(VERSION 3.25)' 'project(c LANGUAGES C)' 'find_package(tactic REQUIRED)' > "$tmp/c/CMakeLists.txt"
+if cmake -S "$tmp/c" -B "$tmp/c/build" -DCMAKE_PREFIX_PATH="$tmp/prefix" > "$tmp/c.log" 2>&1; then echo "a project in C alone is not told"; exit 1; fi
+tr -s ' \n' ' ' < "$tmp/c.log" | grep -F 'name both languages' > /dev/null || { cat "$tmp/c.log"; exit 1; }
 if [ -e "$tmp/build/consumer_cuda" ]; then "$tmp/build/consumer_cuda"; fi
 if [ -e "$tmp/prefix/bin/tactic" ]; then
   "$tmp/prefix/bin/tactic" --help > /dev/null
