@@ -32,6 +32,8 @@ def make(directory, files):
     rows = label(read_rows(sorted(glob.glob(os.path.join(directory, "*.jsonl"))) + files))
     models = ", ".join(dict.fromkeys(str(row["model"]) for row in rows if row.get("model") not in (None, "several")))
     title = f"Sparse decode attention: {models}"
+    if rows:
+        os.makedirs(directory, exist_ok=True)
     page, text, names = [f"<h1>{html.escape(title)}</h1>"], [f"# {title}"], []
     for name, heading, draw in PICTURES:
         figure = draw(rows)
@@ -56,13 +58,16 @@ def make(directory, files):
     return ["report.html", "report.md"] + names
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(prog="report", description=__doc__)
     parser.add_argument("directory", metavar="DIR")
     parser.add_argument("files", metavar="FILE", nargs="*", help="more JSON lines, as of tactic eval kl --json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         print("\n".join(os.path.join(options.directory, name) for name in make(options.directory, options.files)))
+    except KeyError as error:
+        print(f"report: a row has no field {error}", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from report import pictures, rows, tables
-from report.__main__ import make
+from report.__main__ import main, make
 
 
 def error_row(setting, fraction, error, text="prose"):
@@ -134,6 +134,17 @@ def test_a_broken_line_is_named(tmp_path, line):
     (tmp_path / "x.jsonl").write_text("{}\n" + line + "\n")
     with pytest.raises(ValueError, match=r"x\.jsonl:2: "):
         make(str(tmp_path), [])
+
+
+def test_the_folder_is_made_and_a_field_that_is_missing_named(tmp_path, capsys):
+    write_rows(tmp_path / "rows", MEASURED[:3])
+    assert main([str(tmp_path / "new" / "folder"), str(tmp_path / "rows")]) == 0
+    assert (tmp_path / "new" / "folder" / "report.md").exists()
+    row = dict(MEASURED[0])
+    del row["mean_error"]
+    write_rows(tmp_path / "rows", [row])
+    assert main([str(tmp_path), str(tmp_path / "rows")]) == 1
+    assert "report: a row has no field 'mean_error'" in capsys.readouterr().err
 
 
 def test_nothing_to_report_is_an_error(tmp_path):
