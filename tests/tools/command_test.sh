@@ -68,6 +68,7 @@ refuses 1 "the prompt is empty; give --prompt or --file" run -m "$model"
 refuses 1 "the prompt is empty; give --prompt or --file" run -m "$model" --prompt ""
 refuses 1 "$work/blank has no text" run -m "$model" --file "$work/blank" --prompt "a question"
 refuses 1 "--temp must be a number in 0..10" run -m "$model" --prompt hi --temp nan
+refuses 1 "--yarn must be a number in 1..64" run -m "$model" --prompt hi --yarn nan
 TACTIC=quality=best refuses 1 "quality=best: must be exact, high, balanced or fast" run -m "$model" --prompt hi
 refuses 1 "cannot write /dev/null: it is there and no regular file" trace --synthetic flat-128 -o /dev/null
 refuses 1 "cannot write /dev/null: it is there and no regular file" trace -m "$model" --records 0 -o /dev/null

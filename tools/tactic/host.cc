@@ -158,6 +158,7 @@ std::vector<Mode> parse_modes(const std::string& text, const std::string& option
 }
 
 Host::Host(const HostOptions& options, const std::vector<Mode>& modes) : options_(options) {
+  if (!(options.yarn >= 1)) throw CommandError("--yarn must be a number in 1..64");  // nan passes as in range
   host_log().verbose = options.verbose;
   llama_log_set(log_callback, nullptr);
   check_model_file(options.model_path);
