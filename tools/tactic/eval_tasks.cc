@@ -310,9 +310,12 @@ void eval_tasks(const TasksOptions& options) {
     for (const Json& line : lines) out.write(line);
     progress.update(++finished);
   }
-  std::printf("%lld of %zu items are in %s; %lld left for another run, %lld unfit, %lld broken line(s) skipped\n",
-              static_cast<long long>(finished), items.size(), options.out.c_str(), static_cast<long long>(left),
+  std::printf("%lld of %zu items are%s; %lld left for another run, %lld unfit, %lld broken line(s) skipped\n",
+              static_cast<long long>(finished), items.size(),
+              finished > 0 ? (" in " + options.out).c_str() : " answered", static_cast<long long>(left),
               static_cast<long long>(unfit), static_cast<long long>(broken));
+  std::fflush(stdout);
+  if (unfit + broken > 0 || finished == 0) throw CommandError("not every item has an answer", 3);
 }
 
 }  // namespace

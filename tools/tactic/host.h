@@ -26,7 +26,8 @@ namespace tactic::tool {
 /// Ends the command with one line on stderr.
 class CommandError : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit CommandError(const std::string& text, int status = 1) : std::runtime_error(text), exit_status(status) {}
+  const int exit_status;
 };
 
 /// A way to compute attention: what the user wrote and what the plug-in is told.

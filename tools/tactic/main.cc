@@ -74,6 +74,9 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     std::fprintf(stderr, "tactic: %s\n", error.what());
     return 2;
+  } catch (const tactic::tool::CommandError& error) {
+    std::fprintf(stderr, "tactic: %s\n", error.what());
+    return error.exit_status;
   } catch (const std::bad_alloc&) {
     std::fputs("tactic: out of memory\n", stderr);
     return 1;

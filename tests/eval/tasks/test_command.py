@@ -38,7 +38,7 @@ def made(tmp_path_factory):
 
 def test_lines_resume_and_summary(made, tmp_path):
     out = tmp_path / "out.jsonl"
-    first = run(made, out, "--limit", "1")
+    first = run(made, out, "--limit", "1", code=3)  # of the broken lines
     assert "items.jsonl:4: skipped" in first.stderr and "items.jsonl:5: skipped" in first.stderr
     assert "1 of 1 items" in first.stdout and "2 broken line(s)" in first.stdout
     names = ["dense", "stock", "sample,error=0.02,min_context=256"]
@@ -55,8 +55,8 @@ def test_lines_resume_and_summary(made, tmp_path):
     # The process was killed in the middle of a line: what is missing is done, what is there is not done again.
     whole = out.read_text().splitlines(keepends=True)
     out.write_text("".join(whole[:2]) + whole[2][:40])
-    done = run(made, out)
-    assert "3 of 3 items" in done.stdout
+    done = run(made, out, code=3)
+    assert "3 of 3 items" in done.stdout and "not every item has an answer" in done.stderr
     good = [line for line in out.read_text().splitlines() if line.endswith("}")]
     assert good[:2] == [line.rstrip("\n") for line in whole[:2]]
     again = {(r["id"], r["mode"]): r for r in map(json.loads, good)}
@@ -73,7 +73,7 @@ def test_lines_resume_and_summary(made, tmp_path):
     rows = summarize([made], [out], "dense").rows
     assert {(r["task"], r["mode"]): r["n"] for r in rows} == {(t, m): n for t, n in (("niah_multikey_1", 2), ("hello", 1)) for m in names}
     assert "another text, model or setting" in run(made, out, "--yarn", "2", code=1).stderr
-    assert run(made, out).stdout.startswith("3 of 3 items") and len(out.read_text().splitlines()) == 10
+    assert run(made, out, code=3).stdout.startswith("3 of 3 items") and len(out.read_text().splitlines()) == 10
 
 
 def test_other_items_are_not_mixed(made, tmp_path):
@@ -100,7 +100,7 @@ def test_a_zero_byte_does_not_end_the_prompt(tmp_path):
 def test_too_long_items_and_bad_arguments(made, tmp_path):
     out = tmp_path / "out.jsonl"
     write_items([Item(id="long", task="t", prompt="word " * 9000, answers=["x"], metric="any", max_tokens=2)], tmp_path / "long")
-    done = run(tmp_path / "long", out)
-    assert "long: skipped: it needs a context of" in done.stderr and "1 unfit" in done.stdout
+    done = run(tmp_path / "long", out, code=3)
+    assert "long: skipped: it needs a context of" in done.stderr and "0 of 1 items are answered; " in done.stdout and "1 unfit" in done.stdout
     assert "cannot read the items" in run(tmp_path / "none", out, code=1).stderr
     assert "mode 'best=1'" in run(made, out, modes="best=1", code=1).stderr
