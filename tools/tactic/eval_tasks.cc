@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <utility>
 
 #include "kl.h"
 #include "report.h"
@@ -267,7 +268,7 @@ void eval_tasks(const TasksOptions& options) {
     if (mode.name != exact.name) modes.push_back(mode);
   }
   parse_cache_type(options.cache_type);
-  int64_t broken = 0, left = 0, unfit = 0, finished = 0;
+  int64_t broken = 0, left = 0, unfit = 0;
   const std::string model = options.host.model_path.substr(options.host.model_path.rfind('/') + 1);
   const std::vector<Item> items = read_items(options, model, broken);
   const auto done = read_done(options.out, items);
@@ -278,17 +279,20 @@ void eval_tasks(const TasksOptions& options) {
       {"commit", facts["commit"]}, {"model", model}, {"cache_type", options.cache_type}, {"yarn", facts["yarn"]}};
 
   Prefilled previous;
-  Progress progress("items", std::ssize(items), "items");
+  std::vector<std::pair<const Item*, std::vector<Mode>>> todo;
   for (const Item& item : items) {
     std::vector<Mode> wanted;
     for (const Mode& mode : modes) {
       const auto known = done.find(item.id);
       if (known == done.end() || !known->second.contains(mode.name)) wanted.push_back(mode);
     }
-    if (wanted.empty()) {
-      ++finished;
-      continue;
-    }
+    if (!wanted.empty()) todo.emplace_back(&item, std::move(wanted));
+  }
+  int64_t finished = std::ssize(items) - std::ssize(todo);
+  Progress progress("items", std::ssize(items), "items");
+  progress.begin_at(finished);
+  for (const auto& [next, wanted] : todo) {
+    const Item& item = *next;
     if (options.seconds > 0 && progress.seconds() >= static_cast<double>(options.seconds)) {
       ++left;
       continue;
@@ -296,6 +300,7 @@ void eval_tasks(const TasksOptions& options) {
     TaskRun run(host, options, item);
     const std::string reason = run.why_not();
     if (!reason.empty()) {
+      progress.clear();
       std::fprintf(stderr, "tactic: %s: skipped: %s\n", item.id.c_str(), reason.c_str());
       ++unfit;
       continue;
@@ -310,6 +315,7 @@ void eval_tasks(const TasksOptions& options) {
     for (const Json& line : lines) out.write(line);
     progress.update(++finished);
   }
+  progress.clear();
   std::printf("%lld of %zu items are%s; %lld left for another run, %lld unfit, %lld broken line(s) skipped\n",
               static_cast<long long>(finished), items.size(),
               finished > 0 ? (" in " + options.out).c_str() : " answered", static_cast<long long>(left),

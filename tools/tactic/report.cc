@@ -229,7 +229,9 @@ Progress::Progress(std::string label, int64_t total, const char* unit)
       start_(Clock::now()),
       drawn_(start_) {}
 
-Progress::~Progress() {
+Progress::~Progress() { clear(); }
+
+void Progress::clear() const {
   if (is_terminal_) std::fputs("\r\033[K", stderr);
 }
 
@@ -245,10 +247,11 @@ void Progress::update(int64_t done) {
 
 void Progress::draw() {
   const double share = total_ > 0 ? static_cast<double>(done_) / static_cast<double>(total_) : 1.0;
-  const double rate = static_cast<double>(done_) / std::max(seconds(), 1e-9);
+  const double rate = static_cast<double>(done_ - before_) / std::max(seconds(), 1e-9);
   const double left = rate > 0 ? static_cast<double>(total_ - done_) / rate : 0.0;
-  const std::string figures = format("%lld/%lld %s, %.1f/s, %.0f s left", static_cast<long long>(done_),
-                                     static_cast<long long>(total_), unit_.c_str(), rate, left);
+  const std::string pace = rate > 0 && rate < 1 ? format("%.3g s each", 1 / rate) : format("%.1f/s", rate);
+  const std::string figures = format("%lld/%lld %s, %s, %.0f s left", static_cast<long long>(done_),
+                                     static_cast<long long>(total_), unit_.c_str(), pace.c_str(), left);
   if (!is_terminal_) {
     std::fprintf(stderr, "%s: %3.0f%%, %s\n", label_.c_str(), 100 * share, figures.c_str());
     return;

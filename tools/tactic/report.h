@@ -85,6 +85,10 @@ class Progress {
   Progress(std::string label, int64_t total, const char* unit);
   ~Progress();
   void update(int64_t done);
+  /// So many were done before: they took no time.
+  void begin_at(int64_t done) { before_ = done_ = done; }
+  /// Takes the bar off a terminal, so that a line can be printed.
+  void clear() const;
   double seconds() const;
 
  private:
@@ -92,7 +96,7 @@ class Progress {
   void draw();
 
   std::string label_, unit_;
-  int64_t total_ = 0, done_ = 0;
+  int64_t total_ = 0, done_ = 0, before_ = 0;
   bool is_terminal_ = false;
   Clock::time_point start_, drawn_;
 };
