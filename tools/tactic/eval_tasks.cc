@@ -265,7 +265,8 @@ void eval_tasks(const TasksOptions& options) {
   const Mode exact = parse_mode("dense");
   std::vector<Mode> modes = {exact};
   for (const Mode& mode : parse_modes(options.modes)) {
-    if (mode.name != exact.name) modes.push_back(mode);
+    if (std::none_of(modes.begin(), modes.end(), [&](const Mode& m) { return m.name == mode.name; }))
+      modes.push_back(mode);
   }
   parse_cache_type(options.cache_type);
   int64_t broken = 0, left = 0, unfit = 0;

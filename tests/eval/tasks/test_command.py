@@ -92,9 +92,10 @@ def test_no_exact_answers_of_a_cache_that_is_left_to_llama(tmp_path):
 def test_a_zero_byte_does_not_end_the_prompt(tmp_path):
     prompt = "word " * 60 + "\0" + "word " * 60
     write_items([Item(id="zero", task="t", prompt=prompt, answers=["x"], metric="any", max_tokens=2)], tmp_path / "items")
-    done = run(tmp_path / "items", tmp_path / "out", modes="stock")
+    done = run(tmp_path / "items", tmp_path / "out", modes="stock;dense; stock")
     assert "item zero: zero bytes are replaced" in done.stderr
     assert lines(tmp_path / "out")[0]["prompt_tokens"] > 120
+    assert [line["mode"] for line in lines(tmp_path / "out")] == ["dense", "stock"]  # one of a mode that is named twice
 
 
 def test_too_long_items_and_bad_arguments(made, tmp_path):
