@@ -72,6 +72,7 @@ refuses 1 "--yarn must be a number in 1..64" run -m "$model" --prompt hi --yarn 
 TACTIC=quality=best refuses 1 "quality=best: must be exact, high, balanced or fast" run -m "$model" --prompt hi
 refuses 1 "cannot write /dev/null: it is there and no regular file" trace --synthetic flat-128 -o /dev/null
 refuses 1 "cannot write /dev/null: it is there and no regular file" trace -m "$model" --records 0 -o /dev/null
+refuses 2 "--synthetic excludes --records" trace --synthetic flat-128 --records 0 -o "$work/x"
 printf '{"id":"a","task":"t","prompt":"hi there","answers":["x"],"metric":"any","max_tokens":2}\n' > "$work/items"
 refuses 1 "cannot write /dev/zero: it is there and no regular file" eval tasks -m "$model" --items "$work/items" -o /dev/zero
 refuses 1 "and the context holds 256 (-c)" run -m "$model" --file "$work/long" -c 256

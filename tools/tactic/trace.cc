@@ -225,11 +225,18 @@ TraceInfo plan_queries(const TraceOptions& options) {
   return info;
 }
 
+void print_written(const std::string& path, const TraceInfo& info) {
+  std::printf("%s: %zu layers, %lld rows, %lld queries, %.1f MB\n", path.c_str(), info.layers.size(),
+              static_cast<long long>(info.kv_len), static_cast<long long>(info.num_queries()),
+              static_cast<double>(std::filesystem::file_size(path)) / 1e6);
+}
+
 void trace(const TraceOptions& options) {
   check_writable(options.output, true);
   if (!options.synthetic.empty()) {
     try {
-      return eval::write_synthetic(options.output, eval::synthetic_preset(options.synthetic));
+      eval::write_synthetic(options.output, eval::synthetic_preset(options.synthetic));
+      return print_written(options.output, eval::Trace(options.output).info());
     } catch (const Error& e) {
       throw CommandError(e.what());
     }
@@ -268,9 +275,7 @@ void trace(const TraceOptions& options) {
     eval::TraceWriter writer(options.output, whole);
     recorder.write(writer);
     writer.finish();
-    std::printf("%s: %zu layers, %lld rows, %lld queries, %.1f MB\n", options.output.c_str(), whole.layers.size(),
-                static_cast<long long>(whole.kv_len), static_cast<long long>(whole.num_queries()),
-                static_cast<double>(std::filesystem::file_size(options.output)) / 1e6);
+    print_written(options.output, whole);
   } catch (const Error& e) {
     throw CommandError(e.what());
   }
@@ -284,7 +289,7 @@ void add_trace(CLI::App& app) {
   add_host_options(*verb, options->host);
   CLI::Option* synthetic =
       verb->add_option("--synthetic", options->synthetic, "no model: normed-128, flat-128 or normed-256");
-  verb->get_option("--model")->required(false)->excludes(synthetic);
+  verb->get_option("--model")->required(false);
   verb->add_option("-f,--file", options->text, "text to read")->type_name("FILE");
   verb->add_option("--records", options->records, "generated records instead, this many; 0: as many as are needed")
       ->check(CLI::Range(0, 1 << 24));
@@ -305,6 +310,9 @@ void add_trace(CLI::App& app) {
   verb->add_option("--cache-type", options->cache_type, "f16, f32, bf16, q8_0 or q4_0")->capture_default_str();
   verb->add_option("-t,--threads", options->threads, "0: all processors")->check(CLI::Range(0, 512));
   verb->add_option("--seed", options->seed, "of the records")->capture_default_str();
+  for (CLI::Option* option : verb->get_options()) {  // a synthetic trace is what its name says
+    if (option != synthetic && option != verb->get_help_ptr()) option->excludes(synthetic);
+  }
   verb->add_option("-o,--output", options->output, "the trace")->required()->type_name("FILE");
   verb->footer(
       "Example:\n  tactic trace -m model.gguf -f book.txt --tokens 8192 --queries 64 -o book.trace\nFormat: "
