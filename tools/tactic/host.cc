@@ -145,6 +145,14 @@ Mode parse_mode(const std::string& text) {
   return {name, "select=" + name};
 }
 
+int32_t min_context_of(const Mode& mode) {
+  try {
+    return plugin::parse_options(mode.options).min_context;
+  } catch (const Error& error) {
+    throw CommandError("mode '" + mode.name + "': " + error.what());
+  }
+}
+
 std::vector<Mode> parse_modes(const std::string& text, const std::string& option) {
   std::vector<Mode> modes;
   for (size_t begin = 0; begin <= text.size();) {

@@ -78,12 +78,23 @@ class Collector {
 void inspect(const InspectOptions& options) {
   Mode mode = parse_mode(options.mode);
   if (mode.is_stock()) throw CommandError("inspect shows the plug-in's work; 'stock' has none");
+  if (mode.is_dense()) throw CommandError("inspect shows which rows are chosen; '" + mode.name + "' reads all");
+  const int32_t min_context = min_context_of(mode);
+  if (options.depth + options.steps < min_context) {
+    throw CommandError(format("depth %lld and %lld steps are below min_context (%d), where everything is read",
+                              static_cast<long long>(options.depth), static_cast<long long>(options.steps),
+                              min_context));
+  }
   mode.options += mode.options.empty() ? "inspect=1" : ",inspect=1";
   const ggml_type cache_type = parse_cache_type(options.cache_type);
   check_writable(options.output);
   JsonLines json(options.json);
   Host host(options.host, {mode});
 
+  if (options.depth + options.steps > host.context_tokens()) {
+    std::fprintf(stderr, "tactic: note: %lld tokens are beyond the model's context of %lld\n",
+                 static_cast<long long>(options.depth + options.steps), static_cast<long long>(host.context_tokens()));
+  }
   std::vector<llama_token> tokens = tokenize(host.vocab(), read_text(options.file), true, false);
   if (static_cast<int64_t>(tokens.size()) < options.depth + options.steps) {
     throw CommandError(format("%s has %zu tokens; depth %lld and %lld steps need %lld", options.file.c_str(),
@@ -109,8 +120,7 @@ void inspect(const InspectOptions& options) {
       const ReadFigures read(host.take_totals(), static_cast<double>(session.kv_len()));
       if (!read.taken)
         throw CommandError(
-            "the plug-in took no attention node: the context may be below min_context, or the cache type unknown to "
-            "it");
+            "the plug-in took no attention node: the model's attention or the cache type is left to llama.cpp");
       page.steps.push_back({session.kv_len(), read.tokens_per_kv_head, read.read_fraction, read.dense_share, ms});
       const std::string report = host.inspect();
       collector.add(report);

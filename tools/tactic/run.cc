@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "kl.h"
-#include "plugin_options.h"
 #include "report.h"
 #include "text.h"
 #include "verbs.h"
@@ -246,7 +245,7 @@ void run(const RunOptions& options) {
     std::fprintf(stderr,
                  "nothing was sparse, so that there is no speed to compare: the context is below min_context (%d), or "
                  "the model's attention or the cache type is left to llama.cpp\n",
-                 plugin::parse_options(mode.options).min_context);
+                 min_context_of(mode));
   } else if (answers[0].steps > 0 && answers[1].steps > 0) {
     // One answers after the other: other work on the machine tells more than so few tokens. `bench` takes turns.
     const bool few = std::min(answers[0].steps, answers[1].steps) < 8;
