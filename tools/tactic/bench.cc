@@ -287,8 +287,10 @@ void bench(const BenchOptions& options) {
   Host host(options.host, all_modes);
   const int64_t kv_len_max = depths.back() + options.decoded();
   if (kv_len_max > host.context_tokens()) {
-    std::fprintf(stderr, "tactic: note: depth %lld is beyond the model's context of %lld tokens\n",
-                 static_cast<long long>(kv_len_max), static_cast<long long>(host.context_tokens()));
+    std::fprintf(stderr,
+                 "tactic: note: depth %lld and %lld decoded tokens are beyond the model's context of %lld tokens\n",
+                 static_cast<long long>(depths.back()), static_cast<long long>(options.decoded()),
+                 static_cast<long long>(host.context_tokens()));
   }
   std::vector<llama_token> tokens;
   const auto prefill_threads = static_cast<int32_t>(*std::max_element(threads.begin(), threads.end()));

@@ -251,9 +251,9 @@ void trace(const TraceOptions& options) {
   trace_dtype(cache_type);
   Host host(options.host, {parse_mode("stock")});
   const std::vector<llama_token> tokens = trace_tokens(host, options);
-  if (options.tokens > host.trained_tokens()) {
-    std::fprintf(stderr, "tactic: note: %lld tokens are beyond the model's training context of %d\n",
-                 static_cast<long long>(options.tokens), host.trained_tokens());
+  if (options.tokens > host.context_tokens()) {
+    std::fprintf(stderr, "tactic: note: %lld tokens are beyond the model's context of %lld\n",
+                 static_cast<long long>(options.tokens), static_cast<long long>(host.context_tokens()));
   }
   Recorder recorder(info);
   Session session(host, parse_mode("stock"),
