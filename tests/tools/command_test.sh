@@ -24,6 +24,8 @@ model=$TACTIC_TEST_MODEL
 
 refuses 1 "no verb; tactic --help shows them"
 refuses 1 "no verb 'rum'; there are run, bench, eval, inspect and trace" rum -m "$model"
+refuses 1 "no verb; there are kl, paper, tasks and trace" eval
+refuses 1 "no verb 'foo'; there are kl, paper, tasks and trace" eval foo
 refuses 2 "--model is required" run --prompt x
 refuses 2 "--tokens" run -m "$model" --prompt x -n 0
 refuses 2 "--threads" run -m "$model" --prompt x -t 513
@@ -86,6 +88,8 @@ refuses 1 "tokens; 1 window(s) of depth 8000 and 4 steps need" eval kl -m "$mode
 refuses 1 "$work/nothing has no text" bench -m "$model" --file "$work/nothing" -d 64
 refuses 1 "nothing to evaluate; give --text or --records" eval kl -m "$model"
 refuses 1 "'many' is not a whole number" bench -m "$model" -d many
+refuses 1 "--depth: the range '1000-500:100' does not rise" bench -m "$model" -d 1000-500:100
+refuses 1 "--depth, step: 0 is outside 1 to" bench -m "$model" -d 0-100:0
 refuses 1 "more than 10000 numbers in '0-268435456:1'" bench -m "$model" -d 0-268435456:1
 
 # Two answers of llama.cpp's own are no speed-up.
@@ -106,7 +110,7 @@ call 0 run -m "$model" --prompt "$(printf 'caf\351')" -n 2 -t 2
 says "the prompt is not UTF-8 text"
 call 0 eval kl -m "$model" --text "$work/bytes_long" -d 64 -n 2 -t 2 --modes dense
 says "$work/bytes_long is not UTF-8 text"
-call 0 bench -m "$model" --file "$work/bytes_long" -d 64 -n 2 --rounds 1 --warmup 2 -t 2 --modes dense
+call 0 bench -m "$model" --file "$work/bytes_long" -d 64 -n 2 --rounds 1 --warmup 2 -t 0,2 --modes dense
 says "$work/bytes_long is not UTF-8 text"
 
 # A line that was cut short spoils no other.
@@ -142,6 +146,11 @@ refuses 1 "cannot read $work/none" eval kl -m "$model" --text "$work/none" --jso
 printf 'the result of an earlier run\n'
 call 0 trace -m "$model" --records 0 -n 64 --queries 2 --prompt-queries 2 -t 2 -o "$work/small.trace"
 mkdir "$work/paper" && echo earlier > "$work/paper/paper.jsonl"
+refuses 1 "holds no decode query within 0 rows after the prompt (--within)" eval trace --traces "$work/small.trace" --within 0
+for layers in 0 0,0; do
+  call 0 eval trace --traces "$work/small.trace" --layers "$layers" --select topk,budget=8 --json "$work/layers.jsonl"
+done
+[ "$(grep -o '"cases":[0-9]*' "$work/layers.jsonl" | sort -u | wc -l)" = 1 ] || fail "a layer that is named twice counts twice"
 refuses 1 "no decode query lies within 0 rows" eval paper --traces "$work/small.trace" --within 0 -o "$work/paper"
 grep -q earlier "$work/paper/paper.jsonl" || fail "eval paper deleted the result of an earlier run and has no other"
 for signal in INT TERM; do
@@ -173,5 +182,8 @@ got=0
 timeout 120 "$tactic" run -m "$model" --prompt x -n 2 -t 2 > /dev/full 2> "$work/err" || got=$?
 [ "$got" = 1 ] || fail "status $got, not 1, when the answer cannot be written"
 says "cannot write the output"
+! "$tactic" --help > /dev/full 2> "$work/err" || fail "--help on a full disk succeeds"
+TMPDIR=$work/none call 1 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes stock
+says "no folder for temporary files (TMPDIR)"
 
 [ "$failures" = 0 ]

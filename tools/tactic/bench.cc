@@ -16,7 +16,7 @@ namespace {
 
 struct BenchOptions {
   HostOptions host;
-  std::string depths = "0,2000,8000", threads, modes = "stock;dense;sample,error=0.03", file, json;
+  std::string depths = "0,2000,8000", threads = "0", modes = "stock;dense;sample,error=0.03", file, json;
   std::vector<std::string> cache_types = {"f16"};
   int64_t steps = 32, warmup = 4;
   int32_t rounds = 5;
@@ -273,8 +273,8 @@ void bench(const BenchOptions& options) {
   std::vector<int64_t> depths = parse_numbers(options.depths, "--depth", 0, 1 << 28);
   std::sort(depths.begin(), depths.end());
   depths.erase(std::unique(depths.begin(), depths.end()), depths.end());
-  const std::vector<int64_t> threads = options.threads.empty() ? std::vector<int64_t>{default_threads()}
-                                                               : parse_numbers(options.threads, "--threads", 1, 512);
+  std::vector<int64_t> threads = parse_numbers(options.threads, "--threads", 0, 512);
+  std::replace(threads.begin(), threads.end(), int64_t{0}, int64_t{default_threads()});
   for (const std::string& type : options.cache_types) parse_cache_type(type);
   const auto watcher =
       std::find_if(modes.begin(), modes.end(), [](const Mode& mode) { return !mode.is_dense() && !mode.is_stock(); });
@@ -332,7 +332,7 @@ void add_bench(CLI::App& app) {
   add_host_options(*verb, options->host);
   verb->add_option("-d,--depth", options->depths, "tokens in the cache: 0,2000 or 1000-8000:1000 or 1024-32768x2")
       ->capture_default_str();
-  verb->add_option("-t,--threads", options->threads, "threads, a list; default: all processors");
+  verb->add_option("-t,--threads", options->threads, "threads, a list; 0: all processors")->capture_default_str();
   verb->add_option("--modes", options->modes, "modes separated by ';'")->capture_default_str();
   verb->add_option("-n,--tokens", options->steps, "tokens per round and mode")
       ->check(CLI::Range(1, 1 << 20))

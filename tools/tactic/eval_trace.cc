@@ -120,6 +120,8 @@ std::vector<int32_t> chosen_layers(const EvalTraceOptions& options, const eval::
   } else {
     for (const int64_t i : parse_numbers(options.layers, "--layers", 0, trace.num_layers() - 1))
       layers.push_back(static_cast<int32_t>(i));
+    std::sort(layers.begin(), layers.end());
+    layers.erase(std::unique(layers.begin(), layers.end()), layers.end());
   }
   return layers;
 }
@@ -183,7 +185,9 @@ std::vector<SettingCases> measure(const EvalTraceOptions& options, const eval::T
   if (std::any_of(settings.begin(), settings.end(), [](const Setting& s) { return eval::is_baseline(s.name); }))
     leave_out_windows(trace, layers);
   const std::vector<int64_t> queries = chosen_queries(trace, options.queries, options.within);
-  if (queries.empty()) throw CommandError(trace.path() + " holds no decode query");
+  if (queries.empty())
+    throw CommandError(format("%s holds no decode query within %lld rows after the prompt (--within)",
+                              trace.path().c_str(), static_cast<long long>(options.within)));
   std::vector<std::vector<SettingCases>> parts(layers.size());
   std::atomic<size_t> next{0};
   std::mutex mutex;

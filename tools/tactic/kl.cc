@@ -42,7 +42,10 @@ TokenComparison compare_logits(const float* exact, const float* other, int32_t v
 LogitStore::LogitStore(int64_t rows, int32_t vocab_size)
     : vocab_size_(vocab_size),
       size_bytes_(static_cast<size_t>(rows) * static_cast<size_t>(vocab_size) * sizeof(float)) {
-  std::string path = (std::filesystem::temp_directory_path() / "tactic-logits-XXXXXX").string();
+  std::error_code none;
+  const std::filesystem::path folder = std::filesystem::temp_directory_path(none);
+  if (none) throw CommandError("no folder for temporary files (TMPDIR): " + none.message());
+  std::string path = (folder / "tactic-logits-XXXXXX").string();
   const int file = mkstemp(path.data());
   if (file < 0) throw CommandError("cannot make a temporary file " + path + ": " + std::strerror(errno));
   unlink(path.c_str());

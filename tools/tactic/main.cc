@@ -6,6 +6,7 @@
 #include <csignal>
 #include <cstdio>
 #include <exception>
+#include <iostream>
 #include <new>
 #include <string>
 
@@ -60,17 +61,22 @@ int main(int argc, char** argv) {
   tactic::tool::add_inspect(app);
   tactic::tool::add_trace(app);
   tactic::tool::clean_up_when_interrupted();
-  try {
-    // CLI11 would say that a subcommand is required.
-    if (argc > 1 && argv[1][0] != '-' &&
-        app.get_subcommands([&](CLI::App* verb) { return verb->check_name(argv[1]); }).empty()) {
-      throw tactic::tool::CommandError("no verb '" + std::string(argv[1]) +
-                                       "'; there are run, bench, eval, inspect and trace");
+  // CLI11 would say that a subcommand is required.
+  const auto require_verb = [&](const CLI::App& above, int at, const char* verbs) {
+    if (argc == at) throw tactic::tool::CommandError(std::string("no verb; there are ") + verbs);
+    if (argv[at][0] != '-' &&
+        above.get_subcommands([&](const CLI::App* verb) { return verb->check_name(argv[at]); }).empty()) {
+      throw tactic::tool::CommandError("no verb '" + std::string(argv[at]) + "'; there are " + verbs);
     }
-    if (argc == 1) throw tactic::tool::CommandError("no verb; tactic --help shows them");
+  };
+  try {
+    if (argc < 2) throw tactic::tool::CommandError("no verb; tactic --help shows them");
+    require_verb(app, 1, "run, bench, eval, inspect and trace");
+    if (argv[1] == std::string("eval")) require_verb(*app.get_subcommand("eval"), 2, "kl, paper, tasks and trace");
     app.parse(argc, argv);
   } catch (const CLI::Success& help) {
-    return app.exit(help);
+    app.exit(help);
+    std::cout.flush();
   } catch (const CLI::ParseError& error) {
     std::fprintf(stderr, "tactic: %s\n", error.what());
     return 2;
@@ -88,7 +94,7 @@ int main(int argc, char** argv) {
   if (const std::string complaint = tactic::tool::take_host_error(); !complaint.empty()) {
     std::fprintf(stderr, "tactic: llama.cpp says: %s\n", complaint.c_str());
   }
-  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0 || !std::cout) {
     std::fputs("tactic: cannot write the output; is the disk full?\n", stderr);
     return 1;
   }

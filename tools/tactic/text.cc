@@ -252,8 +252,10 @@ std::vector<int64_t> parse_numbers(const std::string& text, const std::string& o
     }
     const int64_t last = parse_number(item.substr(dash + 1, step - dash - 1), option, low, high);
     const bool multiplies = item[step] == 'x';
-    const int64_t by = parse_number(item.substr(step + 1), option, multiplies ? 2 : 1, high);
-    for (int64_t n = parse_number(item.substr(0, dash), option, multiplies ? 1 : low, high); n <= last;) {
+    const int64_t by = parse_number(item.substr(step + 1), option + ", step", multiplies ? 2 : 1, high);
+    const int64_t first = parse_number(item.substr(0, dash), option, multiplies ? 1 : low, high);
+    if (first > last) throw CommandError(option + ": the range '" + std::string(item) + "' does not rise");
+    for (int64_t n = first; n <= last;) {
       if (numbers.size() == kMost) throw CommandError(option + ": more than 10000 numbers in '" + text + "'");
       numbers.push_back(n);
       n = multiplies ? n * by : n + by;
