@@ -21,10 +21,26 @@ def counter(server, model):
     count = ServerTokens(server, model)
     try:
         count("probe")
+    except httpx.TransportError as error:
+        raise ValueError(f"no connection to {server}: {error}") from None
     except (httpx.HTTPStatusError, ValueError) as error:
         print(f"note: no tokenizer ({error}): tokens are estimated", file=sys.stderr)
         return estimate
     return count
+
+
+def read_haystack(path):
+    with open(path, encoding="utf-8") as file:
+        return Haystack(file.read())
+
+
+def read_form(path, read):
+    """`read(path)`; what its form lacks is said with the file's name."""
+    try:
+        return read(path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"no field {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not of the form that is asked for: {what}") from None
 
 
 def make(options):
@@ -34,9 +50,8 @@ def make(options):
             raise ValueError(f"task '{name}' is none of {', '.join(ruler.TASKS)}")
     haystack = None
     if options.haystack:
-        with open(options.haystack, encoding="utf-8") as file:
-            haystack = Haystack(file.read())
-    sources = {form: load(getattr(options, form)) for form, load in files.QUESTIONS.items() if getattr(options, form)}
+        haystack = read_form(options.haystack, read_haystack)
+    sources = {form: read_form(path, read) for form, read in files.QUESTIONS.items() if (path := getattr(options, form))}
     if options.tasks == "all":
         names = [n for n in names if n not in ("qa_1", "qa_2") or {"qa_1": "squad", "qa_2": "hotpotqa"}[n] in sources]
         if len(names) < len(ruler.TASKS):
@@ -62,6 +77,8 @@ def load(options):
         extra = {"length": options.length} if options.form == "longbench" else {}
         loaded = files.LOADERS[options.form](path, name, count, problems, **extra)
         items.append(loaded[: options.count or None])
+    if not any(items):
+        raise ValueError(f"no items in {', '.join(options.files)}")
     # Item by item from every file, so that the first n are a fair sample of all.
     longest = max(map(len, items))
     mixed = [part[i] for i in range(longest) for part in items if i < len(part)]
@@ -87,9 +104,17 @@ def summary(options):
 
 
 def positive(text):
+    return at_least(1, text)
+
+
+def not_negative(text):
+    return at_least(0, text)
+
+
+def at_least(least, text):
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
     return value
 
 
@@ -104,9 +129,9 @@ def parser():
 
     verb = verbs.add_parser("make", help="generate items of RULER's tasks")
     verb.add_argument("--tasks", default="all", help=f"all, or some of {','.join(ruler.TASKS)}")
-    verb.add_argument("--length", type=int, required=True, help="tokens of a prompt")
-    verb.add_argument("-n", "--count", type=int, default=20, help="haystacks of each task")
-    verb.add_argument("--questions", type=int, default=1, help="items from each haystack, where it has so many keys")
+    verb.add_argument("--length", type=positive, required=True, help="tokens of a prompt")
+    verb.add_argument("-n", "--count", type=positive, default=20, help="haystacks of each task")
+    verb.add_argument("--questions", type=positive, default=1, help="items from each haystack, where it has so many keys")
     verb.add_argument("--seed", type=int, default=1)
     verb.add_argument("--haystack", help="text file; without: generated sentences")
     verb.add_argument("--squad", help="questions for qa_1, in the form of SQuAD")
@@ -117,8 +142,8 @@ def parser():
     verb = verbs.add_parser("load", help="items from published files")
     verb.add_argument("form", choices=files.LOADERS)
     verb.add_argument("files", nargs="+")
-    verb.add_argument("-n", "--count", type=int, default=0, help="items of each file; 0: all")
-    verb.add_argument("--length", type=int, help="longbench: tokens of a prompt at most")
+    verb.add_argument("-n", "--count", type=not_negative, default=0, help="items of each file; 0: all")
+    verb.add_argument("--length", type=positive, help="longbench: tokens of a prompt at most")
     tokenizer(verb)
     verb.set_defaults(run=load)
 
@@ -129,12 +154,12 @@ def parser():
     verb.add_argument("--model", default="default")
     verb.add_argument("--mode", required=True, help="what the results are called: dense, sparse, ...")
     verb.add_argument("--api", choices=("chat", "completions"), default="chat")
-    verb.add_argument("-n", "--count", type=int, default=0, help="only the first items; 0: all")
+    verb.add_argument("-n", "--count", type=not_negative, default=0, help="only the first items; 0: all")
     verb.add_argument("--seed", type=int, default=1)
     verb.add_argument("--timeout", type=float, default=600, help="seconds for a whole answer")
     verb.add_argument("--attempts", type=positive, default=5)
     verb.add_argument("--workers", type=positive, default=1, help="requests at a time")
-    verb.add_argument("--max-tokens", type=int, default=0, help="no answer is longer; 0: as the item says")
+    verb.add_argument("--max-tokens", type=not_negative, default=0, help="no answer is longer; 0: as the item says")
     verb.set_defaults(run=ask)
 
     verb = verbs.add_parser("summary", help="scores, intervals, each mode against the baseline")

@@ -121,3 +121,29 @@ def test_bad_items_are_refused(bad):
     good = {"id": "i", "task": "t", "prompt": "p", "answers": ["a"], "metric": "any", "max_tokens": 4}
     with pytest.raises(ValueError):
         Item(**{**good, **bad})
+
+
+def test_bad_files_and_numbers_are_named(tmp_path, capsys):
+    out, bad, binary = str(tmp_path / "items.jsonl"), tmp_path / "bad.json", tmp_path / "binary"
+    bad.write_text('{"data": [{"title": "no paragraphs"}]}')
+    binary.write_bytes(b"\xff\xfe\0")
+
+    def refused(code, what, *arguments):
+        (tmp_path / "items.jsonl").write_text("earlier")
+        try:
+            status = main([*arguments, "-o", out])
+        except SystemExit as error:
+            status = error.code
+        shown = capsys.readouterr().err
+        assert status == code and what in shown, shown
+        assert (tmp_path / "items.jsonl").read_text() == "earlier"
+
+    make = ["make", "--length", "600", "--tasks"]
+    for form, task in (("squad", "qa_1"), ("hotpotqa", "qa_2")):
+        refused(1, f"{bad} is not of the form", *make, task, f"--{form}", str(bad))
+    refused(1, f"{binary} is not of the form", *make, "niah_single_2", "--haystack", str(binary))
+    refused(1, "no connection to http://127.0.0.1:9/v1", *make, "vt", "--server", "http://127.0.0.1:9/v1")
+    refused(1, f"no items in {lines(tmp_path, 'broken')}", "load", "babilong", str(tmp_path / "set.jsonl"))
+    refused(2, "0 must be at least 1", *make, "vt", "-n", "0")
+    refused(2, "0 must be at least 1", *make, "vt", "--questions", "0")
+    refused(2, "-2 must be at least 0", "load", "babilong", str(bad), "-n", "-2")
