@@ -19,7 +19,7 @@ done
 if [ "$changed" = 1 ]; then
   mapfile -t files < <(git diff --name-only --diff-filter=d main; git ls-files --others --exclude-standard)
 elif [ ${#files[@]} = 0 ]; then
-  mapfile -t files < <(find include src plugins tools bench tests -type f | LC_ALL=C sort)
+  mapfile -t files < <(find include src plugins tools eval bench tests -type f | LC_ALL=C sort)
 fi
 sources=() units=()
 for file in "${files[@]}"; do
