@@ -36,7 +36,7 @@ install_packages() {
   [ ${#missing[@]} = 0 ] && return
   say "Installing ${missing[*]}"
   as_root apt-get -q update >&2
-  DEBIAN_FRONTEND=noninteractive as_root apt-get -q -y install --no-install-recommends "${missing[@]}" >&2
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends "${missing[@]}" >&2
 }
 
 check_sha256() {  # FILE SHA256
@@ -114,17 +114,24 @@ get_python() {
   venv=$TACTIC_CACHE/venv-eval-$key
   PYTHON=$venv/bin/python
   [ -e "$venv/ok" ] && return
+  lock_setup
+  [ -e "$venv/ok" ] && { exec 9>&-; return; }
   say "Installing the Python packages of eval/requirements.txt"
   rm -rf "$venv"; mkdir -p "$TACTIC_CACHE"; /usr/bin/python3 -m venv "$venv"
   "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$requirements" >&2
   touch "$venv/ok"
+  exec 9>&-
 }
 
 # One at a time: they share the cache, and build() the build folder. Whoever goes on working closes 9.
-setup() {
+lock_setup() {
   mkdir -p "$TACTIC_CACHE"
   exec 9> "$TACTIC_CACHE/lock"
   flock -n 9 || { say "Waiting for another set-up to end"; flock 9; }
+}
+
+setup() {
+  lock_setup
   install_packages
   get_model
   get_llama
