@@ -291,9 +291,19 @@ void print_worst(const std::string& name, const SettingCases& cases, int64_t cou
     table.add({format("%d", c.layer), format("%d", c.head), format("%lld", static_cast<long long>(c.position)),
                format("%.3f", c.error), format("%.3f", c.achieved_mass),
                format("%.3f +- %.3f", c.estimated_mass, c.mass_std_error),
-               format("%lld", static_cast<long long>(c.missed_row)), format("%.3f", c.missed_weight)});
+               c.missed_row < 0 ? "-" : format("%lld", static_cast<long long>(c.missed_row)),
+               c.missed_row < 0 ? "-" : format("%.3f", c.missed_weight)});
   }
   table.print(stdout);
+}
+
+// What success is measured against.
+double target_mass(const Setting& setting) {
+  if (eval::is_baseline(setting.name)) {
+    const eval::BaselineSpec spec = eval::parse_baseline(setting.name);
+    if (const auto mass = spec.values.find("mass"); mass != spec.values.end()) return mass->second;
+  }
+  return setting.decode.target_mass > 0 ? setting.decode.target_mass : 0.9;
 }
 
 void report(const std::string& name, const eval::Trace* trace, const EvalTraceOptions& options,
@@ -303,8 +313,7 @@ void report(const std::string& name, const eval::Trace* trace, const EvalTraceOp
                "layer/head", "mass", "success", "coverage", "bias"});
   std::vector<ErrorSummary> summaries;
   for (size_t s = 0; s < settings.size(); ++s) {
-    const ErrorSummary e =
-        summarize(cases[s], settings[s].decode.target_mass > 0 ? settings[s].decode.target_mass : 0.9);
+    const ErrorSummary e = summarize(cases[s], target_mass(settings[s]));
     summaries.push_back(e);
     table.add({settings[s].name, format("%.0f", e.tokens), format("%.3f", e.read_fraction), format("%.4f", e.mean),
                format("%.4f", e.median), format("%.3f", e.p99), format("%.2f", e.max),
