@@ -133,10 +133,10 @@ __device__ __forceinline__ void score_rows(const Fragments& q, const uint4 (&low
     mma_top<kBf16>(c_low, part.z, part.w, low[i].z, low[i].w);
     mma_top<kBf16>(c_high, part.z, part.w, high[i].z, high[i].w);
   }
-  scores[0] = c_low[0] * scale;
-  scores[1] = c_low[1] * scale;
-  scores[2] = c_high[0] * scale;
-  scores[3] = c_high[1] * scale;
+  scores[0] = __fmul_rn(c_low[0], scale);  // not part of a sum to come: a row's score is the same wherever it is read
+  scores[1] = __fmul_rn(c_low[1], scale);
+  scores[2] = __fmul_rn(c_high[0], scale);
+  scores[3] = __fmul_rn(c_high[1], scale);
 }
 
 /// acc += weights x values.
@@ -158,14 +158,15 @@ __device__ __forceinline__ void add_values(AttendState<kDim>& state,
   }
 }
 
-/// Raises the state's maximum to cover `scores` and rescales what it holds.
+/// Raises the state's maximum to a whole number that covers `scores` and rescales what it holds. A whole number, so
+/// that a row's weight is rounded alike whatever else the warp has read, and can be taken back (attend_rest).
 template <int kDim>
 __device__ __forceinline__ void raise_max(AttendState<kDim>& state, const float (&scores)[4]) {
   const int t = threadIdx.x & 3;
   float top = fmaxf(fmaxf(scores[0], scores[1]), fmaxf(scores[2], scores[3]));
   top = fmaxf(top, shuffle_xor(top, 1));
   top = fmaxf(top, shuffle_xor(top, 2));
-  top = fmaxf(top, state.max);
+  top = fmaxf(ceilf(top), state.max);
   const float factor = exp2_fast(state.max - top);
   state.max = top;
   state.sum *= factor;
@@ -222,7 +223,7 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
 }
 
 /// Reads a tile of rows of a cluster that was sampled and is to be read whole. Lane l says of row l & 15 whether it is
-/// `inside`, and whether it was `taken` with `log_weight` (log2): such a row is lowered to the weight of a certain one.
+/// `inside`, and whether it was `taken` with `log_weight` (log2): what that added, wherever it did, is taken back.
 /// scored(scores) as in attend_tile; kLowest: not inside.
 template <DType kDType, int kDim, class Scored>
 __device__ __forceinline__ void attend_rest(AttendState<kDim>& state, const std::byte* k, const std::byte* v,
@@ -231,30 +232,33 @@ __device__ __forceinline__ void attend_rest(AttendState<kDim>& state, const std:
   uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
   load_keys<kDType, kDim>(k, tile, low, high);
   load_values<kDType, kDim>(v, tile, values);
-  float x[4], weights[4];
+  float x[4];
   score_rows<kDType, kDim>(q, low, high, scale, x);
   const int t = threadIdx.x & 3;
-  bool was_taken[4];
+  const uint32_t insiders = __ballot_sync(kAllLanes, inside) >> 2 * t, drawn = __ballot_sync(kAllLanes, taken);
+  const auto bit = [](uint32_t rows, int j) { return (rows >> ((j & 1) + 8 * (j >> 1)) & 1) != 0; };
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int row = 2 * t + (j & 1) + 8 * (j >> 1);
-    was_taken[j] = shuffle(static_cast<int>(taken), row) != 0;
-    if (shuffle(static_cast<int>(inside), row) == 0) x[j] = kLowest;
+    if (!bit(insiders, j)) x[j] = kLowest;
   }
   scored(x);
-  raise_max(state, x);
+  const uint32_t mine = drawn >> 2 * t;
+  float back[4], weights[4];  // what is taken back may weigh 2^32 times as much as the row itself
+#pragma unroll
+  for (int j = 0; j < 4; ++j) back[j] = bit(mine, j) ? x[j] + log_weight : x[j];
+  raise_max(state, back);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     weights[j] = exp2_fast(x[j] - state.max);
-    if (was_taken[j]) {
-      const float sampled = exp2_fast(x[j] + log_weight - state.max);
-      state.sampled_sum -= sampled;
-      state.sampled_variance -= sampled * sampled * (1 - exp2_fast(-log_weight));
-      weights[j] -= sampled;
-    }
-    state.sum += weights[j];
+    back[j] = bit(mine, j) ? exp2_fast(back[j] - state.max) : 0.0f;
+    state.sampled_sum -= back[j];
+    state.sampled_variance -= back[j] * back[j] * (1 - exp2_fast(-log_weight));
+    state.sum += weights[j] - back[j];
+    back[j] = -back[j];
   }
+  // Not their difference: rounded apart, what is taken back is what was added.
   add_values<Chunk<kDType>::kBf16, kDim>(state, values, weights);
+  if (drawn != 0) add_values<Chunk<kDType>::kBf16, kDim>(state, values, back);
 }
 
 }  // namespace tactic::cuda

@@ -358,7 +358,7 @@ class DecodeBlock {
         if (has_sinks) leave_scores<kHeads>(scores, from_blocks);
         has_sinks = false;
         if constexpr (!kLearns) return;
-        note(followers, taken.row, scores, group, taken.local_cluster == kOfFollower, state.max);
+        note(followers, taken.row, scores, group, taken.local_cluster == kOfFollower, state.max - 1);
         if (phase == Phase::kSelected && measures_draw())
           draw.add_rows(scores, log_weights, followers.estimate(lane >> 2));
       };

@@ -154,6 +154,9 @@ __device__ __forceinline__ BlockSums cluster_sums(const MergeBuffers<kHeads>& bu
     total.variance += factor * factor * block.variance;
     each(s, factor);
   }
+  // Refinement takes back in one warp what another added: what is left is rounded, and may be below nothing.
+  total.sampled = fmaxf(total.sampled, 0.0f);
+  total.variance = fmaxf(total.variance, 0.0f);
   return total;
 }
 
