@@ -104,8 +104,12 @@ class LayerIndex {
   LayerIndex(LayerIndex&&) noexcept;
   LayerIndex& operator=(LayerIndex&&) noexcept;
 
-  /// Takes over an index made on the CPU with the same options and segments in order, of the same bytes (else
-  /// check_rows finds every row changed). Synchronizes the stream.
+  /// Takes over an index made on the CPU, of the same rows stored in the same bytes (else check_rows finds every row
+  /// changed, and fit and topk, which do not look, read rows that were meant otherwise). From the first segment on that
+  /// holds rows which are gone or were rewritten since, it takes over none: steps read these rows exactly until
+  /// build(). Throws Error, and changes nothing, when options or shape are others than this index's, or the segments do
+  /// not follow one another from row 0 on, full ones before as many provisional ones as make a full one at most.
+  /// Synchronizes the stream.
   void upload(int32_t sequence, const KvIndex& index, Stream stream);
 
   /// Clusters the rows [0, kv_len) of a sequence that are in no segment yet: what fills a segment becomes one, full

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <iterator>
 #include <string>
+#include <tuple>
 
 #include "core/index_state.h"
 #include "cuda/segments.h"
@@ -83,6 +84,35 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows) {
   SequenceState state;
   state.full_segments = static_cast<int32_t>(rows / geometry.segment_tokens);
   state.provisional_segments = static_cast<int32_t>(rows % geometry.segment_tokens / geometry.provisional_tokens);
+  return state;
+}
+
+SequenceState uploaded_state(const KvIndex& index, const IndexOptions& options, const KvShape& shape,
+                             const IndexGeometry& geometry) {
+  if (!(index.options() == options)) throw Error("the index was made with other options");
+  const KvShape& has = index.shape();
+  for (const auto& [name, value, limit] : {std::tuple{"num_kv_heads", has.num_kv_heads, shape.num_kv_heads},
+                                           {"head_dim", has.head_dim, shape.head_dim},
+                                           {"v_head_dim", has.v_head_dim, shape.v_head_dim}}) {
+    if (value != limit) fail(name, value, "the device index's " + std::to_string(limit));
+  }
+  SequenceState state;
+  int64_t next_row = 0;
+  for (const Segment& segment : index.state().segments) {
+    const int64_t end = next_row + segment.num_rows;
+    const bool has_room = segment.provisional
+                              ? state.provisional_segments < geometry.all_segments - geometry.max_segments
+                              : state.provisional_segments == 0 && state.full_segments < geometry.max_segments;
+    if (segment.row_begin != next_row || !has_room || end > geometry.max_rows) {
+      throw Error("segment at row " + std::to_string(segment.row_begin) + " must follow the last and lie below " +
+                  std::to_string(geometry.max_rows) + ", full ones before at most " +
+                  std::to_string(geometry.all_segments - geometry.max_segments) + " provisional ones");
+    }
+    if (index.state().indexed.count_range(next_row + segment.num_sinks, end) < segment.num_rows - segment.num_sinks)
+      break;
+    next_row = end;
+    ++(segment.provisional ? state.provisional_segments : state.full_segments);
+  }
   return state;
 }
 

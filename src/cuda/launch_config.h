@@ -31,6 +31,12 @@ IndexGeometry index_geometry(const IndexOptions& options, const KvShape& shape, 
 /// What a sequence of `rows` rows has when all that is due has been clustered.
 SequenceState state_at(const IndexGeometry& geometry, int64_t rows);
 
+/// What of an index made on the CPU a sequence can take over: its segments up to the first that holds rows which are
+/// gone or were rewritten since. Throws Error when the index is of other options or another shape, its segments do not
+/// follow one another from row 0 on, the full ones first, or there are more than the geometry has room for.
+SequenceState uploaded_state(const KvIndex& index, const IndexOptions& options, const KvShape& shape,
+                             const IndexGeometry& geometry);
+
 /// Bytes of MergeBuffers<heads>.
 constexpr size_t merge_bytes(int32_t heads) {
   const size_t h = static_cast<size_t>(heads);

@@ -9,6 +9,7 @@
 #include "core/index_state.h"
 #include "cuda/centroid_tile.h"
 #include "cuda/launch.h"
+#include "cuda/segments.h"
 #include "tactic/error.h"
 
 namespace tactic::cuda {
@@ -64,13 +65,13 @@ int32_t clusters_of(const IndexOptions& o, bool provisional) {
   return (rows + size - 1) / size;
 }
 
-// A segment's clusters of one head.
+// A segment's clusters of one head; those beyond its own, up to `padded`, are empty.
 std::vector<std::byte> tiles_of(const HeadClusters& c, int32_t padded, int32_t head_dim, int32_t code_bytes) {
   std::vector<std::byte> out(static_cast<size_t>(padded / kTileClusters * tile_bytes(code_bytes)));
   float largest = 0;
   for (const float x : c.mean) largest = std::max(largest, std::fabs(x));
   uint32_t member = 0;
-  for (int32_t i = 0; i < padded; ++i) {
+  for (int32_t i = 0; i < padded && static_cast<size_t>(i) < c.sizes.size(); ++i) {
     const TileView tile{out.data() + i / kTileClusters * tile_bytes(code_bytes), code_bytes};
     for (int32_t d = 0; d < head_dim; ++d) {
       tile.code(i, d) =
@@ -142,50 +143,39 @@ LayerIndex& LayerIndex::operator=(LayerIndex&&) noexcept = default;
 void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_pointer) {
   Impl& impl = *impl_;
   check_sequence(impl, sequence);
-  if (!(index.options() == impl.options)) throw Error("the index was made with other options");
-  const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const IndexGeometry& g = impl.view.geometry;
   const IndexState& from = index.state();
-  SequenceState state;
-  const auto copy = [&](void* to, const void* data, size_t bytes) {
-    if (bytes > 0) check(cudaMemcpyAsync(to, data, bytes, cudaMemcpyHostToDevice, stream), "upload");
+  const SequenceState state = uploaded_state(index, impl.options, impl.shape, g);
+  struct Copy {
+    void* to;
+    std::vector<std::byte> bytes;
   };
-  std::vector<std::vector<std::byte>> keep;  // until the copies are done
-  const auto kept = [&](const auto& values) {
+  std::vector<Copy> copies;  // all are made before the first begins
+  const auto copy = [&](void* to, const auto& values) {
     const auto* bytes = reinterpret_cast<const std::byte*>(values.data());
-    keep.emplace_back(bytes, bytes + values.size() * sizeof(values[0]));
-    return keep.back().data();
+    copies.push_back({to, {bytes, bytes + values.size() * sizeof(values[0])}});
   };
-  int64_t next_row = 0;
   int32_t any_not_finite = 0;
-  for (const Segment& segment : from.segments) {
-    if (segment.row_begin != next_row || (state.provisional_segments > 0 && !segment.provisional) ||
-        next_row + segment.num_rows > g.max_rows) {
-      throw Error("segment at row " + std::to_string(segment.row_begin) + " must follow the last and lie below " +
-                  std::to_string(g.max_rows));
-    }
-    next_row += segment.num_rows;
-    int32_t& number = segment.provisional ? state.provisional_segments : state.full_segments;
-    const int32_t slot = segment.provisional ? g.max_segments + number : number;
-    const int32_t first =
-        segment.provisional ? g.provisional_begin + number * g.provisional_clusters : number * g.full_clusters;
-    ++number;
-    const int32_t padded = padded_clusters(segment.num_clusters);
+  for (int32_t i = 0; i < state.full_segments + state.provisional_segments; ++i) {
+    const Segment& segment = from.segments[static_cast<size_t>(i)];
+    const SegmentPlace place(g, state, i);
+    const int32_t number = i - state.full_segments;  // of a provisional one
+    const int32_t first = number < 0 ? i * g.full_clusters : g.provisional_begin + number * g.provisional_clusters;
     for (int32_t head = 0; head < impl.shape.num_kv_heads; ++head) {
       const HeadClusters& c = segment.heads[static_cast<size_t>(head)];
       const int64_t pair = int64_t{sequence} * impl.shape.num_kv_heads + head;
       std::vector<uint16_t> members(static_cast<size_t>(segment.num_rows));
       std::copy(c.members.begin(), c.members.end(), members.begin());
       std::copy(c.not_finite.begin(), c.not_finite.end(), members.end() - static_cast<int64_t>(c.not_finite.size()));
-      copy(tile_of(impl.view, pair, first).data, kept(tiles_of(c, padded, impl.shape.head_dim, g.code_bytes)),
-           static_cast<size_t>(padded / kTileClusters * tile_bytes(g.code_bytes)));
-      copy(impl.view.members + pair * g.max_rows + segment.row_begin, kept(members), members.size() * 2);
+      copy(tile_of(impl.view, pair, first).data,
+           tiles_of(c, number < 0 ? g.full_clusters : g.provisional_clusters, impl.shape.head_dim, g.code_bytes));
+      copy(impl.view.members + pair * g.max_rows + place.first_row, members);
       const uint8_t* checks =
           segment.row_checks.data() + static_cast<size_t>(head) * static_cast<size_t>(segment.num_rows);
-      copy(impl.view.row_checks + pair * g.max_rows + segment.row_begin,
-           kept(std::vector<uint8_t>(checks, checks + segment.num_rows)), static_cast<size_t>(segment.num_rows));
+      copy(impl.view.row_checks + pair * g.max_rows + place.first_row,
+           std::vector<uint8_t>(checks, checks + segment.num_rows));
       const auto unclustered = static_cast<uint16_t>(c.not_finite.size());
-      copy(impl.view.num_not_finite + pair * g.all_segments + slot, kept(std::vector<uint16_t>{unclustered}), 2);
+      copy(impl.view.num_not_finite + pair * g.all_segments + place.slot, std::vector<uint16_t>{unclustered});
       any_not_finite |= unclustered > 0;
     }
   }
@@ -200,9 +190,11 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
     for (size_t i = 0; i < std::min(known.usual_variance.size(), std::size(head.usual_variance)); ++i)
       head.usual_variance[i] = static_cast<float>(known.usual_variance[i]);
   }
-  copy(impl.view.calibration + int64_t{sequence} * impl.shape.num_kv_heads, kept(calibration),
-       calibration.size() * sizeof(HeadCalibration));
-  copy(impl.view.any_not_finite + sequence, kept(std::vector<int32_t>{any_not_finite}), sizeof any_not_finite);
+  copy(impl.view.calibration + int64_t{sequence} * impl.shape.num_kv_heads, calibration);
+  copy(impl.view.any_not_finite + sequence, std::vector<int32_t>{any_not_finite});
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  for (const Copy& c : copies)
+    check(cudaMemcpyAsync(c.to, c.bytes.data(), c.bytes.size(), cudaMemcpyHostToDevice, stream), "upload");
   set_state(impl, sequence, state, stream);
   check(cudaStreamSynchronize(stream), "upload");
 }

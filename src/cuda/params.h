@@ -29,6 +29,8 @@ struct IndexGeometry {
 struct SequenceState {
   int32_t full_segments = 0;
   int32_t provisional_segments = 0;
+
+  bool operator==(const SequenceState&) const = default;
 };
 
 inline constexpr int kMaxGroup = 8;  // query heads of a KV head

@@ -209,6 +209,41 @@ TEST(Tables, LengthsAndPagesOutOfRangeAreRefused) {
   EXPECT_EQ(message_of([&] { cuda::validate({}, batch, 1000); }), "the host's kv_lens must not be null");
 }
 
+TEST(Upload, TakesWhatTheDeviceCanHold) {
+  CacheSpec spec;
+  spec.kv_len = 5000;
+  const Cache cache(spec);
+  const KvShape shape{2, 64, 64};
+  const IndexGeometry g = cuda::index_geometry({}, shape, 5000);
+  const auto state = [&](const KvIndex& index) { return cuda::uploaded_state(index, {}, shape, g); };
+  const std::unique_ptr<KvIndex> index = build_index(cache);
+  EXPECT_EQ(state(*index), cuda::state_at(g, 5000));
+  index->write(4500, 1);
+  EXPECT_EQ(state(*index), cuda::state_at(g, 4500)) << "up to the part with a row that was rewritten";
+  index->truncate(3000);
+  EXPECT_EQ(state(*index), cuda::state_at(g, 2048)) << "the second segment has lost rows";
+  index->write(1, 2);  // sinks, which are in no segment
+  EXPECT_EQ(state(*index), cuda::state_at(g, 2048));
+  EXPECT_EQ(state(KvIndex({}, shape)), cuda::SequenceState{});
+
+  const auto message = [&](const KvIndex& other) { return message_of([&] { state(other); }); };
+  EXPECT_EQ(message(KvIndex({.cluster_tokens = 32}, shape)), "the index was made with other options");
+  EXPECT_EQ(message(KvIndex({}, {3, 64, 64})), "num_kv_heads (3) must be the device index's 2");
+  EXPECT_EQ(message(KvIndex({}, {2, 128, 64})), "head_dim (128) must be the device index's 64");
+  EXPECT_EQ(message(KvIndex({}, {2, 64, 128})), "v_head_dim (128) must be the device index's 64");
+  const std::string rest = " must follow the last and lie below 6144, full ones before at most 8 provisional ones";
+  KvIndex parts({}, shape);  // never given the time for a full segment
+  parts.write(0, 5000);
+  for (int i = 0; i < 40; ++i) parts.maintain(cache.view(), 0.5);
+  EXPECT_EQ(message(parts), "segment at row 2048" + rest);
+  const std::unique_ptr<KvIndex> hole = build_index(cache);
+  hole->remove(1000, 1);
+  EXPECT_EQ(message(*hole), "segment at row 2048" + rest);
+  CacheSpec longer = spec;
+  longer.kv_len = 6400;
+  EXPECT_EQ(message(*build_index(Cache(longer))), "segment at row 6144" + rest);
+}
+
 TEST(StepStats, AddsUpTheHeadsOfASequence) {
   DecodeBatch batch;
   batch.num_kv_heads = 2;
