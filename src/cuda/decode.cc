@@ -30,6 +30,7 @@ struct Decode::Impl {
     check(cudaMalloc(reinterpret_cast<void**>(&workspace), wanted),
           ("workspace of " + std::to_string(wanted) + " bytes").c_str());
     check(cudaMemset(workspace, 0, wanted), "workspace");
+    check(cudaStreamSynchronize(nullptr), "workspace");  // steps may run on streams that wait for none
     bytes = wanted;
   }
 

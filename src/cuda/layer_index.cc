@@ -134,6 +134,7 @@ LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_
   check(cudaMemcpy(impl.view.calibration, calibration.data(), calibration.size() * sizeof(HeadCalibration),
                    cudaMemcpyHostToDevice),
         "index");
+  check(cudaStreamSynchronize(nullptr), "index");  // who uses it may do so on a stream that waits for none
 }
 
 LayerIndex::~LayerIndex() = default;
