@@ -113,10 +113,11 @@ class LayerIndex {
   void upload(int32_t sequence, const KvIndex& index, Stream stream);
 
   /// Clusters the rows [0, kv_len) of a sequence that are in no segment yet: what fills a segment becomes one, full
-  /// parts of the rest provisional ones.
+  /// parts of the rest provisional ones. May be called after every token: where nothing is due, nothing happens, and
+  /// what steps expect of the next one (DecodeBatch::learn) stays.
   void build(int32_t sequence, const DecodeBatch& batch, int32_t kv_len, Stream stream);
 
-  /// Rows from kv_len on are gone: segments that hold any of them are dropped.
+  /// Rows from kv_len on are gone: segments that hold any of them are dropped. Does nothing where none does.
   void truncate(int32_t sequence, int32_t kv_len, Stream stream);
 
   size_t memory_bytes() const;

@@ -248,6 +248,7 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
       launch_cluster(params, impl.device, stream);
     }
   };
+  if (now == old) return;
   build(false, std::min(old.full_segments, now.full_segments), now.full_segments);
   build(true, old.full_segments == now.full_segments ? std::min(old.provisional_segments, now.provisional_segments) : 0,
         now.provisional_segments);
@@ -263,7 +264,8 @@ void LayerIndex::truncate(int32_t sequence, int32_t kv_len, Stream stream) {
   } else if (state.full_segments == limit.full_segments) {
     state.provisional_segments = std::min(state.provisional_segments, limit.provisional_segments);
   }
-  set_state(*impl_, sequence, state, static_cast<cudaStream_t>(stream));
+  if (!(state == impl_->states[static_cast<size_t>(sequence)]))
+    set_state(*impl_, sequence, state, static_cast<cudaStream_t>(stream));
 }
 
 size_t LayerIndex::memory_bytes() const { return impl_->bytes; }

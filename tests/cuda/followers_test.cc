@@ -7,8 +7,8 @@
 namespace tactic::test {
 namespace {
 
-constexpr int64_t kLen = 6000, kCopied = 1500;
-constexpr int32_t kHeads = 2, kGroup = 4;
+constexpr int64_t kCopied = 1500;
+constexpr int32_t kLen = 6000, kHeads = 2, kGroup = 4;
 
 // What each KV head's next step will read for certain.
 std::vector<std::vector<int32_t>> named(const cuda::LayerIndex& index) {
@@ -77,8 +77,13 @@ TEST(Followers, RowsAfterHeavyOnesAreRead) {
           EXPECT_EQ(named(index), Rows(kHeads, {kCopied + 2})) << "the row after a follower";
           // A follower is read once, also where its cluster is read whole.
           EXPECT_LT(step(kCopied + 2, 1e9f).first, 0.02);
-          // Changes of the index forget.
-          index.truncate(0, static_cast<int32_t>(kLen), nullptr);
+          // Changes of the index forget, and only these.
+          const Rows followed = named(index);
+          EXPECT_FALSE(followed[0].empty());
+          index.truncate(0, kLen, nullptr);
+          index.build(0, DeviceBatch({&problem}, DeviceLayout::kTokenMajor).batch, kLen, nullptr);
+          EXPECT_EQ(named(index), followed);
+          index.truncate(0, kLen - 256, nullptr);
           EXPECT_EQ(named(index), Rows(kHeads));
         }
       }
