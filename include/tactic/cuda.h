@@ -117,7 +117,8 @@ class LayerIndex {
   /// what steps expect of the next one (DecodeBatch::learn) stays.
   void build(int32_t sequence, const DecodeBatch& batch, int32_t kv_len, Stream stream);
 
-  /// Rows from kv_len on are gone: segments that hold any of them are dropped. Does nothing where none does.
+  /// Rows from kv_len on are gone: segments that hold any of them are dropped. Does nothing where none does. With the
+  /// last segment goes what was learned from the sequence: kv_len 0 readies a slot for another one.
   void truncate(int32_t sequence, int32_t kv_len, Stream stream);
 
   size_t memory_bytes() const;

@@ -93,15 +93,21 @@ void check_sequence(const LayerIndex::Impl& impl, int32_t sequence) {
 }
 
 // Ends every change of an index: a step reads the index before it waits for the kernel in front of it, never for a
-// copy. Followers are of the index as it was.
+// copy. Followers are of the index as it was; with its last segment goes what was learned, as the next rows are
+// another request's.
 void set_state(LayerIndex::Impl& impl, int32_t sequence, const SequenceState& state, cudaStream_t stream) {
   impl.states[static_cast<size_t>(sequence)] = state;
   const size_t followers = static_cast<size_t>(impl.shape.num_kv_heads) * kMaxSplits;
   check(cudaMemsetAsync(impl.view.followers + static_cast<size_t>(sequence) * followers, 0,
                         followers * sizeof(Followers), stream),
         "followers");
-  if (state.full_segments + state.provisional_segments == 0)
+  if (state == SequenceState{}) {
     check(cudaMemsetAsync(impl.view.any_not_finite + sequence, 0, sizeof(int32_t), stream), "rows not finite");
+    check(cudaMemcpyAsync(impl.view.calibration + static_cast<size_t>(sequence) * impl.unknown.size(),
+                          impl.unknown.data(), impl.unknown.size() * sizeof(HeadCalibration), cudaMemcpyHostToDevice,
+                          stream),
+          "calibration");
+  }
   check(cudaMemcpyAsync(impl.view.states + sequence, &impl.states[static_cast<size_t>(sequence)], sizeof state,
                         cudaMemcpyHostToDevice, stream),
         "index state");
@@ -129,8 +135,8 @@ LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_
   check(cudaMemset(impl.memory, 0, impl.bytes), "index");
   HeadCalibration unknown;
   unknown.beta = kPriorSlope;
-  const std::vector<HeadCalibration> calibration(
-      static_cast<size_t>(max_sequences) * static_cast<size_t>(shape.num_kv_heads), unknown);
+  impl.unknown.assign(static_cast<size_t>(shape.num_kv_heads), unknown);
+  const std::vector<HeadCalibration> calibration(static_cast<size_t>(max_sequences) * impl.unknown.size(), unknown);
   check(cudaMemcpy(impl.view.calibration, calibration.data(), calibration.size() * sizeof(HeadCalibration),
                    cudaMemcpyHostToDevice),
         "index");

@@ -13,8 +13,9 @@ struct LayerIndex::Impl {
   KvShape shape;
   int32_t max_sequences = 0;
   IndexView view;
-  std::vector<SequenceState> states;  // the host's copy
-  std::byte* memory = nullptr;        // all of the view's arrays
+  std::vector<SequenceState> states;     // the host's copy
+  std::vector<HeadCalibration> unknown;  // [num_kv_heads] of a sequence from which nothing was learned yet
+  std::byte* memory = nullptr;           // all of the view's arrays
   size_t bytes = 0;
   float* scratch = nullptr;  // for clustering
   size_t scratch_bytes = 0;

@@ -85,5 +85,30 @@ TEST(Learn, WhatTheCpuLearns) {
   }
 }
 
+TEST(Learn, AnotherSequenceInTheSlotLearnsAnew) {
+  Problem problem(spec_of(DType::kF16, 64, 6001), 4);
+  DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+  device.batch.learn = true;
+  cuda::LayerIndex index({}, {2, 64, 64}, 1, 6001);
+  const Device<cuda::StepRecord> records(2);  // so that the draw is measured too
+  cuda::Decode decode({.target_error = 0.03f, .refine = 1}, device.limits);
+  std::vector<float> first;
+  for (int request = 0; request < 3; ++request) {
+    index.build(0, device.batch, 6001, nullptr);
+    device.poison_out();
+    decode.run(device.batch, &index, nullptr, records.get());
+    if (request == 0) first = device.out(0);
+    EXPECT_TRUE(same_bits(device.out(0), first)) << "request " << request;
+    EXPECT_NE(calibration_of(index)[0].beta, index.impl().unknown[0].beta);
+    EXPECT_GT(calibration_of(index)[0].usual_variance[0], 0);
+    index.truncate(0, 0, nullptr);
+    for (const cuda::HeadCalibration& known : calibration_of(index)) {
+      EXPECT_EQ(known.beta, index.impl().unknown[0].beta);
+      EXPECT_EQ(known.variance_ratio, 1);
+      EXPECT_EQ(known.usual_variance[0], 0);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tactic::test
