@@ -24,11 +24,9 @@ class SegmentClustering {
         scratch(params.scratch + static_cast<int64_t>(blockIdx.y * gridDim.x + blockIdx.x) * params.scratch_floats,
                 num_rows, params.num_clusters, kDim) {
     const DecodeBatch& b = p.batch;
-    pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(p.sequence) * b.max_pages;
-    k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? p.sequence * b.k.sequence_stride_bytes : 0) +
-        head * b.k.head_stride_bytes;
-    v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? p.sequence * b.v.sequence_stride_bytes : 0) +
-        head * b.v.head_stride_bytes;
+    pages = pages_of(b, p.sequence);
+    k = rows_of(b.k, pages, p.sequence, head);
+    v = rows_of(b.v, pages, p.sequence, head);
     row_of_head = static_cast<int64_t>(p.sequence) * b.num_kv_heads + head;
     k_scale = head_scale<kDType>(b.k, head);
   }

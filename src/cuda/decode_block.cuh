@@ -39,15 +39,11 @@ class DecodeBlock {
                                            : shared + fixed_bytes(kDim, kHeads, params.stages),
                params.max_own_clusters, kHeads) {
     const DecodeBatch& b = p.batch;
-    pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(sequence) * b.max_pages;
-    k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? sequence * b.k.sequence_stride_bytes : 0) +
-        head * b.k.head_stride_bytes;
-    v = static_cast<const std::byte*>(b.v.data) + (pages == nullptr ? sequence * b.v.sequence_stride_bytes : 0) +
-        head * b.v.head_stride_bytes;
+    pages = pages_of(b, sequence);
+    k = rows_of(b.k, pages, sequence, head);
+    v = rows_of(b.v, pages, sequence, head);
     row_of_head = static_cast<int64_t>(sequence) * b.num_kv_heads + head;
     members = p.index.members + row_of_head * p.index.geometry.max_rows;
-    key_scale = b.sm_scale * kLog2E * head_scale<kDType>(b.k, head);
-    value_scale = head_scale<kDType>(b.v, head);
   }
 
   __device__ void run() {
@@ -131,6 +127,8 @@ class DecodeBlock {
   // Quantized and as fragments, a warp a head.
   __device__ void load_queries() {
     kv_len = p.batch.kv_lens[sequence];
+    key_scale = p.batch.sm_scale * kLog2E * head_scale<kDType>(p.batch.k, head);
+    value_scale = head_scale<kDType>(p.batch.v, head);
     if (warp < kMaxGroup) {
       const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group + warp) * kDim;
       quantize_query<Chunk<kDType>::kBf16, kDim, kHeads>(

@@ -33,12 +33,8 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   __syncthreads();
   QueryFragments<kDim> fragments;
   make_query_fragments<Chunk<kDType>::kBf16, kDim>(shared.q, group, fragments);
-  const int32_t* pages =
-      b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(sequence) * b.max_pages;
-  const std::byte* k = static_cast<const std::byte*>(b.k.data) +
-                       (pages == nullptr ? sequence * b.k.sequence_stride_bytes : 0) + head * b.k.head_stride_bytes;
-  const std::byte* v = static_cast<const std::byte*>(b.v.data) +
-                       (pages == nullptr ? sequence * b.v.sequence_stride_bytes : 0) + head * b.v.head_stride_bytes;
+  const int32_t* pages = pages_of(b, sequence);
+  const std::byte *k = rows_of(b.k, pages, sequence, head), *v = rows_of(b.v, pages, sequence, head);
 
   // A block has every splits-th run of 16 rows a warp: neighbouring blocks read neighbouring memory.
   AttendState<kDim> state;

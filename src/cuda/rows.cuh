@@ -15,6 +15,17 @@ __device__ __forceinline__ int64_t row_offset(const DeviceRows& rows, const int3
   return __ldg(pages + page) * rows.page_stride_bytes + (row - page * rows.page_tokens) * rows.token_stride_bytes;
 }
 
+/// The page table of a sequence, or nullptr.
+__device__ __forceinline__ const int32_t* pages_of(const DecodeBatch& batch, int sequence) {
+  return batch.page_tables == nullptr ? nullptr : batch.page_tables + static_cast<int64_t>(sequence) * batch.max_pages;
+}
+/// From where row_offset() counts.
+__device__ __forceinline__ const std::byte* rows_of(const DeviceRows& rows, const int32_t* pages, int sequence,
+                                                    int head) {
+  return static_cast<const std::byte*>(rows.data) + (pages == nullptr ? sequence * rows.sequence_stride_bytes : 0) +
+         head * rows.head_stride_bytes;
+}
+
 /// How eight neighbouring elements of a row become a uint4 of halves (f16 or bf16, whatever the type computes in).
 template <DType kDType>
 struct Chunk;

@@ -108,9 +108,8 @@ class HeadChoice {
         state(params.index.states[sequence]) {
     const DecodeBatch& b = p.batch;
     const int head = pair % heads;
-    pages = b.page_tables == nullptr ? nullptr : b.page_tables + static_cast<int64_t>(sequence) * b.max_pages;
-    k = static_cast<const std::byte*>(b.k.data) + (pages == nullptr ? sequence * b.k.sequence_stride_bytes : 0) +
-        head * b.k.head_stride_bytes;
+    pages = pages_of(b, sequence);
+    k = rows_of(b.k, pages, sequence, head);
     for (int d = threadIdx.x; d < kDim; d += kRankThreads) {
       s.q[d] = load_query(b.q, b.q_dtype, static_cast<int64_t>(blockIdx.x) * kDim + d) * b.sm_scale *
                head_scale<kDType>(b.k, head);

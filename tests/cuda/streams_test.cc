@@ -1,5 +1,6 @@
 // On a GPU: steps on several streams and from several threads.
 #include "cuda/device.h"
+#include "cuda/launch_config.h"
 
 namespace tactic::test {
 namespace {
@@ -34,6 +35,36 @@ TEST(Streams, AStepRightAfterItsWorkspaceWasMade) {
     }
   }
   cudaStreamDestroy(stream);
+}
+
+// A step begins before the kernel in front of it has ended, here one whose output is the scales of its rows.
+TEST(Streams, ScalesThatTheKernelInFrontWrites) {
+  if (!cuda::is_compiled(DType::kF8E4M3, 64)) GTEST_SKIP() << "without fp8";
+  Problem flat(spec_of(DType::kF16, 64, 16384), 1);  // its answer is 0.75 to the bit
+  for (int32_t head = 0; head < 2; ++head) {
+    for (int64_t row = 0; row < 16384; ++row) {
+      flat.cache.set_key(head, row, std::vector<float>(64, 0.0f));
+      flat.cache.set_value(head, row, std::vector<float>(64, 0.75f));
+    }
+  }
+  const F8Scales scales{{0.75f, 0.75f}, {0.75f, 0.75f}};
+  Problem problem(spec_of(DType::kF16, 64, 4000), 4);
+  round_to_f8(problem.cache, scales);
+  DeviceBatch writer({&flat}, DeviceLayout::kTokenMajor), device({&problem}, DeviceLayout::kTokenMajor, &scales);
+  cuda::LayerIndex index({}, {2, 64, 64}, 1, 4000);
+  index.build(0, device.batch, 4000, nullptr);
+  cuda::Decode dense({.select = Select::kDense}, writer.limits), sample({.tau = 300}, device.limits);
+  sample.run(device.batch, &index, nullptr);
+  const std::vector<float> expected = device.out(0);
+  device.batch.k.head_scales = device.batch.v.head_scales = static_cast<const float*>(writer.batch.out);
+  for (int again = 0; again < 50; ++again) {
+    writer.poison_out();
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    dense.run(writer.batch, nullptr, nullptr);
+    sample.run(device.batch, &index, nullptr);
+    EXPECT_TRUE(same_bits(device.out(0), expected)) << again;
+  }
+  for (const float x : writer.out(0)) ASSERT_EQ(x, 0.75f);
 }
 
 }  // namespace
