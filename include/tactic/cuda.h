@@ -36,6 +36,8 @@ struct DeviceRows {
   const float* head_scales = nullptr;  // f8_e4m3 only: device [num_kv_heads], what is stored times this; nullptr: 1
 };
 
+/// A sequence of no rows gets zeros, and minus infinity as its lse. One whose index holds rows from its kv_len on is
+/// read whole, as if it had no index (slower, and StepRecord::dense says so), until LayerIndex::truncate().
 struct DecodeBatch {
   int32_t num_sequences = 0;
   int32_t num_q_heads = 0, num_kv_heads = 0;  // up to 8 query heads per KV head
@@ -44,7 +46,7 @@ struct DecodeBatch {
   DeviceRows k, v;
   const int32_t* page_tables = nullptr;  // device [num_sequences, max_pages], or nullptr: tokens lie in order
   int32_t max_pages = 0;
-  const int32_t* kv_lens = nullptr;      // device [num_sequences]
+  const int32_t* kv_lens = nullptr;      // device [num_sequences] rows from there on are hidden, none is read
   const void* q = nullptr;               // device [num_sequences, num_q_heads, head_dim]
   void* out = nullptr;                   // device, like q
   DType q_dtype = DType::kF16;           // of q and out: f32, f16 or bf16
@@ -86,8 +88,9 @@ struct StepRecord {
   float certain_mass;        // share that certain rows have of the output's weights, mean over the group's heads
   float mass_std_error;      // of that, root mean square over the heads: with DecodeBatch::learn as the draw measures
                              // it (as on the CPU), else that of independent draws, which is larger
-  DenseReason dense;         // why every row was read, if so: asked for, or a row that was read is not the one that was
-                             // clustered (check_rows; only for this KV head)
+  DenseReason dense;         // why every row was read, if so: asked for; a row that was read is not the one that was
+                             // clustered (check_rows; only for this KV head); or, kNoIndex, kv_len is less than the
+                             // rows that the index holds
 };
 
 /// The records of one sequence, [batch.num_kv_heads] in host memory, as the statistics of a step on the CPU.

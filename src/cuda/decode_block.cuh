@@ -38,11 +38,10 @@ class DecodeBlock {
         tables(params.workspace != nullptr ? params.workspace + blockIdx.x * params.block_workspace_bytes
                                            : shared + fixed_bytes(kDim, kHeads, params.stages),
                params.max_own_clusters, kHeads) {
-    const DecodeBatch& b = p.batch;
-    pages = pages_of(b, sequence);
-    k = rows_of(b.k, pages, sequence, head);
-    v = rows_of(b.v, pages, sequence, head);
-    row_of_head = static_cast<int64_t>(sequence) * b.num_kv_heads + head;
+    pages = pages_of(p.batch, sequence);
+    k = rows_of(p.batch.k, pages, sequence, head);
+    v = rows_of(p.batch.v, pages, sequence, head);
+    row_of_head = static_cast<int64_t>(sequence) * p.batch.num_kv_heads + head;
     members = p.index.members + row_of_head * p.index.geometry.max_rows;
   }
 
@@ -69,7 +68,7 @@ class DecodeBlock {
     float limit = 0;
     // One loop, so that its instructions, which take longer to come than to run, come once.
 #pragma unroll 1
-    for (Phase phase = Phase::kExact;;) {
+    for (Phase phase = why_dense() == DenseReason::kNoIndex ? Phase::kAll : Phase::kExact;;) {
       const bool heavy = attend(phase, score_warps, limit);
       if (phase == Phase::kExact) {
         float shifts[kHeads], besides[kHeads];
@@ -86,14 +85,14 @@ class DecodeBlock {
         __syncthreads();
       }
       send_output();
-      Mailbox::receive(&buffers.mailboxes[1], phase == Phase::kAll);
+      Mailbox::receive(&buffers.mailboxes[1], changed);
       if (!kChecked || phase == Phase::kAll || !any_changed()) break;
       start_again();
       phase = Phase::kAll;
     }
     write_output();
     if constexpr (kLearns) {
-      if (changed || !p.batch.learn || !learns_at(kv_len, p.batch.layer)) return;
+      if (why_dense() != DenseReason::kNone || !p.batch.learn || !learns_at(kv_len, p.batch.layer)) return;
       learn<kDType, kDim, kHeads>(
           p, {p, own, tables, members, k, pages, row_of_head, head_scale<kDType>(p.batch.k, head), group}, buffers,
           found, values, rank, tau());
@@ -117,10 +116,9 @@ class DecodeBlock {
   // Into L2, as these are the first that everyone waits for. Whether they are written yet does not matter.
   __device__ void prefetch_queries() const {
     const int bytes = group * kDim * (p.batch.q_dtype == DType::kF32 ? 4 : 2), lines = (bytes + 127) / 128;
-    const int64_t first = (static_cast<int64_t>(sequence) * p.batch.num_q_heads + head * group);
+    const auto* first = static_cast<const std::byte*>(p.batch.q) + row_of_head * bytes;
     const int i = static_cast<int>(threadIdx.x);
-    if (i < lines)
-      prefetch(static_cast<const std::byte*>(p.batch.q) + first * (bytes / group) + min(128 * i, bytes - 1));
+    if (i < lines) prefetch(first + min(128 * i, bytes - 1));
     if (i == lines) prefetch(p.batch.kv_lens + sequence);
     if (i == lines + 1) prefetch(p.index.calibration + row_of_head);
   }
@@ -181,8 +179,12 @@ class DecodeBlock {
   __device__ ExactRows exact_rows(Phase phase = Phase::kExact) const {
     return {p.index.geometry, phase == Phase::kAll ? SequenceState{} : state_of_sequence, kv_len};
   }
-  // Where this block names followers.
-  __device__ Followers* names() const { return p.index.followers + row_of_head * kMaxSplits + rank; }
+  // Rows from kv_len on are hidden: an index that holds any of them is of no use.
+  __device__ DenseReason why_dense() const {
+    if (kv_len < exact_rows().indexed) return DenseReason::kNoIndex;
+    return changed ? DenseReason::kRowChanged : DenseReason::kNone;
+  }
+  __device__ Followers* names() const { return p.index.followers + row_of_head * kMaxSplits + rank; }  // by this block
   // Where a warp is among the tiles of 16 rows that it reads in a phase: at a tile of a list, then at rows of own
   // segments that are not finite and, as if of one more, followers. Few registers: it is live while rows are on their
   // way.
@@ -465,7 +467,7 @@ class DecodeBlock {
                      state_of_sequence, row_of_head, p.splits, *names());
     }
     if (rank == 0 && warp == kWarps - 1)
-      report<kHeads>(p, buffers, sequence, row_of_head, kv_len, exact_rows().count, tau(), changed,
+      report<kHeads>(p, buffers, sequence, row_of_head, kv_len, exact_rows().count, tau(), why_dense(),
                      measures_draw() ? &measures : nullptr, followers);
   }
 

@@ -7,14 +7,15 @@
 
 namespace tactic::cuda {
 
-/// One warp of one block of the cluster, after all have sent their sums. pair: (sequence, KV head). changed: every row
-/// was read, because one was not what the index knows. measures: where the draw measures itself (then the head's
-/// calibration learns what it usually says), else nullptr; followers: what is known of heads then.
+/// One warp of one block of the cluster, after all have sent their sums. pair: (sequence, KV head). dense: why every
+/// row was read, if so. measures: where the draw measures itself (then the head's calibration learns what it usually
+/// says), else nullptr; followers: what is known of heads then.
 template <int kHeads>
 __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers<kHeads>& buffers, int sequence,
-                                       int64_t pair, int kv_len, int32_t exact_rows, float tau, bool changed,
+                                       int64_t pair, int kv_len, int32_t exact_rows, float tau, DenseReason dense,
                                        const MeasureBuffers* measures, const FollowerBuffers& followers) {
   constexpr auto kUsualRate = static_cast<float>(DrawnVariance::kUsualRate);
+  const bool all = dense != DenseReason::kNone;
   const int lane = threadIdx.x & 31, group = p.batch.num_q_heads / p.batch.num_kv_heads;
   const auto count = [&](Count what) {
     int32_t total = 0;
@@ -31,7 +32,7 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
     mass = 1 - sums.sampled / sums.sum;
     variance = mass * mass * sums.variance / (sums.sum * sums.sum);
   }
-  if (measures != nullptr && lane < group && !changed) {
+  if (measures != nullptr && lane < group && !all) {
     DrawSums draw;
     for (int s = 0; s < p.splits; ++s) draw.add(measures->of_blocks[s][lane]);
     const float unit = exp2_fast(sums.max - followers.estimate(lane));
@@ -50,7 +51,7 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
     variance += shuffle_xor(variance, step);
   }
   if (lane != 0) return;
-  const SequenceState state = p.index.states[sequence];
+  const SequenceState state = dense == DenseReason::kNoIndex ? SequenceState{} : p.index.states[sequence];
   StepRecord record{};
   record.kv_len = kv_len;
   record.segments = state.full_segments + state.provisional_segments;
@@ -58,10 +59,10 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
                     state.provisional_segments * p.index.geometry.provisional_clusters;
   record.tau = tau;
   record.beta = buffers.beta;
-  record.dense = changed ? DenseReason::kRowChanged : DenseReason::kNone;
-  record.tokens_exact = changed ? kv_len : count(kForCertain) + exact_rows;
-  record.certain_mass = changed ? 1 : mass / group;
-  if (!changed) {
+  record.dense = dense;
+  record.tokens_exact = all ? kv_len : count(kForCertain) + exact_rows;
+  record.certain_mass = all ? 1 : mass / group;
+  if (!all) {
     record.tokens_selected = count(kSelected) - count(kLeftOut);
     record.tokens_sampled = count(kSampled);
     record.clusters_refined = refined_clusters;

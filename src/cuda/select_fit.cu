@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constan
   if (blockIdx.x == 0 && threadIdx.x == 0) p.probed[pair] = 0;
   if (blockIdx.x == 0 && threadIdx.x <= group)
     p.offsets[pair * group + threadIdx.x] = (pair * group + threadIdx.x) * g.max_clusters;
-  const SequenceState state = p.index.states[sequence];
+  const SequenceState state = usable_state(g, p.index.states[sequence], p.batch.kv_lens[sequence]);
   for (int c = blockIdx.x * kRankWarps + threadIdx.x / 32; c < g.max_clusters; c += gridDim.x * kRankWarps) {
     const ClusterPlace place(g, state, c);
     const int64_t at = static_cast<int64_t>(pair) * g.max_clusters + c;
@@ -105,7 +105,7 @@ class HeadChoice {
         first(static_cast<int64_t>(blockIdx.x) * g.max_clusters),
         first_cluster(static_cast<int64_t>(pair) * g.max_clusters),
         members(params.index.members + static_cast<int64_t>(pair) * g.max_rows),
-        state(params.index.states[sequence]) {
+        state(usable_state(g, params.index.states[sequence], params.batch.kv_lens[sequence])) {
     const DecodeBatch& b = p.batch;
     const int head = pair % heads;
     pages = pages_of(b, sequence);
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kRankThreads) list_kernel(const __grid_constan
   __shared__ typename Scan::TempStorage storage;
   const int pair = blockIdx.x, sequence = pair / p.batch.num_kv_heads;
   const IndexGeometry& g = p.index.geometry;
-  const SequenceState state = p.index.states[sequence];
+  const SequenceState state = usable_state(g, p.index.states[sequence], p.batch.kv_lens[sequence]);
   const uint16_t* members = p.index.members + static_cast<int64_t>(pair) * g.max_rows;
   int32_t* rows = p.rows + static_cast<int64_t>(pair) * p.max_rows;
   const ExactRows anyway(g, state, min(p.batch.kv_lens[sequence], p.max_rows));
@@ -343,6 +343,7 @@ __global__ void __launch_bounds__(kRankThreads) list_kernel(const __grid_constan
   record.segments = state.full_segments + state.provisional_segments;
   record.clusters = state.full_segments * g.full_clusters + state.provisional_segments * g.provisional_clusters;
   record.certain_mass = 1;
+  record.dense = state == p.index.states[sequence] ? DenseReason::kNone : DenseReason::kNoIndex;
   p.records[pair] = record;
 }
 

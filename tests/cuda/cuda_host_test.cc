@@ -105,6 +105,14 @@ TEST(OwnSegments, EverySegmentHasOneOwnerAndItsClustersOnePlace) {
   }
 }
 
+TEST(Segments, AnIndexThatHoldsHiddenRowsIsOfNoUse) {
+  const IndexGeometry g = geometry(40960);
+  const cuda::SequenceState state{1, 2};  // 2560 rows
+  for (const int32_t kv_len : {2560, 2561, 40960}) EXPECT_EQ(cuda::usable_state(g, state, kv_len), state);
+  for (const int32_t kv_len : {0, 2048, 2559})
+    EXPECT_EQ(cuda::usable_state(g, state, kv_len), cuda::SequenceState{}) << kv_len;
+}
+
 TEST(DecodeConfig, FillsTheDeviceOnce) {
   const IndexGeometry g = geometry(131072);
   EXPECT_EQ(cuda::decode_config(kHopper, g, 1, 8, 128, 4).splits, 8);
