@@ -213,6 +213,10 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
   if (kv_len < 0 || kv_len > g.max_rows)
     throw Error("kv_len (" + std::to_string(kv_len) + ") must be in 0.." + std::to_string(g.max_rows));
   validate_rows(batch);
+  if (sequence >= batch.num_sequences) {
+    throw Error("sequence (" + std::to_string(sequence) + ") must be in 0.." + std::to_string(batch.num_sequences - 1) +
+                ", the batch's");
+  }
   if (batch.head_dim != impl.shape.head_dim || batch.num_kv_heads != impl.shape.num_kv_heads) {
     throw Error("the index is of " + std::to_string(impl.shape.num_kv_heads) + " KV heads and head_dim " +
                 std::to_string(impl.shape.head_dim) + ", the batch of " + std::to_string(batch.num_kv_heads) + " and " +
@@ -222,42 +226,54 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
                impl.device);
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const SequenceState old = impl.states[static_cast<size_t>(sequence)], now = state_at(g, kv_len);
+  if (now == old) return;
+  struct Due {
+    bool provisional;
+    int32_t begin, end;
+
+    int32_t at_once() const { return std::min(end - begin, kSegmentsAtOnce); }
+  };
+  const Due all_due[] = {
+      {false, std::min(old.full_segments, now.full_segments), now.full_segments},
+      {true, old.full_segments == now.full_segments ? std::min(old.provisional_segments, now.provisional_segments) : 0,
+       now.provisional_segments}};
+  const auto bytes_of = [&](const Due& due) {  // of scratch, a segment and head
+    return cluster_scratch_bytes(due.provisional ? g.provisional_tokens : g.segment_tokens,
+                                 clusters_of(impl.options, due.provisional), impl.shape.head_dim);
+  };
+  // For both before either is launched: when memory runs out nothing has been written over yet.
+  size_t bytes = 0;
+  for (const Due& due : all_due)
+    bytes = std::max(bytes,
+                     bytes_of(due) * static_cast<size_t>(impl.shape.num_kv_heads) * static_cast<size_t>(due.at_once()));
+  if (impl.scratch_bytes < bytes) {
+    check(cudaStreamSynchronize(stream), "build");
+    cudaFree(impl.scratch);
+    impl.scratch = nullptr;
+    impl.scratch_bytes = 0;
+    check(cudaMalloc(reinterpret_cast<void**>(&impl.scratch), bytes),
+          ("scratch of " + std::to_string(bytes) + " bytes").c_str());
+    impl.scratch_bytes = bytes;
+  }
   ClusterParams params;
   params.index = impl.view;
   params.batch = batch;
   params.sequence = sequence;
   params.iterations = impl.options.iterations;
   params.seed = impl.options.seed;
-  const auto build = [&](bool provisional, int32_t begin, int32_t end) {
-    const int32_t rows = provisional ? g.provisional_tokens : g.segment_tokens;
-    params.provisional = provisional;
-    params.full_segments = now.full_segments;
-    params.num_clusters = clusters_of(impl.options, provisional);
-    params.num_outliers = outliers_of(impl.options.outlier_fraction, rows, params.num_clusters);
-    const size_t bytes = cluster_scratch_bytes(rows, params.num_clusters, impl.shape.head_dim) *
-                         static_cast<size_t>(impl.shape.num_kv_heads) *
-                         static_cast<size_t>(std::min(end - begin, kSegmentsAtOnce));
-    if (begin < end && impl.scratch_bytes < bytes) {
-      check(cudaStreamSynchronize(stream), "build");
-      cudaFree(impl.scratch);
-      impl.scratch = nullptr;
-      impl.scratch_bytes = 0;
-      check(cudaMalloc(reinterpret_cast<void**>(&impl.scratch), bytes),
-            ("scratch of " + std::to_string(bytes) + " bytes").c_str());
-      impl.scratch_bytes = bytes;
-    }
-    params.scratch = impl.scratch;
-    params.scratch_floats = cluster_scratch_bytes(rows, params.num_clusters, impl.shape.head_dim) / sizeof(float);
-    for (int32_t first = begin; first < end; first += kSegmentsAtOnce) {
-      params.first_segment = first;
-      params.num_segments = std::min(kSegmentsAtOnce, end - first);
+  params.full_segments = now.full_segments;
+  params.scratch = impl.scratch;
+  for (const Due& due : all_due) {
+    params.provisional = due.provisional;
+    params.num_clusters = clusters_of(impl.options, due.provisional);
+    params.num_outliers = outliers_of(impl.options.outlier_fraction,
+                                      due.provisional ? g.provisional_tokens : g.segment_tokens, params.num_clusters);
+    params.scratch_floats = bytes_of(due) / sizeof(float);
+    for (params.first_segment = due.begin; params.first_segment < due.end; params.first_segment += kSegmentsAtOnce) {
+      params.num_segments = std::min(kSegmentsAtOnce, due.end - params.first_segment);
       launch_cluster(params, impl.device, stream);
     }
-  };
-  if (now == old) return;
-  build(false, std::min(old.full_segments, now.full_segments), now.full_segments);
-  build(true, old.full_segments == now.full_segments ? std::min(old.provisional_segments, now.provisional_segments) : 0,
-        now.provisional_segments);
+  }
   set_state(impl, sequence, now, stream);
 }
 

@@ -68,5 +68,51 @@ TEST(Upload, SegmentsWhoseRowsAreGoneAreLeftOut) {
   EXPECT_EQ(index.impl().states[0], (cuda::SequenceState{2, (4500 - 4096) / 256}));
 }
 
+// All of the device's memory, in blocks of 2 MiB at least.
+std::vector<Device<std::byte>> all_memory() {
+  std::vector<Device<std::byte>> blocks;
+  for (size_t bytes = size_t{4} << 30; bytes >= size_t{2} << 20; bytes /= 2) {
+    try {
+      while (true) blocks.emplace_back(bytes);
+    } catch (const Error&) {
+      cudaGetLastError();
+    }
+  }
+  return blocks;
+}
+
+TEST(Build, MemoryThatRunsOutChangesNothing) {
+  // A full segment, whose scratch memory is small, and seven parts, which want 2.4 MB.
+  constexpr int32_t kHeads = 16, kBefore = 300, kAfter = 3900;
+  Problem problem(spec_of(DType::kF16, 64, kAfter, kHeads), 1);
+  DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+  device.set_lens({kBefore});
+  const IndexOptions options{.cluster_tokens = 64};
+  device.limits.index = options;
+  cuda::LayerIndex index(options, {kHeads, 64, 64}, 1, kAfter);
+  index.build(0, device.batch, kBefore, nullptr);
+  cuda::Decode decode({.tau = 300}, device.limits);
+  decode.run(device.batch, &index, nullptr);
+  const std::vector<float> before = device.out(0);
+  {
+    const std::vector<Device<std::byte>> blocks = all_memory();
+    try {
+      index.build(0, device.batch, kAfter, nullptr);
+      GTEST_SKIP() << "there is memory that a test cannot take";
+    } catch (const Error&) {
+    }
+  }
+  device.poison_out();
+  decode.run(device.batch, &index, nullptr);
+  EXPECT_TRUE(same_bits(device.out(0), before));
+}
+
+TEST(Build, TheBatchMustHaveTheSequence) {
+  Problem problem(spec_of(DType::kF16, 64, 300), 1);
+  DeviceBatch device({&problem}, DeviceLayout::kPages16);
+  cuda::LayerIndex index({}, {2, 64, 64}, 2, 300);
+  EXPECT_THROW(index.build(1, device.batch, 300, nullptr), Error);
+}
+
 }  // namespace
 }  // namespace tactic::test
