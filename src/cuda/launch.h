@@ -29,7 +29,9 @@ void launch_rank(const RankParams& params, cudaStream_t stream);
 template <class Kernel, class Params>
 void launch_step(Kernel kernel, const Params& params, size_t shared_bytes, int32_t cluster_blocks,
                  const DeviceFacts& device, cudaStream_t stream, const char* what) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+  // The most there is, not shared_bytes: the setting is the kernel's, whichever thread launches it.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(device.shared_bytes_per_block)),
         what);
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;

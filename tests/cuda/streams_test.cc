@@ -1,4 +1,6 @@
 // On a GPU: steps on several streams and from several threads.
+#include <thread>
+
 #include "cuda/device.h"
 #include "cuda/launch_config.h"
 
@@ -65,6 +67,38 @@ TEST(Streams, ScalesThatTheKernelInFrontWrites) {
     EXPECT_TRUE(same_bits(device.out(0), expected)) << again;
   }
   for (const float x : writer.out(0)) ASSERT_EQ(x, 0.75f);
+}
+
+// One kernel with two sizes of shared memory.
+TEST(Streams, ThreadsLaunchStepsOfDifferentSizes) {
+  Problem problem(spec_of(DType::kF16, 64, 4000), 4);
+  DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+  const auto steps = [&](int32_t max_rows, std::string* failed) {
+    try {
+      cudaStream_t stream = nullptr;
+      cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+      const Device<float> out(problem.out.size());
+      cuda::DecodeBatch batch = device.batch;
+      batch.out = out.get();
+      batch.lse = nullptr;
+      cuda::DecodeLimits limits = device.limits;
+      limits.max_rows = max_rows;
+      cuda::LayerIndex index({}, {2, 64, 64}, 1, max_rows);
+      index.build(0, batch, 4000, stream);
+      cuda::Decode decode({.tau = 100}, limits);
+      for (int i = 0; i < 20000; ++i) decode.run(batch, &index, stream);
+      if (cudaStreamSynchronize(stream) != cudaSuccess) *failed = "steps";
+      cudaStreamDestroy(stream);
+    } catch (const Error& e) {
+      *failed = e.what();
+    }
+  };
+  std::string failed[2];
+  std::thread other(steps, 4096, &failed[0]);
+  steps(262144, &failed[1]);
+  other.join();
+  EXPECT_EQ(failed[0], "");
+  EXPECT_EQ(failed[1], "");
 }
 
 }  // namespace
