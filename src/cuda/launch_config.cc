@@ -137,6 +137,7 @@ DecodeConfig decode_config(const DeviceFacts& device, const IndexGeometry& geome
   const auto share = [&](int32_t n) { return (n + config.splits - 1) / config.splits; };
   config.own_clusters =
       share(geometry.max_segments) * geometry.full_clusters + share(provisional) * geometry.provisional_clusters;
+  in_range("clusters of one block of a step", config.own_clusters, 0, kMaxOwnClusters);
   config.own_segments = share(geometry.max_segments) + share(provisional);
   const int32_t heads = head_bucket(group_size);
   const size_t tables = table_bytes(config.own_clusters, config.own_segments, heads);
@@ -161,6 +162,7 @@ size_t lay_out_rank(RankParams& params, const IndexGeometry& g, const DecodeLimi
   const auto pairs = static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.num_kv_heads),
              heads = static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.num_q_heads),
              clusters = static_cast<size_t>(g.max_clusters);
+  in_range("max_sequences * num_kv_heads of fit and topk", static_cast<int64_t>(pairs), 1, 65535);
   in_range("clusters of all query heads", static_cast<int64_t>(heads * clusters), 0, INT32_MAX);
   params.max_rows = g.max_rows;
   params.max_probes = std::max(256, g.max_rows / 50 + 2 * (g.max_rows / 100) + 32);

@@ -16,6 +16,9 @@ struct OwnSegment {
   int32_t first_row, num_rows;
 };
 
+/// Of a block: segment_of() is right below, and first wrong a third above.
+inline constexpr int32_t kMaxOwnClusters = 1 << 22;
+
 struct OwnSegments {
   IndexGeometry geometry;
   int32_t full, full_before;  // the sequence's full segments; the first own one
@@ -57,7 +60,8 @@ struct OwnSegments {
     }
     return s;
   }
-  /// The own segment that holds own cluster `local`, below 2^20. The half keeps the product away from whole numbers.
+  /// The own segment that holds own cluster `local`, below kMaxOwnClusters. The half keeps the product away from whole
+  /// numbers.
   TACTIC_HOST_DEVICE int32_t segment_of(int32_t local) const {
     const int32_t in_full = own_full * geometry.full_clusters;
     return local < in_full

@@ -236,7 +236,7 @@ class HeadChoice {
     const int32_t peak = n < 256 ? n : max(16, n / 50), width = max(8, n / 100);
     const int32_t near = n / 10 - width / 2;
     const auto far = static_cast<int32_t>(static_cast<int64_t>(n) * 6 / 10 - width / 2);
-    float* probes = p.probes + blockIdx.x * p.max_probes;
+    float* probes = p.probes + static_cast<int64_t>(blockIdx.x) * p.max_probes;
     if (threadIdx.x == 0) atomicAdd(p.probed + pair, peak + (peak < n ? 2 * width : 0));
     const double2 exact = read_exact();
     const double max = greater(exact.x, probe(peak, near, far, width, probes));

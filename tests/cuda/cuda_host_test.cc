@@ -105,6 +105,35 @@ TEST(OwnSegments, EverySegmentHasOneOwnerAndItsClustersOnePlace) {
   }
 }
 
+TEST(OwnSegments, AreFoundUpToTheMostClustersThatABlockMayOwn) {
+  for (int32_t per = 16; per <= 65536; per += per < 1024 ? 16 : 4080) {
+    IndexGeometry g;
+    g.full_clusters = g.provisional_clusters = per;
+    for (const cuda::SequenceState state :
+         {cuda::SequenceState{cuda::kMaxOwnClusters / per, 0}, {0, cuda::kMaxOwnClusters / per}}) {
+      const OwnSegments own(g, state, 0, 1);
+      int32_t wrong = 0;
+      for (int32_t k = 0; k < own.count(); ++k)
+        wrong += own.segment_of(k * per) != k || own.segment_of(k * per + per - 1) != k;
+      EXPECT_EQ(wrong, 0) << per;
+    }
+  }
+}
+
+TEST(Limits, OfBlocksAndRanks) {
+  const IndexOptions fine{.cluster_tokens = 2};
+  EXPECT_EQ(message_of([&] { cuda::decode_config(kHopper, geometry(1 << 22, fine), 64, 8, 128, 4); }), "no error");
+  EXPECT_EQ(message_of([&] { cuda::decode_config(kHopper, geometry(1 << 23, fine), 64, 8, 128, 4); }),
+            "clusters of one block of a step (4194816) must be in 0..4194304");
+  const auto rank = [](int32_t sequences) {
+    cuda::RankParams params;
+    const DecodeLimits limits{sequences, 8, 8, 64, 256, {}};
+    return message_of([&] { cuda::lay_out_rank(params, geometry(256), limits, nullptr); });
+  };
+  EXPECT_EQ(rank(8191), "no error");
+  EXPECT_EQ(rank(8192), "max_sequences * num_kv_heads of fit and topk (65536) must be in 1..65535");
+}
+
 TEST(Segments, AnIndexThatHoldsHiddenRowsIsOfNoUse) {
   const IndexGeometry g = geometry(40960);
   const cuda::SequenceState state{1, 2};  // 2560 rows
