@@ -1,7 +1,8 @@
 // Decode attention on a CUDA device: one query token per sequence, a batch of sequences, one layer.
 //
 // Everything a step needs is in device memory and run() only launches kernels on the given stream: no allocation, no
-// synchronization, so a step can be captured into a CUDA graph, and stays valid while kv_lens and the index grow.
+// synchronization, so a step can be captured into a CUDA graph, and stays valid while kv_lens and the index grow, as
+// long as the Decode and the LayerIndex live. The device that was current when they were made must be so at every call.
 //
 //   tactic::cuda::LayerIndex index(index_options, {8, 128, 128}, max_sequences, max_rows);
 //   index.build(sequence, batch, kv_len, stream);                      // after prefill
@@ -24,7 +25,7 @@ namespace tactic::cuda {
 using Stream = void*;
 
 /// Rows [num_sequences, num_kv_heads, kv_len, head_dim] of K or V in device memory. Addresses and strides are multiples
-/// of 16 bytes for f16 and bf16, of 8 for f8_e4m3, of 2 for q8_0 and q4_0.
+/// of 16 bytes for f16 and bf16, of 8 for f8_e4m3, of 2 for q8_0 and q4_0, whose head_dim is a multiple of 32 (not 80).
 struct DeviceRows {
   const void* data = nullptr;
   DType dtype = DType::kF16;
@@ -36,8 +37,9 @@ struct DeviceRows {
   const float* head_scales = nullptr;  // f8_e4m3 only: device [num_kv_heads], what is stored times this; nullptr: 1
 };
 
-/// A sequence of no rows gets zeros, and minus infinity as its lse. One whose index holds rows from its kv_len on is
-/// read whole, as if it had no index (slower, and StepRecord::dense says so), until LayerIndex::truncate().
+/// Sequence i of a batch is sequence i of the index. One of no rows gets zeros, and minus infinity as its lse; one
+/// whose index holds rows from its kv_len on is read whole, as if it had no index (slower, and StepRecord::dense says
+/// so), until LayerIndex::truncate().
 struct DecodeBatch {
   int32_t num_sequences = 0;
   int32_t num_q_heads = 0, num_kv_heads = 0;  // up to 8 query heads per KV head
@@ -52,7 +54,7 @@ struct DecodeBatch {
   DType q_dtype = DType::kF16;           // of q and out: f32, f16 or bf16
   float* lse = nullptr;                  // device [num_sequences, num_q_heads] natural log, or nullptr
   const uint64_t* stream_ids = nullptr;  // device [num_sequences] for the random offsets, or nullptr: 0, 1, ...
-  int32_t layer = 0;
+  int32_t layer = 0;  // with seed, stream_ids and kv_len - 1 makes the random offsets, and shifts when a step learns
   /// select=sample only. tau_factors: device [num_sequences], as DecodeQuery::tau_factor; or nullptr: 1. Of one that is
   /// not a number, or negative, tau becomes 1. likely_rows: device [num_sequences, max_likely_rows], in any order; or
   /// nullptr. They are read for certain where they stand in clusters; -1, rows that the sequence does not have and rows
@@ -60,9 +62,10 @@ struct DecodeBatch {
   const float* tau_factors = nullptr;
   const int32_t* likely_rows = nullptr;
   int32_t max_likely_rows = 0;  // up to 64
-  /// select=sample: a sequence's steps follow one another. Every eighth position, what is read adjusts the index's
-  /// calibration (beta, and what target_error becomes), and a step reads the rows after those that weighed much in the
-  /// one before (docs/method.md, followers), as on the CPU. The same step twice may then read differently.
+  /// select=sample: a sequence's steps follow one another. Every eighth position (kv_len - 1 + layer), what is
+  /// read adjusts the index's calibration (beta, and what target_error becomes), and a step reads the rows after those
+  /// that weighed much in the one before (docs/method.md, followers), as on the CPU. The same step twice may then read
+  /// differently. Such steps write to the index, so that no other step may read it at the same time.
   bool learn = false;
 };
 
@@ -101,7 +104,8 @@ StepStats step_stats(const StepRecord* records, const DecodeBatch& batch, const 
 /// Not thread-safe. Work is ordered by the streams it is given.
 class LayerIndex {
  public:
-  /// Throws Error when options or shape are out of range, or the device's memory does not suffice.
+  /// Throws Error when options or shape are out of range, or the device's memory does not suffice. Beyond what
+  /// validate(options) asks: v_head_dim is head_dim, sink_tokens at most provisional_tokens, clustering incremental.
   LayerIndex(const IndexOptions& options, const KvShape& shape, int32_t max_sequences, int32_t max_rows);
   ~LayerIndex();
   LayerIndex(LayerIndex&&) noexcept;
@@ -142,22 +146,26 @@ class LayerIndex {
 struct DecodeLimits {
   int32_t max_sequences = 1;
   int32_t num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
-  int32_t max_rows = 0;  // longest kv_len
+  int32_t max_rows = 0;  // longest kv_len; no index may have more
   IndexOptions index;    // of the indexes it will be used with
 };
 
-/// Launches decode steps. Holds the workspace, so that two steps at once need two of these.
+/// Launches decode steps. Holds the workspace, so that two steps at once need two of these; they may share an index
+/// unless one of them learns.
 class Decode {
  public:
-  /// Throws Error when limits or options are out of range, or the device's memory does not suffice.
+  /// Throws Error when limits or options are out of range, or the device's memory does not suffice. target_mass does
+  /// not go with kSample; kFit and kTopK take at most 65535 pairs of sequence and KV head.
   Decode(const DecodeOptions& options, const DecodeLimits& limits);
   ~Decode();
   Decode(Decode&&) noexcept;
   Decode& operator=(Decode&&) noexcept;
 
   /// All but Select::kDense need the index. kSample and kDense are one tuned launch each; kFit and kTopK rank all
-  /// clusters, list the rows and read them, in several. `records`: device [num_sequences, num_kv_heads] or nullptr.
-  /// Throws Error when the batch does not fit the limits, naming the value and the limit; nothing is launched then.
+  /// clusters, list the rows and read them, in several, and do not look at row checks (DecodeOptions::check_rows): rows
+  /// that changed since they were clustered are read as if they had not. `records`: device [num_sequences,
+  /// num_kv_heads] or nullptr. Throws Error when the batch does not fit the limits, naming the value and the limit;
+  /// nothing is launched then.
   void run(const DecodeBatch& batch, const LayerIndex* index, Stream stream, StepRecord* records = nullptr);
 
   /// run() cannot look at lengths and pages, which only the device knows by then. Whoever has them on the host too can
