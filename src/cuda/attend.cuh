@@ -119,7 +119,8 @@ __device__ __forceinline__ void load_values(const std::byte* v, const RowTile& t
   }
 }
 
-template <DType kDType, int kDim, class Fragments>
+/// kApart: each is rounded by itself, so that a row has the same score wherever it is read, and is not part of a sum.
+template <DType kDType, int kDim, bool kApart, class Fragments>
 __device__ __forceinline__ void score_rows(const Fragments& q, const uint4 (&low)[QueryFragments<kDim>::kLoads],
                                            const uint4 (&high)[QueryFragments<kDim>::kLoads], float scale,
                                            float (&scores)[4]) {
@@ -133,10 +134,11 @@ __device__ __forceinline__ void score_rows(const Fragments& q, const uint4 (&low
     mma_top<kBf16>(c_low, part.z, part.w, low[i].z, low[i].w);
     mma_top<kBf16>(c_high, part.z, part.w, high[i].z, high[i].w);
   }
-  scores[0] = __fmul_rn(c_low[0], scale);  // not part of a sum to come: a row's score is the same wherever it is read
-  scores[1] = __fmul_rn(c_low[1], scale);
-  scores[2] = __fmul_rn(c_high[0], scale);
-  scores[3] = __fmul_rn(c_high[1], scale);
+  const auto scaled = [&](float x) { return kApart ? __fmul_rn(x, scale) : x * scale; };
+  scores[0] = scaled(c_low[0]);
+  scores[1] = scaled(c_low[1]);
+  scores[2] = scaled(c_high[0]);
+  scores[3] = scaled(c_high[1]);
 }
 
 /// acc += weights x values.
@@ -197,7 +199,7 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
   load_values<kDType, kDim>(v, tile, values);
   meanwhile();
   float x[4];
-  score_rows<kDType, kDim>(q, low, high, scale, x);
+  score_rows<kDType, kDim, true>(q, low, high, scale, x);
   const int t = threadIdx.x & 3;
   float log_weights[4];
 #pragma unroll
@@ -233,7 +235,7 @@ __device__ __forceinline__ void attend_rest(AttendState<kDim>& state, const std:
   load_keys<kDType, kDim>(k, tile, low, high);
   load_values<kDType, kDim>(v, tile, values);
   float x[4];
-  score_rows<kDType, kDim>(q, low, high, scale, x);
+  score_rows<kDType, kDim, true>(q, low, high, scale, x);
   const int t = threadIdx.x & 3;
   const uint32_t insiders = __ballot_sync(kAllLanes, inside) >> 2 * t, drawn = __ballot_sync(kAllLanes, taken);
   const auto bit = [](uint32_t rows, int j) { return (rows >> ((j & 1) + 8 * (j >> 1)) & 1) != 0; };

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   for (; tile < tiles; tile += step) {
     load_values<kDType, kDim>(v, now, values);
     float x[4];
-    score_rows<kDType, kDim>(fragments, low, high, scale, x);
+    score_rows<kDType, kDim, false>(fragments, low, high, scale, x);
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[j] += shuffle(now.log_weight, 2 * (lane & 3) + (j & 1) + 8 * (j >> 1));
     if (tile + step < tiles) {
