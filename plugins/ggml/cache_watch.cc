@@ -90,7 +90,6 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
     at->second->last_used = ++clock_;
     return at->second;
   }
-  fresh.layer = layer_number(k, layers_.size() - (at != layers_.end() ? 1 : 0));
   const auto made = std::make_shared<CacheLayer>(std::move(fresh));
   for (int64_t s = 0; s < k->ne[2]; ++s) {
     made->streams.push_back(std::make_unique<StreamIndex>(
@@ -98,6 +97,7 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
   }
   // Memory is in one cache only: what else lay there is gone, and must be neither read nor told of writes.
   std::erase_if(layers_, [&](const auto& entry) { return share_memory(*entry.second, *made); });
+  made->layer = layer_number(k, layers_.size());
   made->last_used = ++clock_;
   layers_[k->data] = made;
   if (layers_.size() > kMaxLayers) drop_oldest();

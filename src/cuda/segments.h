@@ -97,13 +97,6 @@ struct ClusterPlace {
   }
 };
 
-/// What is of use to a step that sees kv_len rows: nothing where the index holds rows from there on, which are hidden.
-TACTIC_HOST_DEVICE inline SequenceState usable_state(const IndexGeometry& g, const SequenceState& state,
-                                                     int32_t kv_len) {
-  const int32_t indexed = state.full_segments * g.segment_tokens + state.provisional_segments * g.provisional_tokens;
-  return kv_len < indexed ? SequenceState{} : state;
-}
-
 /// Rows that are read anyway: sinks, and those that no segment holds yet.
 struct ExactRows {
   int32_t sinks, indexed, count;
@@ -115,5 +108,11 @@ struct ExactRows {
   }
   TACTIC_HOST_DEVICE int32_t row(int32_t i) const { return i < sinks ? i : indexed + i - sinks; }
 };
+
+/// What is of use to a step that sees kv_len rows: nothing where the index holds rows from there on, which are hidden.
+TACTIC_HOST_DEVICE inline SequenceState usable_state(const IndexGeometry& g, const SequenceState& state,
+                                                     int32_t kv_len) {
+  return kv_len < ExactRows(g, state, kv_len).indexed ? SequenceState{} : state;
+}
 
 }  // namespace tactic::cuda

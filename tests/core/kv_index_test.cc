@@ -212,14 +212,20 @@ TEST(KvIndex, HolesAreLeftOut) {
   expect_same(index, *build_index(cache, kSmall));
 }
 
-TEST(KvIndex, WholeClusteringAsInThePaper) {
-  const CacheSpec spec = spec_of(3000);
-  const Cache cache(spec);
+// Of the first 2000 rows, clustered at once.
+KvIndex whole_index(const CacheSpec& spec, const Cache& cache) {
   IndexOptions options = kSmall;
   options.clustering = Clustering::kWhole;
   KvIndex index = empty_index(spec, options);
   index.write(0, 2000);
   index.maintain(cut(cache.view(), 2000));
+  return index;
+}
+
+TEST(KvIndex, WholeClusteringAsInThePaper) {
+  const CacheSpec spec = spec_of(3000);
+  const Cache cache(spec);
+  KvIndex index = whole_index(spec, cache);
   EXPECT_EQ(index.state().segments.size(), 1u);
   EXPECT_EQ(index.rows_indexed(), 1996);
   index.write(2000, 511);
@@ -235,11 +241,7 @@ TEST(KvIndex, WholeClusteringAsInThePaper) {
 TEST(KvIndex, WholeClusteringAroundRemovedRows) {
   const CacheSpec spec = spec_of(3000);
   const Cache cache(spec);
-  IndexOptions options = kSmall;
-  options.clustering = Clustering::kWhole;
-  KvIndex index = empty_index(spec, options);
-  index.write(0, 2000);
-  index.maintain(cut(cache.view(), 2000));
+  KvIndex index = whole_index(spec, cache);
   index.remove(1000, 1);
   index.remove(1040, 60);
   EXPECT_EQ(index.rows_indexed(), 0);
