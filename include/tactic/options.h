@@ -24,7 +24,8 @@ enum class Clustering : uint8_t {
 /// What the index keeps. Fixed when a KvIndex is made.
 struct IndexOptions {
   Clustering clustering = Clustering::kIncremental;
-  int32_t cluster_tokens = 16;       // mean cluster size; larger: smaller index, more tokens read
+  int32_t cluster_tokens = 0;  // mean cluster size; larger: smaller index, more tokens read; 0: 8 where a row of K and
+                               // one of V have 512 dimensions or more in all, else 16 (docs/method.md)
   int32_t segment_tokens = 2048;     // rows clustered together, at most 65535
   int32_t provisional_tokens = 256;  // rows of the small segments that hold the newest tokens; divides segment_tokens
   int32_t provisional_cluster_tokens = 4;  // their mean cluster size
@@ -58,6 +59,9 @@ struct DecodeOptions {
 
 /// Throws Error naming the option, its value and the limit.
 void validate(const IndexOptions& options);
+
+/// The options with what is left to the shape of K and V filled in, as KvIndex::options shows them.
+IndexOptions resolved(const IndexOptions& options, int32_t head_dim, int32_t v_head_dim);
 void validate(const DecodeOptions& options);
 
 const char* select_name(Select select);

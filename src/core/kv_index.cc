@@ -94,7 +94,7 @@ KvIndex::KvIndex(const IndexOptions& options, const KvShape& shape) : state_(std
   kv.head_dim = shape.head_dim;
   kv.v_head_dim = shape.v_head_dim;
   check_view(kv);
-  state_->options = options;
+  state_->options = resolved(options, shape.head_dim, shape.v_head_dim);
   state_->shape = shape;
   state_->calibration.resize(static_cast<size_t>(shape.num_kv_heads));
 }

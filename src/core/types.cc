@@ -83,13 +83,23 @@ void validate(const IndexOptions& o) {
   require(o.provisional_tokens >= 16 && o.provisional_tokens <= o.segment_tokens &&
               o.segment_tokens % o.provisional_tokens == 0,
           "provisional_tokens", o.provisional_tokens, "at least 16 and a divisor of segment_tokens");
-  require(o.cluster_tokens >= 1 && o.cluster_tokens <= o.segment_tokens, "cluster_tokens", o.cluster_tokens,
-          "in 1..segment_tokens");
+  require(o.cluster_tokens >= 0 && o.cluster_tokens <= o.segment_tokens, "cluster_tokens", o.cluster_tokens,
+          "in 0..segment_tokens");
   require(o.provisional_cluster_tokens >= 1 && o.provisional_cluster_tokens <= o.provisional_tokens,
           "provisional_cluster_tokens", o.provisional_cluster_tokens, "in 1..provisional_tokens");
   require(o.iterations >= 1 && o.iterations <= 100, "iterations", o.iterations, "in 1..100");
   require(o.sink_tokens >= 0 && o.sink_tokens <= 1024, "sink_tokens", o.sink_tokens, "in 0..1024");
   require(o.outlier_fraction >= 0 && o.outlier_fraction <= 0.25f, "outlier_fraction", o.outlier_fraction, "in 0..0.25");
+}
+
+IndexOptions resolved(const IndexOptions& options, int32_t head_dim, int32_t v_head_dim) {
+  // A cluster's centroid has a byte per dimension, a row of K and V four: the wider the rows, the smaller the clusters
+  // that a given share of the cache pays for.
+  constexpr int32_t kWide = 512, kClusterTokens = 16, kClusterTokensWide = 8;
+  IndexOptions o = options;
+  if (o.cluster_tokens == 0)
+    o.cluster_tokens = int64_t{head_dim} + v_head_dim >= kWide ? kClusterTokensWide : kClusterTokens;
+  return o;
 }
 
 void validate(const DecodeOptions& o) {

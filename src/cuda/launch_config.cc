@@ -67,7 +67,8 @@ IndexGeometry index_geometry(const IndexOptions& options, const KvShape& shape, 
   IndexGeometry g;
   g.segment_tokens = options.segment_tokens;
   g.provisional_tokens = options.provisional_tokens;
-  g.full_clusters = padded_count(options.segment_tokens, options.cluster_tokens);
+  g.full_clusters =
+      padded_count(options.segment_tokens, resolved(options, shape.head_dim, shape.v_head_dim).cluster_tokens);
   g.provisional_clusters = padded_count(options.provisional_tokens, options.provisional_cluster_tokens);
   g.max_segments = (max_rows + options.segment_tokens - 1) / options.segment_tokens;
   const int32_t provisional = options.segment_tokens / options.provisional_tokens;

@@ -121,7 +121,7 @@ LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_
   if (max_sequences < 1 || max_sequences > 1 << 16)
     throw Error("max_sequences (" + std::to_string(max_sequences) + ") must be in 1..65536");
   impl.device = device_facts();
-  impl.options = options;
+  impl.options = resolved(options, shape.head_dim, shape.v_head_dim);
   impl.shape = shape;
   impl.max_sequences = max_sequences;
   impl.view.geometry = index_geometry(options, shape, max_rows);

@@ -2,6 +2,7 @@
 
 #include "support.h"
 #include "tactic/error.h"
+#include "tactic/kv_index.h"
 
 namespace tactic::test {
 namespace {
@@ -28,13 +29,27 @@ TEST(Options, IndexOptionsOutOfRangeNameValue) {
   expect_rejected(IndexOptions{.provisional_tokens = 300}, "provisional_tokens", "300");
   expect_rejected(IndexOptions{.provisional_tokens = 8}, "provisional_tokens", "8");
   expect_rejected(IndexOptions{.segment_tokens = 128, .provisional_tokens = 256}, "provisional_tokens", "256");
-  expect_rejected(IndexOptions{.cluster_tokens = 0}, "cluster_tokens", "0");
+  expect_rejected(IndexOptions{.cluster_tokens = -1}, "cluster_tokens", "-1");
   expect_rejected(IndexOptions{.cluster_tokens = 4096}, "cluster_tokens", "4096");
   expect_rejected(IndexOptions{.provisional_cluster_tokens = 0}, "provisional_cluster_tokens", "0");
   expect_rejected(IndexOptions{.iterations = 0}, "iterations", "0");
   expect_rejected(IndexOptions{.sink_tokens = -1}, "sink_tokens", "-1");
   expect_rejected(IndexOptions{.outlier_fraction = -0.5f}, "outlier_fraction", "-0.5");
   expect_rejected(IndexOptions{.outlier_fraction = std::nanf("")}, "outlier_fraction", "nan");
+}
+
+TEST(Options, ClusterSizeFollowsTheRowsUnlessItIsGiven) {
+  const auto size = [](int32_t given, int32_t head_dim, int32_t v_head_dim) {
+    const KvShape shape{.num_kv_heads = 1, .head_dim = head_dim, .v_head_dim = v_head_dim};
+    return KvIndex({.cluster_tokens = given}, shape).options().cluster_tokens;
+  };
+  EXPECT_EQ(size(0, 64, 64), 16);
+  EXPECT_EQ(size(0, 128, 128), 16);
+  EXPECT_EQ(size(0, 256, 240), 16);
+  EXPECT_EQ(size(0, 256, 256), 8);
+  EXPECT_EQ(size(0, 576, 512), 8);
+  EXPECT_EQ(size(32, 256, 256), 32);
+  EXPECT_EQ(size(16, 256, 256), 16);
 }
 
 TEST(Options, DecodeOptionsOutOfRangeNameValue) {

@@ -124,7 +124,7 @@ TEST(PluginOptions, JunkIsNoNumber) {
 TEST(PluginOptions, OutOfRangeIsRefused) {
   for (const char* text : {"max_rows=0",    "max_rows=65",   "places=-1",     "places=65",       "min_context=-1",
                            "error=-0.1",    "error=0",       "mass=-0.1",     "mass=1.1",        "budget=-1",
-                           "sinks=-1",      "segment=0",     "provisional=0", "provisional=100", "cluster=0",
+                           "sinks=-1",      "segment=0",     "provisional=0", "provisional=100", "cluster=-1",
                            "iterations=-1", "outliers=-0.1", "outliers=1.5",  "beta=-1",         "tau=-1"}) {
     EXPECT_NE(refusal(text), "") << text;
   }
