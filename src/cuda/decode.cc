@@ -145,11 +145,16 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
     rank.index = layer.view;
     rank.target_mass = impl.options.select == Select::kFit ? fit_mass(impl.options) : 0;
     rank.budget = impl.options.budget;
+    rank.check_rows = impl.options.check_rows;
+    rank.row_bytes = static_cast<int32_t>(row_bytes(batch.k.dtype, batch.head_dim));
+    rank.splits = dense.splits;
     rank.records = records;
     launch_rank(rank, cuda_stream);
     dense.rows = rank.rows;
     dense.counts = rank.counts;
+    dense.changed = rank.changed;
     dense.max_rows = rank.max_rows;
+    dense.records = records;
     launch_dense(dense, impl.device, cuda_stream);
     return;
   }

@@ -1,5 +1,6 @@
-// Dense decode attention: every row, or every row of a list, exact up to rounding. The rows of a (sequence, KV head)
-// are shared by several blocks; the last one to finish folds their partial outputs, always in the same order.
+// Dense decode attention: every row, or every row of a list that can be trusted, exact up to rounding. The rows of a
+// (sequence, KV head) are shared by several blocks; the last one to finish folds their partial outputs, always in the
+// same order.
 #include "cuda/launch.h"
 #include "cuda/merge.cuh"
 
@@ -25,8 +26,9 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, split = blockIdx.x % p.splits;
   const int64_t pair = blockIdx.x / p.splits;
   const int sequence = static_cast<int>(pair) / b.num_kv_heads, head = static_cast<int>(pair) % b.num_kv_heads;
+  const bool listed = kListed && __ldg(p.changed + pair) == 0;
   const int group = b.num_q_heads / b.num_kv_heads,
-            kv_len = kListed ? __ldg(p.counts + pair) : __ldg(b.kv_lens + sequence);
+            kv_len = listed ? __ldg(p.counts + pair) : __ldg(b.kv_lens + sequence);
   const int64_t first_head = static_cast<int64_t>(sequence) * b.num_q_heads + head * group;
   for (int i = threadIdx.x; i < group * kDim; i += kThreads)
     shared.q[i] = load_query(b.q, b.q_dtype, first_head * kDim + i);
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   const auto tile_at = [&](int tile) {
     const int row = tile * 16 + (lane & 15);
     int inside = min(row, kv_len - 1);
-    if constexpr (kListed) inside = __ldg(p.rows + pair * p.max_rows + inside);
+    if (listed) inside = __ldg(p.rows + pair * p.max_rows + inside);
     return RowTile{row_offset(b.k, pages, inside), row_offset(b.v, pages, inside), row < kv_len ? 0.0f : kLowest};
   };
   uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
@@ -103,11 +105,12 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   if (shared.last == 0) return;
   __threadfence();
   if (threadIdx.x == 0) p.arrived[pair] = 0;
-  if (!kListed && p.records != nullptr && threadIdx.x == 0) {
-    StepRecord record{};
+  if (!listed && p.records != nullptr && threadIdx.x == 0) {
+    StepRecord record = kListed ? p.records[pair] : StepRecord{};
     record.kv_len = record.tokens_exact = kv_len;
+    record.tokens_selected = 0;
     record.certain_mass = 1;
-    record.dense = DenseReason::kAsked;
+    record.dense = kListed ? DenseReason::kRowChanged : DenseReason::kAsked;
     p.records[pair] = record;
   }
   for (int i = threadIdx.x; i < total; i += kThreads) {

@@ -95,6 +95,9 @@ struct RankParams {
   int32_t budget = 0;     // topk
   int32_t max_rows = 0;   // per pair
   int32_t max_probes = 0;
+  bool check_rows = false;
+  int32_t row_bytes = 0;  // of a stored key, and of a value
+  int32_t splits = 0;     // blocks that list the rows of a pair
   // Workspace:
   uint32_t *keys = nullptr, *sorted_keys = nullptr;  // [pairs, heads, max_clusters]
   int32_t *numbers = nullptr, *order = nullptr;      // [pairs, heads, max_clusters] clusters, and by falling score
@@ -105,6 +108,7 @@ struct RankParams {
   int32_t* rows = nullptr;                           // [pairs, max_rows] to read
   int32_t* counts = nullptr;                         // [pairs] of those
   int32_t* probed = nullptr;                         // [pairs] keys that were read for the fit
+  int32_t* changed = nullptr;                        // [pairs] not 0: a listed row is not the one that was clustered
   std::byte* sort_memory = nullptr;
   size_t sort_bytes = 0;
   StepRecord* records = nullptr;  // [pairs] or nullptr
@@ -114,12 +118,14 @@ struct DenseParams {
   DecodeBatch batch;
   const int32_t* rows = nullptr;    // [pairs, max_rows] to read, or nullptr: all of them
   const int32_t* counts = nullptr;  // [pairs] of those
+  // [pairs] not 0: the list cannot be trusted, all rows are read and the record says so
+  const int32_t* changed = nullptr;
   int32_t max_rows = 0;
   int32_t splits = 0;
   float* partial_out = nullptr;    // [sequences, heads, splits, group, head_dim]
   float* partial_state = nullptr;  // [sequences, heads, splits, group, 2] max (log2) and sum
   uint32_t* arrived = nullptr;     // [sequences, heads] zero before and after each run
-  StepRecord* records = nullptr;   // [sequences, heads] or nullptr; of a list, its maker writes them
+  StepRecord* records = nullptr;   // [sequences, heads] or nullptr; of a list, its maker has written them
 };
 
 }  // namespace tactic::cuda

@@ -13,6 +13,7 @@ namespace tactic::cuda {
 namespace {
 
 constexpr int kRankThreads = 256, kRankWarps = kRankThreads / 32;
+constexpr int kListThreads = 256;
 constexpr uint32_t kNoCluster = 0xFFFFFFFFu;  // sorts behind every score
 
 /// As a whole number that rises when the score falls.
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constan
   for (int i = threadIdx.x; i < group * kDim; i += kRankThreads)
     q[i] = load_query(p.batch.q, p.batch.q_dtype, static_cast<int64_t>(pair) * group * kDim + i) * p.batch.sm_scale;
   __syncthreads();
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.probed[pair] = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) p.probed[pair] = p.changed[pair] = 0;
   if (blockIdx.x == 0 && threadIdx.x <= group)
     p.offsets[pair * group + threadIdx.x] = (pair * group + threadIdx.x) * g.max_clusters;
   const SequenceState state = usable_state(g, p.index.states[sequence], p.batch.kv_lens[sequence]);
@@ -300,48 +301,90 @@ __global__ void __launch_bounds__(kRankThreads) choose_kernel(const __grid_const
   HeadChoice<kDType, kDim>(params, shared).run();
 }
 
-// rows [pair]: those read anyway, then what is taken of the clusters in turn.
-__global__ void __launch_bounds__(kRankThreads) list_kernel(const __grid_constant__ RankParams p) {
-  using Scan = cub::BlockScan<int32_t, kRankThreads>;
-  __shared__ typename Scan::TempStorage storage;
-  const int pair = blockIdx.x, sequence = pair / p.batch.num_kv_heads;
+// rows [pair]: those read anyway, then what is taken of the clusters in turn. A block lists, and checks, its share of
+// the clusters; the first one also lists the rows read anyway, the last one knows how many there are in all.
+__global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constant__ RankParams p) {
+  using Scan = cub::BlockScan<int32_t, kListThreads>;
+  using Reduce = cub::BlockReduce<int32_t, kListThreads>;
+  __shared__ union {
+    typename Scan::TempStorage scan;
+    typename Reduce::TempStorage reduce;
+  } storage;
+  __shared__ int32_t ahead;
+  const int pair = blockIdx.y, heads = p.batch.num_kv_heads, sequence = pair / heads, head = pair % heads;
+  const int lane = threadIdx.x & 31;
   const IndexGeometry& g = p.index.geometry;
-  const SequenceState state = usable_state(g, p.index.states[sequence], p.batch.kv_lens[sequence]);
+  const int32_t kv_len = p.batch.kv_lens[sequence];
+  const SequenceState state = usable_state(g, p.index.states[sequence], kv_len);
   const uint16_t* members = p.index.members + static_cast<int64_t>(pair) * g.max_rows;
   int32_t* rows = p.rows + static_cast<int64_t>(pair) * p.max_rows;
-  const ExactRows anyway(g, state, min(p.batch.kv_lens[sequence], p.max_rows));
-  for (int i = threadIdx.x; i < anyway.count; i += kRankThreads) rows[i] = anyway.row(i);
+  const ExactRows anyway(g, state, min(kv_len, p.max_rows));
+  const bool is_first = blockIdx.x == 0, is_last = blockIdx.x == gridDim.x - 1;
+  for (int i = threadIdx.x; i < anyway.count && is_first; i += kListThreads) rows[i] = anyway.row(i);
   int32_t count = anyway.count;
-  for (int segment = 0; segment < state.full_segments + state.provisional_segments; ++segment) {
+  const int32_t segments = p.index.any_not_finite[sequence] != 0 ? state.full_segments + state.provisional_segments : 0;
+  for (int segment = 0; segment < segments; ++segment) {
     const SegmentPlace place(g, state, segment);
     const int32_t number = p.index.num_not_finite[static_cast<int64_t>(pair) * g.all_segments + place.slot];
-    for (int i = threadIdx.x; i < number; i += kRankThreads)
+    for (int i = threadIdx.x; i < number && is_first; i += kListThreads)
       rows[count + i] = place.first_row + members[place.first_row + place.num_rows - number + i];
     count += number;
   }
   const int32_t exact = count;
-  const int64_t first_cluster = static_cast<int64_t>(pair) * g.max_clusters;
-  for (int begin = 0; begin < g.max_clusters; begin += kRankThreads) {
-    const int c = begin + static_cast<int>(threadIdx.x);
-    const int32_t taken = c < g.max_clusters ? p.taken[first_cluster + c] : 0;
+
+  const int32_t clusters = num_clusters(g, state), share = (clusters + gridDim.x - 1) / gridDim.x;
+  const int32_t begin = min(clusters, static_cast<int32_t>(blockIdx.x) * share), end = min(clusters, begin + share);
+  const int32_t* taken = p.taken + static_cast<int64_t>(pair) * g.max_clusters;
+  int32_t of_others = 0;
+  for (int i = threadIdx.x; i < begin; i += kListThreads) of_others += taken[cluster_number(g, state, i)];
+  of_others = Reduce(storage.reduce).Sum(of_others);
+  if (threadIdx.x == 0) ahead = of_others;
+  __syncthreads();
+  count += ahead;
+  const int32_t* pages = pages_of(p.batch, sequence);
+  const std::byte *k = rows_of(p.batch.k, pages, sequence, head), *v = rows_of(p.batch.v, pages, sequence, head);
+  const uint8_t* checks = p.index.row_checks + static_cast<int64_t>(pair) * g.max_rows;
+  bool changed = false;
+  for (int32_t first = begin; first < end; first += kListThreads) {
+    const int32_t i = first + static_cast<int32_t>(threadIdx.x), c = cluster_number(g, state, i);
+    const int32_t size = i < end ? taken[c] : 0;
     int32_t before, sum;
-    Scan(storage).ExclusiveSum(taken, before, sum);
-    const int32_t first_row = taken > 0 ? ClusterPlace(g, state, c).first_row : 0;
-    const int32_t first = taken > 0 ? first_row + static_cast<int32_t>(tile_of(p.index, pair, c).place(c) >> 16) : 0;
-    for (int i = 0; i < taken; ++i) rows[count + before + i] = first_row + members[first + i];
+    Scan(storage.scan).ExclusiveSum(size, before, sum);
+    const int32_t first_row = size > 0 ? ClusterPlace(g, state, c).first_row : 0;
+    const int32_t member = size > 0 ? static_cast<int32_t>(tile_of(p.index, pair, c).place(c) >> 16) : 0;
+    // The lanes share the rows of the warp's clusters.
+    const int32_t of_warp = shuffle(before, 0), all = shuffle(before + size, 31) - of_warp;
+    before -= of_warp;
+    for (int32_t row_begin = 0; row_begin < all; row_begin += 32) {
+      const int32_t at = row_begin + lane;
+      int from = 0;  // the last cluster that does not begin behind it
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+        if (shuffle(before, from + step) <= at) from += step;
+      }
+      const int32_t segment_row = shuffle(first_row, from), inside = at - shuffle(before, from) + shuffle(member, from);
+      if (at >= all) continue;
+      const int32_t row = segment_row + __ldg(members + segment_row + inside);
+      rows[count + of_warp + at] = row;
+      if (p.check_rows) {
+        changed |= __ldg(checks + row) != (check_row(k + row_offset(p.batch.k, pages, row), p.row_bytes, row) |
+                                           check_row(v + row_offset(p.batch.v, pages, row), p.row_bytes, row) << 4);
+      }
+    }
     count += sum;
     __syncthreads();
   }
-  if (threadIdx.x != 0) return;
+  if (__syncthreads_or(changed) != 0 && threadIdx.x == 0) p.changed[pair] = 1;
+  if (!is_last || threadIdx.x != 0) return;
   p.counts[pair] = count;
   if (p.records == nullptr) return;
   StepRecord record{};
-  record.kv_len = p.batch.kv_lens[sequence];
+  record.kv_len = kv_len;
   record.tokens_exact = exact;
   record.tokens_selected = count - exact;
   record.tokens_probed = p.probed[pair];
   record.segments = state.full_segments + state.provisional_segments;
-  record.clusters = state.full_segments * g.full_clusters + state.provisional_segments * g.provisional_clusters;
+  record.clusters = clusters;
   record.certain_mass = 1;
   record.dense = state == p.index.states[sequence] ? DenseReason::kNone : DenseReason::kNoIndex;
   p.records[pair] = record;
@@ -375,7 +418,8 @@ void launch_rank(const RankParams& params, cudaStream_t stream) {
           "ranking");
     choose_kernel<kDType, kDim><<<static_cast<unsigned>(segments), kRankThreads, 0, stream>>>(params);
     check(cudaGetLastError(), "choose");
-    list_kernel<<<static_cast<unsigned>(pairs), kRankThreads, 0, stream>>>(params);
+    list_kernel<<<dim3(static_cast<unsigned>(params.splits), static_cast<unsigned>(pairs)), kListThreads, 0, stream>>>(
+        params);
     check(cudaGetLastError(), "list");
   });
 }
