@@ -61,9 +61,9 @@ def measured_bandwidth():
     return x.numel() * 4 / statistics.median(times[2:])
 
 
-def make_layer(batch, rows, seed):
-    """Flat attention, the hard case for reading little: scores of standard deviation 0.7, keys and values in runs around topics.
-    About tau rows are read then, whatever the clusters."""
+def make_layer(batch, rows, deviation, seed):
+    """Keys and values in runs around topics; scores of this standard deviation. 0.7 is flat attention, the hard case for reading little:
+    sampling reads about tau rows then, whatever the clusters, and fit nearly all."""
     g = torch.Generator(device="cuda").manual_seed(seed)
     topics, meanings = (torch.randn(KV_HEADS, TOPICS, DIM, generator=g, device="cuda") for _ in range(2))
     k = torch.empty(batch, rows, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
@@ -77,7 +77,7 @@ def make_layer(batch, rows, seed):
             k[b, at:at + n] = (0.7 * (torch.gather(topics, 1, pick) + noise)).transpose(0, 1)
             noise = torch.randn(KV_HEADS, n, DIM, generator=g, device="cuda")
             v[b, at:at + n] = (0.5 + torch.gather(meanings, 1, pick) + noise).transpose(0, 1)
-    q = 0.7 * torch.randn(batch, KV_HEADS, GROUP, DIM, generator=g, device="cuda")
+    q = deviation * torch.randn(batch, KV_HEADS, GROUP, DIM, generator=g, device="cuda")
     return k, v, q.reshape(batch, Q_HEADS, DIM).to(torch.bfloat16)
 
 
@@ -154,7 +154,7 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
     rows = indexed + args.recent   # the newest rows are in no cluster
     kv_bytes = batch * rows * KV_HEADS * DIM * 4
     layers = max(2, min(32, int(args.memory_gib * 2**30 / (kv_bytes * 1.15))))
-    data = [make_layer(batch, rows, 100 + i) for i in range(layers)]
+    data = [make_layer(batch, rows, args.deviation, 100 + i) for i in range(layers)]
     outs = [torch.zeros_like(q) for _, _, q in data]
     lens = torch.full((batch,), rows, dtype=torch.int32, device="cuda")
 
@@ -277,7 +277,7 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
     medians = {name: statistics.median(t) for name, t in times.items()}
     best = min((m, n) for n, m in medians.items() if n.startswith(("sdpa", "flashinfer")))
     for name, t in times.items():
-        row = {"bench": "decode", "device": torch.cuda.get_device_name(), "commit": args.commit, "batch": batch, "kv_len": rows, "layers": layers,
+        row = {"bench": "decode", "device": torch.cuda.get_device_name(), "commit": args.commit, "batch": batch, "kv_len": rows, "deviation": args.deviation, "layers": layers,
                "select": name, "us": medians[name], "us_min": min(t), "us_max": max(t), "speedup": best[0] / medians[name], "best_dense": best[1],
                "gbps": facts[name]["bytes"] / medians[name] * 1e-3, "bandwidth_share": facts[name]["bytes"] / medians[name] * 1e6 / bandwidth, **facts[name]}
         emit(row)
@@ -320,6 +320,7 @@ def main():
     parser.add_argument("--tau", default="1000", help="of sample")
     parser.add_argument("--target-mass", default="0.9", help="of fit")
     parser.add_argument("--budget", default="1024", help="of topk, rows per query head")
+    parser.add_argument("--deviation", type=float, default=0.7, help="of scores: 0.7 is flat attention")
     parser.add_argument("--refine", type=float, default=0.01)
     parser.add_argument("--checks", default="0", help="1: rows are compared with their check values; 0,1: both")
     parser.add_argument("--learn", default="0", help="1: sampling steps learn, and follow heads that copy; 0,1: both")
