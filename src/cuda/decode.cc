@@ -143,8 +143,6 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
     rank.index = layer.view;
     rank.target_mass = impl.options.select == Select::kFit ? fit_mass(impl.options) : 0;
     rank.budget = impl.options.budget;
-    rank.check_rows = impl.options.check_rows;
-    rank.row_bytes = static_cast<int32_t>(row_bytes(batch.k.dtype, batch.head_dim));
     rank.splits = dense.splits;
     rank.records = records;
     launch_rank(rank, impl.device, cuda_stream);
@@ -152,8 +150,16 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
     launch_list(rank, impl.device, cuda_stream);
     dense.rows = rank.rows;
     dense.counts = rank.counts;
-    dense.changed = rank.changed;
+    dense.exact_counts = rank.exact_counts;
     dense.max_rows = rank.max_rows;
+    if (impl.options.check_rows) {
+      dense.row_checks = layer.view.row_checks;
+      dense.max_checks = layer.view.geometry.max_rows;
+      dense.changed = rank.changed;
+    }
+    launch_dense(dense, impl.device, cuda_stream);
+    if (!impl.options.check_rows) return;
+    dense.rows = nullptr;  // all of those pairs whose list cannot be trusted
     dense.records = records;
     launch_dense(dense, impl.device, cuda_stream);
     return;

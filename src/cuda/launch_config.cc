@@ -177,6 +177,7 @@ size_t lay_out_rank(RankParams& params, const IndexGeometry& g, const DecodeLimi
   params.rows = take<int32_t>(memory, at, pairs * static_cast<size_t>(params.max_rows));
   params.counts = take<int32_t>(memory, at, pairs);
   params.probed = take<int32_t>(memory, at, pairs);
+  params.exact_counts = take<int32_t>(memory, at, pairs);
   params.changed = take<int32_t>(memory, at, pairs);
   return at;
 }

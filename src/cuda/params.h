@@ -93,7 +93,8 @@ struct OrderTotals {
 };
 /// Softmax over some rows, natural log.
 struct PartialSoftmax {
-  double max, sum;
+  float max;
+  double sum;
 };
 
 /// A pair is a sequence and KV head, a head here a query head of its group.
@@ -104,9 +105,7 @@ struct RankParams {
   int32_t budget = 0;     // topk
   int32_t max_rows = 0;   // per pair
   int32_t max_probes = 0;
-  bool check_rows = false;
-  int32_t row_bytes = 0;  // of a stored key, and of a value
-  int32_t splits = 0;     // blocks that list the rows of a pair, and that score the probes of a head
+  int32_t splits = 0;  // blocks that list the rows of a pair, and that score the probes of a head
   // Workspace. Clusters are numbered among those that the sequence has:
   float* dots = nullptr;            // [pairs, heads, max_clusters]
   uint32_t* places = nullptr;       // [pairs, max_clusters] as TileView's
@@ -120,22 +119,26 @@ struct RankParams {
   int32_t* rows = nullptr;          // [pairs, max_rows] to read
   int32_t* counts = nullptr;        // [pairs] of those
   int32_t* probed = nullptr;        // [pairs] keys that were read for the fit
+  int32_t* exact_counts = nullptr;  // [pairs] of those at the list's beginning that are read anyway
   int32_t* changed = nullptr;       // [pairs] not 0: a listed row is not the one that was clustered
   StepRecord* records = nullptr;    // [pairs] or nullptr
 };
 
 struct DenseParams {
   DecodeBatch batch;
-  const int32_t* rows = nullptr;    // [pairs, max_rows] to read, or nullptr: all of them
-  const int32_t* counts = nullptr;  // [pairs] of those
-  // [pairs] not 0: the list cannot be trusted, all rows are read and the record says so
-  const int32_t* changed = nullptr;
+  const int32_t* rows = nullptr;          // [pairs, max_rows] to read, or nullptr: all of them
+  const int32_t* counts = nullptr;        // [pairs] of those
+  const int32_t* exact_counts = nullptr;  // [pairs] of those at the list's beginning that are not checked
+  const uint8_t* row_checks = nullptr;    // [pairs, max_checks] of the index, or nullptr: no row is looked at
+  int32_t max_checks = 0;
+  int32_t* changed = nullptr;  // [pairs] not 0: a row of the list is not the one that was clustered. Without a list:
+                               // only such pairs are read, or (nullptr) all
   int32_t max_rows = 0;
   int32_t splits = 0;
   float* partial_out = nullptr;    // [sequences, heads, splits, group, head_dim]
   float* partial_state = nullptr;  // [sequences, heads, splits, group, 2] max (log2) and sum
   uint32_t* arrived = nullptr;     // [sequences, heads] zero before and after each run
-  StepRecord* records = nullptr;   // [sequences, heads] or nullptr; of a list, its maker has written them
+  StepRecord* records = nullptr;   // [sequences, heads] or nullptr; of a list, its maker writes them
 };
 
 }  // namespace tactic::cuda

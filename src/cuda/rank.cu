@@ -1,5 +1,5 @@
 // What select_fit and select_topk share: clusters by falling score of each query head, and the list of rows that the
-// group's heads want together, each looked at whether it is the one that was clustered. dense.cu then reads the list.
+// group's heads want together. dense.cu then reads the list.
 #include "cuda/rank.cuh"
 
 #include <cub/block/block_reduce.cuh>
@@ -129,16 +129,21 @@ __global__ void __launch_bounds__(kOrderThreads) order_kernel(const __grid_const
   const float* dots = p.dots + head.first;
   uint64_t* entries = p.entries + head.first;
   int32_t *order = p.order + head.first, *before = p.before + head.first;
-  const auto exists = [&](int32_t i) { return head.size_of(i) > 0; };
+  // fn(cluster, score) of those that have members. What it does must not keep the next loads from being on their way.
+  const auto for_clusters = [&](auto fn) {
+#pragma unroll 4
+    for (int32_t i = thread; i < head.clusters; i += kOrderThreads) {
+      const float dot = dots[i];
+      if (head.size_of(i) > 0) fn(i, dot);
+    }
+  };
 
   double sums[3] = {};
-  for (int32_t i = thread; i < head.clusters; i += kOrderThreads) {
-    if (!exists(i)) continue;
-    const double x = dots[i];
+  for_clusters([&](int32_t, double x) {
     sums[0] += 1;
     sums[1] += x;
     sums[2] += x * x;
-  }
+  });
 #pragma unroll
   for (int j = 0; j < 3; ++j) {
     sums[j] = warp_sum(sums[j]);
@@ -153,11 +158,9 @@ __global__ void __launch_bounds__(kOrderThreads) order_kernel(const __grid_const
   const double mean = sums[1] / sums[0], variance = sums[2] / sums[0] - mean * mean;
   const Bins bins{static_cast<float>(mean), variance > 0 ? static_cast<float>(1 / sqrt(variance)) : 0.0f};
 
-  for (int32_t i = thread; i < head.clusters; i += kOrderThreads) {
-    if (exists(i)) atomicAdd(&ends[bins.of(dots[i])], 1);
-  }
+  for_clusters([&](int32_t, float dot) { atomicAdd(&ends[bins.of(dot)], 1); });
   __syncthreads();
-  int32_t counts[kPerThread], begins[kPerThread], all;
+  int32_t counts[kPerThread], begins[kPerThread];
   bool any_large = false;
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
@@ -168,13 +171,16 @@ __global__ void __launch_bounds__(kOrderThreads) order_kernel(const __grid_const
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) ends[kPerThread * thread + j] = begins[j];
   any_large = __syncthreads_or(any_large) != 0;
-  for (int32_t i = thread; i < head.clusters; i += kOrderThreads) {
-    if (!exists(i)) continue;
-    const uint64_t key = falling(dots[i]);
-    entries[atomicAdd(&ends[bins.of(dots[i])], 1)] = key << 32 | static_cast<uint32_t>(i);  // of equal ones the lower
-  }
+  for_clusters([&](int32_t i, float dot) {
+    // Of equal ones the lower number comes first.
+    entries[atomicAdd(&ends[bins.of(dot)], 1)] = uint64_t{falling(dot)} << 32 | static_cast<uint32_t>(i);
+  });
   __syncthreads();
   const auto begin_of = [&](int bin) { return bin > 0 ? ends[bin - 1] : 0; };
+  const auto put = [&](int32_t rank, uint64_t entry) {
+    order[rank] = static_cast<int32_t>(entry);
+    before[rank] = head.size_of(static_cast<int32_t>(entry));
+  };
   for (int32_t i = thread; i < ranks; i += kOrderThreads) {
     const uint64_t entry = entries[i];
     const int bin = bins.of(score_of(static_cast<uint32_t>(entry >> 32)));
@@ -182,25 +188,26 @@ __global__ void __launch_bounds__(kOrderThreads) order_kernel(const __grid_const
     if (end - begin > kSmallBin) continue;
     int32_t rank = begin;
     for (int32_t j = begin; j < end; ++j) rank += entries[j] < entry;
-    order[rank] = static_cast<int32_t>(entry);
+    put(rank, entry);
   }
   for (int bin = 0; bin < kBins && any_large; ++bin) {
     const int32_t begin = begin_of(bin), count = ends[bin] - begin;
     if (count <= kSmallBin) continue;
     __syncthreads();
     sort_block(entries + begin, count);
-    for (int32_t i = thread; i < count; i += kOrderThreads) order[begin + i] = static_cast<int32_t>(entries[begin + i]);
+    for (int32_t i = thread; i < count; i += kOrderThreads) put(begin + i, entries[begin + i]);
   }
   __syncthreads();
 
   const int32_t share = (ranks + kOrderThreads - 1) / kOrderThreads, begin = min(ranks, thread * share),
                 end = min(ranks, begin + share);
-  int32_t tokens = 0;
-  for (int32_t r = begin; r < end; ++r) tokens += head.size_of(order[r]);
+  int32_t tokens = 0, all;
+  for (int32_t r = begin; r < end; ++r) tokens += before[r];
   Scan(storage).ExclusiveSum(tokens, tokens, all);
   for (int32_t r = begin; r < end; ++r) {
+    const int32_t size = before[r];
     before[r] = tokens;
-    tokens += head.size_of(order[r]);
+    tokens += size;
   }
   if (thread == 0) p.totals[blockIdx.x] = {all, ranks};
   if (p.target_mass > 0) return;
@@ -208,10 +215,9 @@ __global__ void __launch_bounds__(kOrderThreads) order_kernel(const __grid_const
   head.take(p.budget, ranks, kOrderThreads);
 }
 
-// rows [pair]: those read anyway, then what is taken of the clusters. A block lists, and checks, what is taken of every
-// gridDim.x-th cluster, as neighbouring ones tend to be taken together; the first one also lists the rows read anyway,
-// the last one knows how many there are in all.
-template <bool kChecked>
+// rows [pair]: those read anyway, then what is taken of the clusters. A block lists what is taken of every gridDim.x-th
+// cluster, as neighbouring ones tend to be taken together; the first one also lists the rows read anyway, the last one
+// knows how many there are in all.
 __global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constant__ RankParams p) {
   using Scan = cub::BlockScan<int32_t, kListThreads>;
   using Reduce = cub::BlockReduce<int32_t, kListThreads>;
@@ -222,7 +228,7 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constan
   __shared__ int32_t ahead, begins[kListThreads], segment_rows[kListThreads], first_members[kListThreads];
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int pair = blockIdx.y, heads = p.batch.num_kv_heads, sequence = pair / heads, head = pair % heads;
+  const int pair = blockIdx.y, heads = p.batch.num_kv_heads, sequence = pair / heads;
   const int thread = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;
   const IndexGeometry& g = p.index.geometry;
   const int32_t kv_len = p.batch.kv_lens[sequence];
@@ -251,10 +257,6 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constan
   if (thread == 0) ahead = of_others;
   __syncthreads();
   count += ahead;
-  const int32_t* pages = pages_of(p.batch, sequence);
-  const std::byte *k = rows_of(p.batch.k, pages, sequence, head), *v = rows_of(p.batch.v, pages, sequence, head);
-  const uint8_t* checks = p.index.row_checks + static_cast<int64_t>(pair) * g.max_rows;
-  bool changed = false;
   for (int32_t first = block; first < clusters; first += blocks * kListThreads) {
     const int32_t i = first + blocks * thread, size = i < clusters ? taken[i] : 0;
     int32_t sum;
@@ -270,20 +272,14 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constan
 #pragma unroll
       for (int step = kListThreads / 2; step > 0; step /= 2) from += begins[from + step] <= at ? step : 0;
       const int32_t segment_row = segment_rows[from];
-      const int32_t row = segment_row + __ldg(members + segment_row + first_members[from] + at - begins[from]);
-      rows[count + at] = row;
-      if constexpr (kChecked) {
-        const uint32_t of_key = check_row(k + row_offset(p.batch.k, pages, row), p.row_bytes, row),
-                       of_value = check_row(v + row_offset(p.batch.v, pages, row), p.row_bytes, row);
-        changed |= __ldg(checks + row) != (of_key | of_value << 4);
-      }
+      rows[count + at] = segment_row + __ldg(members + segment_row + first_members[from] + at - begins[from]);
     }
     count += sum;
     __syncthreads();
   }
-  if (kChecked && __syncthreads_or(changed) != 0 && thread == 0) p.changed[pair] = 1;
   if (block != blocks - 1 || thread != 0) return;
   p.counts[pair] = count;
+  p.exact_counts[pair] = exact;
   if (p.records == nullptr) return;
   StepRecord record{};
   record.kv_len = kv_len;
@@ -313,8 +309,7 @@ void launch_rank(const RankParams& params, const DeviceFacts& device, cudaStream
 void launch_list(const RankParams& params, const DeviceFacts& device, cudaStream_t stream) {
   const dim3 grid(2 * static_cast<unsigned>(params.splits),
                   static_cast<unsigned>(params.batch.num_sequences * params.batch.num_kv_heads));
-  const auto kernel = params.check_rows ? list_kernel<true> : list_kernel<false>;
-  launch_dependent(kernel, params, grid, kListThreads, device, stream, "list");
+  launch_dependent(list_kernel, params, grid, kListThreads, device, stream, "list");
 }
 
 }  // namespace tactic::cuda

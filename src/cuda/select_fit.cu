@@ -34,15 +34,19 @@ struct Probes {
 };
 
 __device__ bool is_fitted(const RankParams& p, int32_t num_tokens) { return p.target_mass < 1 && num_tokens > 0; }
-__device__ double greater(double a, double b) { return a > b || isnan(a) ? a : b; }  // NaN stays
+__device__ float greater(float a, float b) { return a > b || isnan(a) ? a : b; }  // NaN stays
 
 // probes [pair, head, max_probes]: scores, natural log. exact [pair, head, splits]: softmax of the rows that are read
 // anyway, maximum and sum. Several blocks a head; a warp has 32 rows at a time.
 template <DType kDType, int kDim>
 __global__ void __launch_bounds__(kProbeThreads) probe_kernel(const __grid_constant__ RankParams p) {
-  using Reduce = cub::BlockReduce<double, kProbeThreads>;
-  __shared__ typename Reduce::TempStorage storage;
-  __shared__ double shared_top;
+  using Greatest = cub::BlockReduce<float, kProbeThreads>;
+  using Sum = cub::BlockReduce<double, kProbeThreads>;
+  __shared__ union {
+    typename Greatest::TempStorage greatest;
+    typename Sum::TempStorage sum;
+  } storage;
+  __shared__ float shared_top;
   constexpr int kChunks = kDim / 8, kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32, kAtOnce = 32 / kLanes;
   constexpr int kUnroll = kDim <= 64 ? 4 : 8;
   wait_for_previous_kernel();
@@ -103,23 +107,22 @@ __global__ void __launch_bounds__(kProbeThreads) probe_kernel(const __grid_const
   };
   const int warp = static_cast<int>(blockIdx.y) * kProbeWarps + static_cast<int>(threadIdx.x) / 32,
             step = static_cast<int>(gridDim.y) * kProbeWarps * 32;
-  const int32_t count = probes.count();
-  for (int32_t begin = warp * 32; begin < count; begin += step) {
-    const int32_t i = begin + lane;
-    const float x = score(row_of_token(probes.token(min(i, count - 1))));
-    if (i < count) p.probes[static_cast<int64_t>(number) * p.max_probes + i] = x;
-  }
-  double most = -INFINITY, total = 0;  // of the rows that this lane had
-  const auto add = [&](int32_t row, bool real) {
-    const double x = score(row), top = greater(x, most);
-    if (!real) return;
-    total = total * exp(most - top) + exp(x - top);
+  float most = -INFINITY;  // of the rows read anyway that this lane had
+  double total = 0;
+  const auto add = [&](float x) {
+    const float top = greater(x, most);
+    total = total * expf(most - top) + expf(x - top);
     most = top;
   };
   const ExactRows anyway(g, ranked.state, min(b.kv_lens[ranked.sequence], p.max_rows));
-  for (int32_t begin = warp * 32; begin < anyway.count; begin += step) {
-    const int32_t i = begin + lane;
-    add(anyway.row(min(i, anyway.count - 1)), i < anyway.count);
+  const int32_t count = probes.count(), padded = (count + 31) / 32 * 32;
+  for (int32_t begin = warp * 32; begin < padded + anyway.count; begin += step) {
+    const int32_t i = begin + lane, j = i - padded;
+    const bool probed = begin < padded;
+    const float x =
+        score(probed ? row_of_token(probes.token(min(i, count - 1))) : anyway.row(min(j, anyway.count - 1)));
+    if (probed && i < count) p.probes[static_cast<int64_t>(number) * p.max_probes + i] = x;
+    if (!probed && j < anyway.count) add(x);
   }
   const bool any = p.index.any_not_finite[ranked.sequence] != 0;
   const int32_t segments = any ? ranked.state.full_segments + ranked.state.provisional_segments : 0;
@@ -127,14 +130,15 @@ __global__ void __launch_bounds__(kProbeThreads) probe_kernel(const __grid_const
     const SegmentPlace place(g, ranked.state, segment);
     const int32_t rows = p.index.num_not_finite[static_cast<int64_t>(ranked.pair) * g.all_segments + place.slot];
     for (int32_t begin = warp * 32; begin < rows; begin += step) {
-      const int32_t i = begin + lane;
-      add(place.first_row + members[place.first_row + place.num_rows - rows + min(i, rows - 1)], i < rows);
+      const int32_t i = begin + lane, member = place.num_rows - rows + min(i, rows - 1);
+      const float x = score(place.first_row + members[place.first_row + member]);
+      if (i < rows) add(x);
     }
   }
-  const double top = Reduce(storage).Reduce(most, greater);
+  const float top = Greatest(storage.greatest).Reduce(most, greater);
   if (threadIdx.x == 0) shared_top = top;
   __syncthreads();
-  total = Reduce(storage).Sum(total > 0 ? total * exp(most - shared_top) : 0);
+  total = Sum(storage.sum).Sum(total > 0 ? total * expf(most - shared_top) : 0);
   if (threadIdx.x == 0) p.exact[static_cast<int64_t>(number) * p.splits + blockIdx.y] = {top, total};
 }
 
@@ -146,12 +150,13 @@ __device__ double harmonic(int32_t x) {
 
 // max(0, a / x + b), a >= 0, for x > begin.
 struct Tail {
-  int32_t begin = 0;
-  double a = 0, b = 0;
+  int32_t begin;
+  double a = 0, b = 0, harmonic_begin;
 
+  __device__ explicit Tail(int32_t first) : begin(first), harmonic_begin(harmonic(first)) {}
   __device__ double sum_to(int32_t x) const {
     if (b < 0) x = static_cast<int32_t>(fmin(static_cast<double>(x), floor(-a / b)));
-    return x <= begin ? 0.0 : a * (harmonic(x) - harmonic(begin)) + b * (x - begin);
+    return x <= begin ? 0.0 : a * (harmonic(x) - harmonic_begin) + b * (x - begin);
   }
 };
 
@@ -166,11 +171,11 @@ struct Sums {
 
 struct ChooseShared {
   union {
-    typename cub::BlockReduce<double, kChooseThreads>::TempStorage greatest;
+    typename cub::BlockReduce<float, kChooseThreads>::TempStorage greatest;
     typename cub::BlockReduce<Sums, kChooseThreads>::TempStorage sums;
     typename cub::BlockScan<double, kChooseThreads>::TempStorage scan;
   };
-  double max;
+  float max;
   Sums all;
   int32_t wanted;
 };
@@ -183,10 +188,10 @@ __device__ int32_t wanted_by_fit(const RankParams& p, int number, int pair, int3
   const float* scores = p.probes + static_cast<int64_t>(number) * p.max_probes;
   const PartialSoftmax* exact = p.exact + static_cast<int64_t>(number) * p.splits;
   if (thread == 0) atomicAdd(p.probed + pair, count);
-  double max = -INFINITY;
+  float max = -INFINITY;
   for (int i = thread; i < p.splits; i += kChooseThreads) max = greater(exact[i].max, max);
   for (int i = thread; i < count; i += kChooseThreads) max = greater(scores[i], max);
-  max = cub::BlockReduce<double, kChooseThreads>(shared.greatest).Reduce(max, greater);
+  max = cub::BlockReduce<float, kChooseThreads>(shared.greatest).Reduce(max, greater);
   if (thread == 0) {
     shared.max = max;
     shared.wanted = n + 1;
@@ -194,10 +199,10 @@ __device__ int32_t wanted_by_fit(const RankParams& p, int number, int pair, int3
   __syncthreads();
   max = shared.max;
   if (!isfinite(max)) return n;
-  const auto weight = [&](int32_t i) { return exp(scores[i] - max); };
+  const auto weight = [&](int32_t i) { return expf(scores[i] - max); };
   Sums sums;
   for (int i = thread; i < p.splits; i += kChooseThreads)
-    sums.exact += exact[i].sum > 0 ? exact[i].sum * exp(exact[i].max - max) : 0;
+    sums.exact += exact[i].sum > 0 ? exact[i].sum * expf(exact[i].max - max) : 0;
   // Each thread has a run of the peak, which it walks through when the target lies there.
   const int32_t share = (peak + kChooseThreads - 1) / kChooseThreads, begin = min(peak, thread * share),
                 end = min(peak, begin + share);
@@ -211,8 +216,7 @@ __device__ int32_t wanted_by_fit(const RankParams& p, int number, int pair, int3
   if (thread == 0) shared.all = sums;
   __syncthreads();
   sums = shared.all;
-  Tail tail;
-  tail.begin = peak;
+  Tail tail(peak);
   if (peak < count) {
     const double width = probes.width, middle = (width + 1) / 2, x1 = probes.near + middle, x2 = probes.far + middle;
     const double y1 = sums.near / width, y2 = sums.far / width;
@@ -231,10 +235,12 @@ __device__ int32_t wanted_by_fit(const RankParams& p, int number, int pair, int3
   }
   __syncthreads();
   if (shared.wanted <= n) return shared.wanted;
-  int32_t low = peak, high = n;  // the target lies in (low, high]
+  int32_t low = peak, high = n;  // the target lies in (low, high]: each thread asks for one place in there
   while (high - low > 1) {
-    const int32_t middle = low + (high - low) / 2;
-    (sums.exact + sums.peak + tail.sum_to(middle) < target ? low : high) = middle;
+    const int32_t step = (high - low + kChooseThreads - 1) / kChooseThreads, x = low + (thread + 1) * step;
+    const bool below = x < high && sums.exact + sums.peak + tail.sum_to(x) < target;
+    low += __syncthreads_count(below) * step;
+    high = min(high, low + step);
   }
   return high;
 }
