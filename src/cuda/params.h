@@ -105,7 +105,7 @@ struct RankParams {
   int32_t budget = 0;     // topk
   int32_t max_rows = 0;   // per pair
   int32_t max_probes = 0;
-  int32_t splits = 0;  // blocks that list the rows of a pair, and that score the probes of a head
+  int32_t splits = 0;  // blocks that score the probes of a head; other kernels have multiples of it
   // Workspace. Clusters are numbered among those that the sequence has:
   float* dots = nullptr;            // [pairs, heads, max_clusters]
   uint32_t* places = nullptr;       // [pairs, max_clusters] as TileView's
