@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <exception>
+#include <string>
 
 #include "tactic/cuda.h"
 
@@ -79,19 +80,29 @@ __attribute__((visibility("default"))) void bench_free_index(void* index) {
   delete static_cast<cuda::LayerIndex*>(index);
 }
 
-__attribute__((visibility("default"))) void* bench_decode(float tau, float refine, int32_t sequences,
-                                                          int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim,
-                                                          int32_t rows, int32_t cluster_tokens, float outlier_fraction,
-                                                          int32_t check_rows) {
+struct BenchOptions {
+  const char* select;  // dense, sample, fit or topk
+  float tau, refine, target_mass;
+  int32_t budget, check_rows, cluster_tokens;
+  float outlier_fraction;
+};
+
+__attribute__((visibility("default"))) void* bench_decode(const BenchOptions* o, int32_t sequences, int32_t num_q_heads,
+                                                          int32_t num_kv_heads, int32_t head_dim, int32_t rows) {
   cuda::Decode* decode = nullptr;
   DecodeOptions options;
-  options.select = tau > 0 ? Select::kSample : Select::kDense;
-  options.tau = tau;
-  options.refine = refine;
-  options.check_rows = check_rows != 0;
+  const std::string select = o->select;
+  for (const Select one : {Select::kDense, Select::kSample, Select::kFit, Select::kTopK}) {
+    if (select == select_name(one)) options.select = one;
+  }
+  options.tau = o->tau;
+  options.refine = o->refine;
+  options.target_mass = o->target_mass;
+  options.budget = o->budget;
+  options.check_rows = o->check_rows != 0;
   IndexOptions index;
-  index.cluster_tokens = cluster_tokens;
-  index.outlier_fraction = outlier_fraction;
+  index.cluster_tokens = o->cluster_tokens;
+  index.outlier_fraction = o->outlier_fraction;
   guarded([&] { decode = new cuda::Decode(options, {sequences, num_q_heads, num_kv_heads, head_dim, rows, index}); });
   return decode;
 }

@@ -7,6 +7,7 @@ step is the graph's over its layers. Prints a table and writes JSON lines.
 """
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import statistics
@@ -29,6 +30,11 @@ class Batch(ctypes.Structure):
                 ("q", ctypes.c_void_p), ("out", ctypes.c_void_p), ("layer", ctypes.c_int32), ("learn", ctypes.c_int32)]
 
 
+class Options(ctypes.Structure):
+    _fields_ = [("select", ctypes.c_char_p), ("tau", ctypes.c_float), ("refine", ctypes.c_float), ("target_mass", ctypes.c_float),
+                ("budget", ctypes.c_int32), ("check_rows", ctypes.c_int32), ("cluster_tokens", ctypes.c_int32), ("outliers", ctypes.c_float)]
+
+
 def load(path):
     lib = ctypes.CDLL(path)
     lib.bench_index.restype = lib.bench_decode.restype = ctypes.c_void_p
@@ -36,7 +42,7 @@ def load(path):
     lib.bench_build.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
     lib.bench_index_bytes.restype = ctypes.c_int64
     lib.bench_index_bytes.argtypes = lib.bench_free_index.argtypes = lib.bench_free_decode.argtypes = [ctypes.c_void_p]
-    lib.bench_decode.argtypes = [ctypes.c_float, ctypes.c_float] + [ctypes.c_int32] * 6 + [ctypes.c_float, ctypes.c_int32]
+    lib.bench_decode.argtypes = [ctypes.c_void_p] + [ctypes.c_int32] * 5
     lib.bench_run.argtypes = [ctypes.c_void_p] * 5
     return lib
 
@@ -55,9 +61,9 @@ def measured_bandwidth():
     return x.numel() * 4 / statistics.median(times[2:])
 
 
-def make_layer(batch, rows, seed):
-    """Flat attention, the hard case for reading little: scores of standard deviation 0.7, keys and values in runs around topics.
-    About tau rows are read then, whatever the clusters."""
+def make_layer(batch, rows, deviation, seed):
+    """Keys and values in runs around topics; scores of this standard deviation. 0.7 is flat attention, the hard case for reading little:
+    sampling reads about tau rows then, whatever the clusters, and fit nearly all."""
     g = torch.Generator(device="cuda").manual_seed(seed)
     topics, meanings = (torch.randn(KV_HEADS, TOPICS, DIM, generator=g, device="cuda") for _ in range(2))
     k = torch.empty(batch, rows, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
@@ -71,7 +77,7 @@ def make_layer(batch, rows, seed):
             k[b, at:at + n] = (0.7 * (torch.gather(topics, 1, pick) + noise)).transpose(0, 1)
             noise = torch.randn(KV_HEADS, n, DIM, generator=g, device="cuda")
             v[b, at:at + n] = (0.5 + torch.gather(meanings, 1, pick) + noise).transpose(0, 1)
-    q = 0.7 * torch.randn(batch, KV_HEADS, GROUP, DIM, generator=g, device="cuda")
+    q = deviation * torch.randn(batch, KV_HEADS, GROUP, DIM, generator=g, device="cuda")
     return k, v, q.reshape(batch, Q_HEADS, DIM).to(torch.bfloat16)
 
 
@@ -148,7 +154,7 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
     rows = indexed + args.recent   # the newest rows are in no cluster
     kv_bytes = batch * rows * KV_HEADS * DIM * 4
     layers = max(2, min(32, int(args.memory_gib * 2**30 / (kv_bytes * 1.15))))
-    data = [make_layer(batch, rows, 100 + i) for i in range(layers)]
+    data = [make_layer(batch, rows, args.deviation, 100 + i) for i in range(layers)]
     outs = [torch.zeros_like(q) for _, _, q in data]
     lens = torch.full((batch,), rows, dtype=torch.int32, device="cuda")
 
@@ -202,7 +208,14 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
         except Exception as e:  # not installed, no compiler, or a shape that it does not take
             print(f"{name}: {str(e).splitlines()[0]}", flush=True)
 
-    dense = lib.bench_decode(0.0, 0.01, batch, Q_HEADS, KV_HEADS, DIM, rows, 16, 0.0, 0)
+    def decode_of(select, tau=0.0, refine=0.01, target_mass=0.0, budget=1024, checks=False, cluster_tokens=16, outliers=0.0, **_):
+        options = Options(select.encode(), tau, refine, target_mass, budget, int(checks), cluster_tokens, outliers)
+        decode = lib.bench_decode(ctypes.byref(options), batch, Q_HEADS, KV_HEADS, DIM, rows)
+        if not decode:
+            raise RuntimeError(f"no decode for {select}")
+        return decode
+
+    dense = decode_of("dense")
     outs = [torch.zeros_like(q) for _, _, q in data]   # those of sdpa belong to its graphs
     batches = [batch_at(i) for i in range(layers)]
 
@@ -235,18 +248,19 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
                   f"index {lib.bench_index_bytes(indexes[key][0]) / kv_bytes:.3%} of KV", flush=True)
             clustering[key] = statistics.median(build)
         own = indexes[key]
-        decode = lib.bench_decode(setting["tau"], setting["refine"], batch, Q_HEADS, KV_HEADS, DIM, rows, *key, int(setting["checks"]))
+        decode = decode_of(**setting)
         records = torch.zeros(batch * KV_HEADS, lib.bench_record_bytes() // 4, dtype=torch.int32, device="cuda")
-        tokens, refined, masses = [], [], []
+        tokens, refined, masses, probed = [], [], [], []
         for i in range(layers):
             batches[i].learn = setting["learn"]
         for i in range(min(layers, 4)):
             run(decode, lambda j: own[j], i, torch.cuda.current_stream().cuda_stream, records.data_ptr())
             torch.cuda.synchronize()
             r = records.cpu()
-            # Columns of StepRecord: exact, selected and refined rows; refined clusters; certain mass.
+            # Columns of StepRecord: exact, selected and refined rows; refined clusters; probed keys; certain mass.
             tokens.append((r[:, 1] + r[:, 2] + r[:, 5]).float().mean().item())
             refined.append(r[:, 4].float().mean().item())
+            probed.append(r[:, 6].float().mean().item())
             masses.append(r[:, 11].view(torch.float32).mean().item())
         name = setting["name"]
         graphs[name] = graph_of(lambda i, s: run(decode, lambda j: own[j], i, s), layers)
@@ -254,24 +268,44 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
         torch.cuda.synchronize()
         clusters = indexed / key[0]
         selected = statistics.mean(tokens)
-        facts[name] = {"bytes": int(batch * KV_HEADS * (selected * (DIM * 4 + 2) + clusters * (DIM + 12 + (2 * DIM + 16) / 16))), "error": error(), "tokens": selected,
-                       "refined": statistics.mean(refined), "certain_mass": statistics.mean(masses), "clustering_ms": clustering[key] * 1e3, **setting}
+        read = selected * (DIM * 4 + 2) + statistics.mean(probed) * DIM * 2 + clusters * (DIM + 12 + (2 * DIM + 16) / 16)
+        facts[name] = {"bytes": int(batch * KV_HEADS * read), "error": error(), "tokens": selected, "probed": statistics.mean(probed),
+                       "refined": statistics.mean(refined), "certain_mass": statistics.mean(masses), "clustering_ms": clustering[key] * 1e3,
+                       **{field: value for field, value in setting.items() if field not in ("name", "select")}}
 
     times = time_all(graphs, layers, args.repeats)
     medians = {name: statistics.median(t) for name, t in times.items()}
     best = min((m, n) for n, m in medians.items() if n.startswith(("sdpa", "flashinfer")))
     for name, t in times.items():
-        row = {"bench": "decode", "device": torch.cuda.get_device_name(), "commit": args.commit, "batch": batch, "kv_len": rows, "layers": layers,
+        row = {"bench": "decode", "device": torch.cuda.get_device_name(), "commit": args.commit, "batch": batch, "kv_len": rows, "deviation": args.deviation, "layers": layers,
                "select": name, "us": medians[name], "us_min": min(t), "us_max": max(t), "speedup": best[0] / medians[name], "best_dense": best[1],
                "gbps": facts[name]["bytes"] / medians[name] * 1e-3, "bandwidth_share": facts[name]["bytes"] / medians[name] * 1e6 / bandwidth, **facts[name]}
         emit(row)
-        print(f"  {name:28s} {medians[name]:8.2f} us  {row['speedup']:6.2f}x  {row['gbps']:6.0f} GB/s ({row['bandwidth_share']:.0%})"
+        print(f"  {name:30s} {medians[name]:8.2f} us  {row['speedup']:6.2f}x  {row['gbps']:6.0f} GB/s ({row['bandwidth_share']:.0%})"
               f"  error {row.get('error', float('nan')):.4f}  tokens {row.get('tokens', rows):.0f}  refined {row.get('refined', 0):.2f}", flush=True)
     del graphs
     for own in indexes.values():
         for index in own:
             lib.bench_free_index(index)
     torch.cuda.empty_cache()
+
+
+def settings_of(args):
+    """One for each selector, cluster size, value of what the selector is asked for, and of --checks and --learn."""
+    on_traces = trace_errors(args.trace_rows) if args.trace_rows else {}
+    settings = []
+    for select in args.selectors.split(","):
+        knob, short, values = {"sample": ("tau", "tau", args.tau), "fit": ("target_mass", "mass", args.target_mass),
+                               "topk": ("budget", "budget", args.budget)}[select]
+        learns = args.learn if select == "sample" else "0"
+        for size, value, checks, learn in itertools.product(args.sizes.split(","), values.split(","), args.checks.split(","), learns.split(",")):
+            setting = {"name": f"{select} {short} {value} size {size}" + " checks" * (checks == "1") + " learn" * (learn == "1"), "select": select,
+                       "checks": checks == "1", "learn": learn == "1", "cluster_tokens": int(size), knob: int(value) if knob == "budget" else float(value),
+                       "outliers": args.outliers, "recent": args.recent}
+            if select == "sample":
+                setting |= {"refine": args.refine, **on_traces.get((float(value), int(size), args.outliers), {})}
+            settings.append(setting)
+    return settings
 
 
 def main():
@@ -282,17 +316,20 @@ def main():
     parser.add_argument("--sizes", default="16,32,64", help="tokens per cluster")
     parser.add_argument("--recent", type=int, default=64)
     parser.add_argument("--outliers", type=float, default=0.0025, help="share of a segment, as IndexOptions has it")
-    parser.add_argument("--tau", default="1000")
+    parser.add_argument("--selectors", default="sample", help="sample,fit,topk: which are timed besides dense attention")
+    parser.add_argument("--tau", default="1000", help="of sample")
+    parser.add_argument("--target-mass", default="0.9", help="of fit")
+    parser.add_argument("--budget", default="1024", help="of topk, rows per query head")
+    parser.add_argument("--deviation", type=float, default=0.7, help="of scores: 0.7 is flat attention")
     parser.add_argument("--refine", type=float, default=0.01)
     parser.add_argument("--checks", default="0", help="1: rows are compared with their check values; 0,1: both")
-    parser.add_argument("--learn", default="0", help="1: steps learn, and follow heads that copy; 0,1: both")
+    parser.add_argument("--learn", default="0", help="1: sampling steps learn, and follow heads that copy; 0,1: both")
     parser.add_argument("--trace-rows", help="rows of tactic eval trace of the same settings, sample,tau=T,cluster=S,outliers=O, on real keys")
     parser.add_argument("--flashinfer", action="store_true", help="FlashInfer's batch decode among the baselines")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--memory-gib", type=float, default=40)
     parser.add_argument("--commit", default="")
     args = parser.parse_args()
-    on_traces = trace_errors(args.trace_rows) if args.trace_rows else {}
     lib = load(args.library)
     bandwidth = measured_bandwidth()
     print(f"{torch.cuda.get_device_name()}, reads {bandwidth * 1e-12:.2f} TB/s, torch {torch.__version__}", flush=True)
@@ -303,11 +340,7 @@ def main():
         for shape in args.shapes.split(","):
             batch, rows = map(int, shape.split("x"))
             print(f"batch {batch}, kv_len {rows}", flush=True)
-            settings = [{"name": f"sample tau {tau} size {size}" + (" checks" if checks == "1" else "") + (" learn" if learn == "1" else ""),
-                         "checks": checks == "1", "learn": learn == "1", "cluster_tokens": int(size), "tau": float(tau), "refine": args.refine,
-                         "outliers": args.outliers, "recent": args.recent, **on_traces.get((float(tau), int(size), args.outliers), {})} for size in args.sizes.split(",") for tau in args.tau.split(",")
-                        for checks in args.checks.split(",") for learn in args.learn.split(",")]
-            run_shape(lib, batch, rows, settings, args, bandwidth, emit)
+            run_shape(lib, batch, rows, settings_of(args), args, bandwidth, emit)
 
 
 if __name__ == "__main__":

@@ -112,11 +112,10 @@ class LayerIndex {
   LayerIndex& operator=(LayerIndex&&) noexcept;
 
   /// Takes over an index made on the CPU, of the same rows stored in the same bytes (else check_rows finds every row
-  /// changed, and fit and topk, which do not look, read rows that were meant otherwise). From the first segment on that
-  /// holds rows which are gone or were rewritten since, it takes over none: steps read these rows exactly until
-  /// build(). Throws Error, and changes nothing, when options or shape are others than this index's, or the segments do
-  /// not follow one another from row 0 on, full ones before as many provisional ones as make a full one at most.
-  /// Synchronizes the stream.
+  /// changed). From the first segment on that holds rows which are gone or were rewritten since, it takes over none:
+  /// steps read these rows exactly until build(). Throws Error, and changes nothing, when options or shape are others
+  /// than this index's, or the segments do not follow one another from row 0 on, full ones before as many provisional
+  /// ones as make a full one at most. Synchronizes the stream.
   void upload(int32_t sequence, const KvIndex& index, Stream stream);
 
   /// Clusters the rows [0, kv_len) of a sequence of the batch that are in no segment yet: what fills a segment becomes
@@ -161,11 +160,9 @@ class Decode {
   Decode(Decode&&) noexcept;
   Decode& operator=(Decode&&) noexcept;
 
-  /// All but Select::kDense need the index. kSample and kDense are one tuned launch each; kFit and kTopK rank all
-  /// clusters, list the rows and read them, in several, and do not look at row checks (DecodeOptions::check_rows): rows
-  /// that changed since they were clustered are read as if they had not. `records`: device [num_sequences,
-  /// num_kv_heads] or nullptr. Throws Error when the batch does not fit the limits, naming the value and the limit;
-  /// nothing is launched then.
+  /// All but Select::kDense need the index. kSample and kDense are one launch each; kFit and kTopK rank all clusters,
+  /// list the rows and read them, in several. `records`: device [num_sequences, num_kv_heads] or nullptr. Throws Error
+  /// when the batch does not fit the limits, naming the value and the limit; nothing is launched then.
   void run(const DecodeBatch& batch, const LayerIndex* index, Stream stream, StepRecord* records = nullptr);
 
   /// run() cannot look at lengths and pages, which only the device knows by then. Whoever has them on the host too can

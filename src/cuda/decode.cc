@@ -54,16 +54,16 @@ struct Decode::Impl {
   }
   // Arrays of a dense step, and of a ranking one, within `memory`; returns their size.
   size_t lay_out(const IndexGeometry& geometry, std::byte* memory) {
-    size_t at = 0;
-    if (ranks()) {
-      at = lay_out_rank(rank, geometry, limits, memory);
-      rank.sort_memory = take<std::byte>(memory, at, rank.sort_bytes);
-    }
     const auto group = static_cast<size_t>(limits.num_q_heads / limits.num_kv_heads);
     size_t blocks = 0;
     for (int32_t n = 1; n <= limits.max_sequences; ++n) {
       const auto splits = static_cast<size_t>(dense_splits(device, n, limits.num_kv_heads, limits.max_rows));
       blocks = std::max(blocks, static_cast<size_t>(n) * static_cast<size_t>(limits.num_kv_heads) * splits);
+    }
+    size_t at = 0;
+    if (ranks()) {
+      at = lay_out_rank(rank, geometry, limits, memory);
+      rank.exact = take<PartialSoftmax>(memory, at, blocks * group);
     }
     dense.partial_out = take<float>(memory, at, blocks * group * static_cast<size_t>(limits.head_dim));
     dense.partial_state = take<float>(memory, at, blocks * group * 2);
@@ -94,8 +94,6 @@ Decode::Decode(const DecodeOptions& options, const DecodeLimits& limits) : impl_
     impl.lay_out_sample(geometry, impl.workspace);
     return;
   }
-  if (impl.ranks())
-    impl.rank.sort_bytes = rank_sort_bytes(limits.max_sequences * limits.num_q_heads, geometry.max_clusters);
   impl.reserve(impl.lay_out(geometry, nullptr));
   impl.lay_out(geometry, impl.workspace);
 }
@@ -145,11 +143,24 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
     rank.index = layer.view;
     rank.target_mass = impl.options.select == Select::kFit ? fit_mass(impl.options) : 0;
     rank.budget = impl.options.budget;
+    rank.splits = dense.splits;
     rank.records = records;
-    launch_rank(rank, cuda_stream);
+    launch_rank(rank, impl.device, cuda_stream);
+    if (impl.options.select == Select::kFit) launch_fit(rank, impl.device, cuda_stream);
+    launch_list(rank, impl.device, cuda_stream);
     dense.rows = rank.rows;
     dense.counts = rank.counts;
+    dense.exact_counts = rank.exact_counts;
     dense.max_rows = rank.max_rows;
+    if (impl.options.check_rows) {
+      dense.row_checks = layer.view.row_checks;
+      dense.max_checks = layer.view.geometry.max_rows;
+      dense.changed = rank.changed;
+    }
+    launch_dense(dense, impl.device, cuda_stream);
+    if (!impl.options.check_rows) return;
+    dense.rows = nullptr;  // all of those pairs whose list cannot be trusted
+    dense.records = records;
     launch_dense(dense, impl.device, cuda_stream);
     return;
   }

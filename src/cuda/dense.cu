@@ -1,5 +1,6 @@
-// Dense decode attention: every row, or every row of a list, exact up to rounding. The rows of a (sequence, KV head)
-// are shared by several blocks; the last one to finish folds their partial outputs, always in the same order.
+// Dense decode attention: every row, or every row of a list, exact up to rounding. The rows of a
+// (sequence, KV head) are shared by several blocks; the last one to finish folds their partial outputs, always in the
+// same order.
 #include "cuda/launch.h"
 #include "cuda/merge.cuh"
 
@@ -16,15 +17,21 @@ struct DenseShared {
   int last;
 };
 
-template <DType kDType, int kDim, int kHeads, bool kListed>
+/// What is read: every row, those of a list, or those of a list each of which is looked at, whether it is the one that
+/// was clustered.
+enum class Reads { kAll, kList, kCheckedList };
+
+template <DType kDType, int kDim, int kHeads, Reads kReads>
 __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constant__ DenseParams p) {
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<DenseShared<kDim, kHeads>*>(memory);
+  constexpr bool kListed = kReads != Reads::kAll, kChecked = kReads == Reads::kCheckedList;
   wait_for_previous_kernel();
   const DecodeBatch& b = p.batch;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, split = blockIdx.x % p.splits;
   const int64_t pair = blockIdx.x / p.splits;
   const int sequence = static_cast<int>(pair) / b.num_kv_heads, head = static_cast<int>(pair) % b.num_kv_heads;
+  if (kReads == Reads::kAll && p.changed != nullptr && p.changed[pair] == 0) return;
   const int group = b.num_q_heads / b.num_kv_heads,
             kv_len = kListed ? __ldg(p.counts + pair) : __ldg(b.kv_lens + sequence);
   const int64_t first_head = static_cast<int64_t>(sequence) * b.num_q_heads + head * group;
@@ -40,27 +47,37 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   AttendState<kDim> state;
   const float scale = b.sm_scale * kLog2E * head_scale<kDType>(b.k, head);
   const int tiles = (kv_len + 15) / 16, step = p.splits * kWarps;
-  const auto tile_at = [&](int tile) {
-    const int row = tile * 16 + (lane & 15);
-    int inside = min(row, kv_len - 1);
-    if constexpr (kListed) inside = __ldg(p.rows + pair * p.max_rows + inside);
-    return RowTile{row_offset(b.k, pages, inside), row_offset(b.v, pages, inside), row < kv_len ? 0.0f : kLowest};
+  const int first_checked = kChecked ? __ldg(p.exact_counts + pair) : 0;
+  const uint8_t* checks = p.row_checks + pair * p.max_checks;
+  const auto row_at = [&](int tile) {
+    const int at = min(tile * 16 + (lane & 15), kv_len - 1);
+    return kListed ? __ldg(p.rows + pair * p.max_rows + at) : at;
   };
+  const auto tile_of_rows = [&](int tile, int row) {
+    return RowTile{row_offset(b.k, pages, row), row_offset(b.v, pages, row),
+                   tile * 16 + (lane & 15) < kv_len ? 0.0f : kLowest};
+  };
+  bool changed = false;
   uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads], values[AttendState<kDim>::kParts][4];
   int tile = split * kWarps + warp;
+  int row = 0;
   RowTile now{};
   if (tile < tiles) {
-    now = tile_at(tile);
+    row = row_at(tile);
+    now = tile_of_rows(tile, row);
     load_keys<kDType, kDim>(k, now, low, high);
   }
   for (; tile < tiles; tile += step) {
     load_values<kDType, kDim>(v, now, values);
+    if (kChecked && min(tile * 16 + (lane & 15), kv_len - 1) >= first_checked)
+      changed |= mismatch<kDType, kDim>(checks, row, k, v, now) != 0;
     float x[4];
     score_rows<kDType, kDim, false>(fragments, low, high, scale, x);
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[j] += shuffle(now.log_weight, 2 * (lane & 3) + (j & 1) + 8 * (j >> 1));
     if (tile + step < tiles) {
-      now = tile_at(tile + step);
+      row = row_at(tile + step);
+      now = tile_of_rows(tile + step, row);
       load_keys<kDType, kDim>(k, now, low, high);
     }
     raise_max(state, x);
@@ -73,6 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
     add_values<Chunk<kDType>::kBf16, kDim>(state, values, weights);
   }
 
+  if (kChecked && changed) p.changed[pair] = 1;
   let_next_kernel_start();
   const int g = lane >> 2, t = lane & 3;
   if (t == 0 && g < kHeads) shared.states[warp][g] = {state.max, 0};
@@ -105,16 +123,20 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   if (threadIdx.x == 0) p.arrived[pair] = 0;
   if (!kListed && p.records != nullptr && threadIdx.x == 0) {
     StepRecord record{};
+    if (p.changed != nullptr) record = p.records[pair];
     record.kv_len = record.tokens_exact = kv_len;
+    record.tokens_selected = 0;
     record.certain_mass = 1;
-    record.dense = DenseReason::kAsked;
+    record.dense = p.changed != nullptr ? DenseReason::kRowChanged : DenseReason::kAsked;
     p.records[pair] = record;
   }
   for (int i = threadIdx.x; i < total; i += kThreads) {
     const int h = i / kDim;
     const float* states = p.partial_state + (pair * p.splits * group + h) * 2;
     float top = kLowest, sum = 0, value = 0;
+#pragma unroll 8
     for (int s = 0; s < p.splits; ++s) top = fmaxf(top, __ldcg(states + s * group * 2));
+#pragma unroll 8
     for (int s = 0; s < p.splits; ++s) {
       const float factor = exp2_fast(__ldcg(states + s * group * 2) - top);
       sum += factor * __ldcg(states + s * group * 2 + 1);
@@ -128,8 +150,9 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
 
 template <DType kDType, int kDim, int kHeads>
 void launch(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream) {
-  const auto kernel =
-      params.rows != nullptr ? dense_kernel<kDType, kDim, kHeads, true> : dense_kernel<kDType, kDim, kHeads, false>;
+  const auto kernel = params.rows == nullptr         ? dense_kernel<kDType, kDim, kHeads, Reads::kAll>
+                      : params.row_checks == nullptr ? dense_kernel<kDType, kDim, kHeads, Reads::kList>
+                                                     : dense_kernel<kDType, kDim, kHeads, Reads::kCheckedList>;
   launch_step(kernel, params, sizeof(DenseShared<kDim, kHeads>), 1, device, stream, "dense");
 }
 

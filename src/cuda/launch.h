@@ -19,10 +19,27 @@ template <DType kDType>
 void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream);
 void launch_dense(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream);
 
-/// Bytes that sorting the clusters of so many query heads needs besides its arrays.
-size_t rank_sort_bytes(int32_t heads, int32_t max_clusters);
-/// Lists the rows that select_fit or select_topk reads.
-void launch_rank(const RankParams& params, cudaStream_t stream);
+/// Ranks the clusters of each query head, then (of fit) finds how much of that order is read, then lists the rows that
+/// the heads of a pair read.
+void launch_rank(const RankParams& params, const DeviceFacts& device, cudaStream_t stream);
+void launch_fit(const RankParams& params, const DeviceFacts& device, cudaStream_t stream);
+void launch_list(const RankParams& params, const DeviceFacts& device, cudaStream_t stream);
+
+/// Launches kernel(params), allowed to begin before the kernel in front of it has ended.
+template <class Kernel, class Params>
+void launch_dependent(Kernel kernel, const Params& params, dim3 grid, int threads, const DeviceFacts& device,
+                      cudaStream_t stream, const char* what) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = {static_cast<unsigned>(threads), 1, 1};
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = device.has_clusters ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, params), what);
+}
 
 /// Launches kernel(params): params.splits blocks for each (sequence, KV head), in clusters of `cluster_blocks`, allowed
 /// to begin before the kernel in front of it has ended.
@@ -83,23 +100,26 @@ void dispatch_type(const DecodeBatch& batch, Fn fn) {
   }
 }
 
+/// Calls fn.operator()<head_dim>() likewise.
+template <class Fn>
+void dispatch_dim(const DecodeBatch& batch, Fn fn) {
+  switch (batch.head_dim) {
+    case 64: return fn.template operator()<64>();
+    case 128: return fn.template operator()<128>();
+#ifndef TACTIC_CUDA_FEW
+    case 80: return fn.template operator()<80>();
+    case 96: return fn.template operator()<96>();
+    case 256: return fn.template operator()<256>();
+#endif
+    default: break;
+  }
+}
+
 /// Calls fn.operator()<head_dim, heads>() likewise.
 template <class Fn>
 void dispatch_shape(const DecodeBatch& batch, Fn fn) {
   const bool few = batch.num_q_heads / batch.num_kv_heads <= 4;
-  const auto by_heads = [&]<int kDim>() {
-    few ? fn.template operator()<kDim, 4>() : fn.template operator()<kDim, 8>();
-  };
-  switch (batch.head_dim) {
-    case 64: return by_heads.template operator()<64>();
-    case 128: return by_heads.template operator()<128>();
-#ifndef TACTIC_CUDA_FEW
-    case 80: return by_heads.template operator()<80>();
-    case 96: return by_heads.template operator()<96>();
-    case 256: return by_heads.template operator()<256>();
-#endif
-    default: break;
-  }
+  dispatch_dim(batch, [&]<int kDim>() { few ? fn.template operator()<kDim, 4>() : fn.template operator()<kDim, 8>(); });
 }
 
 /// Calls fn.operator()<dtype, head_dim, heads>() likewise.

@@ -164,21 +164,22 @@ size_t lay_out_rank(RankParams& params, const IndexGeometry& g, const DecodeLimi
              heads = static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.num_q_heads),
              clusters = static_cast<size_t>(g.max_clusters);
   in_range("max_sequences * num_kv_heads of fit and topk", static_cast<int64_t>(pairs), 1, 65535);
-  in_range("clusters of all query heads", static_cast<int64_t>(heads * clusters), 0, INT32_MAX);
   params.max_rows = g.max_rows;
   params.max_probes = std::max(256, g.max_rows / 50 + 2 * (g.max_rows / 100) + 32);
   size_t at = 0;
-  params.keys = take<uint32_t>(memory, at, heads * clusters);
-  params.sorted_keys = take<uint32_t>(memory, at, heads * clusters);
-  params.numbers = take<int32_t>(memory, at, heads * clusters);
+  params.dots = take<float>(memory, at, heads * clusters);
+  params.places = take<uint32_t>(memory, at, pairs * clusters);
+  params.entries = take<uint64_t>(memory, at, heads * clusters);
   params.order = take<int32_t>(memory, at, heads * clusters);
   params.before = take<int32_t>(memory, at, heads * clusters);
-  params.offsets = take<int32_t>(memory, at, heads + 1);
+  params.totals = take<OrderTotals>(memory, at, heads);
   params.taken = take<int32_t>(memory, at, pairs * clusters);
   params.probes = take<float>(memory, at, heads * static_cast<size_t>(params.max_probes));
   params.rows = take<int32_t>(memory, at, pairs * static_cast<size_t>(params.max_rows));
   params.counts = take<int32_t>(memory, at, pairs);
   params.probed = take<int32_t>(memory, at, pairs);
+  params.exact_counts = take<int32_t>(memory, at, pairs);
+  params.changed = take<int32_t>(memory, at, pairs);
   return at;
 }
 

@@ -92,8 +92,8 @@ T* take(std::byte* memory, size_t& at, size_t count) {
   return p;
 }
 
-/// Arrays of a rank within `memory` for up to so many sequences; returns their size without the sorting's own. `g`:
-/// of the largest index.
+/// Arrays of a rank within `memory` for up to so many sequences, all but `exact`; returns their size. `g`: of the
+/// largest index.
 size_t lay_out_rank(RankParams& params, const IndexGeometry& g, const DecodeLimits& limits, std::byte* memory);
 
 /// Whether this build has kernels for rows of this type and length.

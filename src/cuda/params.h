@@ -87,6 +87,16 @@ struct DecodeParams {
   StepRecord* records = nullptr;  // [sequences, num_kv_heads] or nullptr
 };
 
+/// What a query head's order holds.
+struct OrderTotals {
+  int32_t tokens, clusters;
+};
+/// Softmax over some rows, natural log.
+struct PartialSoftmax {
+  float max;
+  double sum;
+};
+
 /// A pair is a sequence and KV head, a head here a query head of its group.
 struct RankParams {
   DecodeBatch batch;
@@ -95,25 +105,34 @@ struct RankParams {
   int32_t budget = 0;     // topk
   int32_t max_rows = 0;   // per pair
   int32_t max_probes = 0;
-  // Workspace:
-  uint32_t *keys = nullptr, *sorted_keys = nullptr;  // [pairs, heads, max_clusters]
-  int32_t *numbers = nullptr, *order = nullptr;      // [pairs, heads, max_clusters] clusters, and by falling score
-  int32_t* before = nullptr;                         // [pairs, heads, max_clusters] tokens ahead of each in the order
-  int32_t* offsets = nullptr;                        // [pairs * heads + 1] of each order
-  int32_t* taken = nullptr;                          // [pairs, max_clusters] first members that are read
-  float* probes = nullptr;                           // [pairs, heads, max_probes]
-  int32_t* rows = nullptr;                           // [pairs, max_rows] to read
-  int32_t* counts = nullptr;                         // [pairs] of those
-  int32_t* probed = nullptr;                         // [pairs] keys that were read for the fit
-  std::byte* sort_memory = nullptr;
-  size_t sort_bytes = 0;
-  StepRecord* records = nullptr;  // [pairs] or nullptr
+  int32_t splits = 0;  // blocks that score the probes of a head; other kernels have multiples of it
+  // Workspace. Clusters are numbered among those that the sequence has:
+  float* dots = nullptr;            // [pairs, heads, max_clusters]
+  uint32_t* places = nullptr;       // [pairs, max_clusters] as TileView's
+  uint64_t* entries = nullptr;      // [pairs, heads, max_clusters] what is sorted: falling score, cluster
+  int32_t* order = nullptr;         // [pairs, heads, max_clusters] clusters that have members, by falling score
+  int32_t* before = nullptr;        // [pairs, heads, max_clusters] tokens ahead of each in the order
+  OrderTotals* totals = nullptr;    // [pairs, heads]
+  float* probes = nullptr;          // [pairs, heads, max_probes] scores of those
+  PartialSoftmax* exact = nullptr;  // [pairs, heads, splits] of the rows read anyway
+  int32_t* taken = nullptr;         // [pairs, max_clusters] first members that are read
+  int32_t* rows = nullptr;          // [pairs, max_rows] to read
+  int32_t* counts = nullptr;        // [pairs] of those
+  int32_t* probed = nullptr;        // [pairs] keys that were read for the fit
+  int32_t* exact_counts = nullptr;  // [pairs] of those at the list's beginning that are read anyway
+  int32_t* changed = nullptr;       // [pairs] not 0: a listed row is not the one that was clustered
+  StepRecord* records = nullptr;    // [pairs] or nullptr
 };
 
 struct DenseParams {
   DecodeBatch batch;
-  const int32_t* rows = nullptr;    // [pairs, max_rows] to read, or nullptr: all of them
-  const int32_t* counts = nullptr;  // [pairs] of those
+  const int32_t* rows = nullptr;          // [pairs, max_rows] to read, or nullptr: all of them
+  const int32_t* counts = nullptr;        // [pairs] of those
+  const int32_t* exact_counts = nullptr;  // [pairs] of those at the list's beginning that are not checked
+  const uint8_t* row_checks = nullptr;    // [pairs, max_checks] of the index, or nullptr: no row is looked at
+  int32_t max_checks = 0;
+  int32_t* changed = nullptr;  // [pairs] not 0: a row of the list is not the one that was clustered. Without a list:
+                               // only such pairs are read, or (nullptr) all
   int32_t max_rows = 0;
   int32_t splits = 0;
   float* partial_out = nullptr;    // [sequences, heads, splits, group, head_dim]

@@ -55,8 +55,7 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
   StepRecord record{};
   record.kv_len = kv_len;
   record.segments = state.full_segments + state.provisional_segments;
-  record.clusters = state.full_segments * p.index.geometry.full_clusters +
-                    state.provisional_segments * p.index.geometry.provisional_clusters;
+  record.clusters = num_clusters(p.index.geometry, state);
   record.tau = tau;
   record.beta = buffers.beta;
   record.dense = dense;

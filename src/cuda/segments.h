@@ -97,6 +97,15 @@ struct ClusterPlace {
   }
 };
 
+/// Clusters that a sequence has, padding included; the i-th of them has a number below max_clusters.
+TACTIC_HOST_DEVICE inline int32_t num_clusters(const IndexGeometry& g, const SequenceState& state) {
+  return state.full_segments * g.full_clusters + state.provisional_segments * g.provisional_clusters;
+}
+TACTIC_HOST_DEVICE inline int32_t cluster_number(const IndexGeometry& g, const SequenceState& state, int32_t i) {
+  const int32_t in_full = state.full_segments * g.full_clusters;
+  return i < in_full ? i : g.provisional_begin + i - in_full;
+}
+
 /// Rows that are read anyway: sinks, and those that no segment holds yet.
 struct ExactRows {
   int32_t sinks, indexed, count;

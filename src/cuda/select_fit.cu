@@ -1,64 +1,145 @@
-// select_fit and select_topk: clusters by falling score of each query head, how many tokens of that order are read
-// (arXiv 2502.12216, section 4, or a budget), and the list of rows that the group's heads want together. Correct and
-// capturable, not fused: dense.cu then reads the list.
+// select_fit: how many tokens of a query head's order are read (arXiv 2502.12216, section 4). Keys at the order's
+// beginning and in two windows are scored by several blocks, then one block fits the rest.
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
-#include <cub/device/device_segmented_radix_sort.cuh>
 
 #include "cuda/launch.h"
 #include "cuda/merge.cuh"
+#include "cuda/rank.cuh"
 
 namespace tactic::cuda {
 
 namespace {
 
-constexpr int kRankThreads = 256, kRankWarps = kRankThreads / 32;
-constexpr uint32_t kNoCluster = 0xFFFFFFFFu;  // sorts behind every score
+constexpr int kProbeThreads = 256, kProbeWarps = kProbeThreads / 32;
+constexpr int kChooseThreads = 512;
 
-/// As a whole number that rises when the score falls.
-__device__ __forceinline__ uint32_t falling(float dot) {
-  const uint32_t bits = __float_as_uint(dot + 0.0f);  // one zero
-  return (bits >> 31) != 0 ? bits : ~(bits | 0x80000000u);
-}
+/// Which of n tokens in order are scored: the first `peak`, then `width` from `near` on and as many from `far` on.
+struct Probes {
+  int32_t peak, width, near, far;
 
-// keys and numbers [pair, head, cluster]; a warp a cluster. Nothing is taken yet.
-template <int kDim>
-__global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constant__ RankParams p) {
-  __shared__ float q[kMaxGroup * kDim];
-  const int pair = blockIdx.y, heads = p.batch.num_kv_heads, group = p.batch.num_q_heads / heads;
-  const int sequence = pair / heads, lane = threadIdx.x & 31;
+  __device__ explicit Probes(int32_t n)
+      : peak(n < 256 ? n : max(16, n / 50)),
+        width(max(8, n / 100)),
+        near(n / 10 - width / 2),
+        far(static_cast<int32_t>(static_cast<int64_t>(n) * 6 / 10 - width / 2)),
+        all_(peak == n) {}
+  __device__ int32_t count() const { return all_ ? peak : peak + 2 * width; }
+  __device__ int32_t token(int32_t i) const {
+    return i < peak ? i : i < peak + width ? near + i - peak : far + i - peak - width;
+  }
+
+ private:
+  bool all_;
+};
+
+__device__ bool is_fitted(const RankParams& p, int32_t num_tokens) { return p.target_mass < 1 && num_tokens > 0; }
+__device__ float greater(float a, float b) { return a > b || isnan(a) ? a : b; }  // NaN stays
+
+// probes [pair, head, max_probes]: scores, natural log. exact [pair, head, splits]: softmax of the rows that are read
+// anyway, maximum and sum. Several blocks a head; a warp has 32 rows at a time.
+template <DType kDType, int kDim>
+__global__ void __launch_bounds__(kProbeThreads) probe_kernel(const __grid_constant__ RankParams p) {
+  using Greatest = cub::BlockReduce<float, kProbeThreads>;
+  using Sum = cub::BlockReduce<double, kProbeThreads>;
+  __shared__ union {
+    typename Greatest::TempStorage greatest;
+    typename Sum::TempStorage sum;
+  } storage;
+  __shared__ float shared_top;
+  constexpr int kChunks = kDim / 8, kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32, kAtOnce = 32 / kLanes;
+  constexpr int kUnroll = kDim <= 64 ? 4 : 8;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int number = blockIdx.x, lane = threadIdx.x & 31, chunk = lane % kLanes;
+  const RankedHead ranked(p, number);
+  const OrderTotals totals = p.totals[number];
+  if (!is_fitted(p, totals.tokens)) return;
   const IndexGeometry& g = p.index.geometry;
-  for (int i = threadIdx.x; i < group * kDim; i += kRankThreads)
-    q[i] = load_query(p.batch.q, p.batch.q_dtype, static_cast<int64_t>(pair) * group * kDim + i) * p.batch.sm_scale;
-  __syncthreads();
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.probed[pair] = 0;
-  if (blockIdx.x == 0 && threadIdx.x <= group)
-    p.offsets[pair * group + threadIdx.x] = (pair * group + threadIdx.x) * g.max_clusters;
-  const SequenceState state = usable_state(g, p.index.states[sequence], p.batch.kv_lens[sequence]);
-  for (int c = blockIdx.x * kRankWarps + threadIdx.x / 32; c < g.max_clusters; c += gridDim.x * kRankWarps) {
-    const ClusterPlace place(g, state, c);
-    const int64_t at = static_cast<int64_t>(pair) * g.max_clusters + c;
-    const TileView tile = tile_of(p.index, pair, c);
-    const bool exists = place.slot >= 0 && (tile.place(c) & 0xFFFFu) > 0;
-    float dots[kMaxGroup] = {};
-    for (int d = lane; d < kDim && exists; d += 32) {
-      const float x = tile.centroid(c, d);
+  const DecodeBatch& b = p.batch;
+  const int head = ranked.pair % b.num_kv_heads;
+  const int32_t* pages = pages_of(b, ranked.sequence);
+  const std::byte* k = rows_of(b.k, pages, ranked.sequence, head);
+  const uint16_t* members = p.index.members + static_cast<int64_t>(ranked.pair) * g.max_rows;
+  float q[8] = {};
+  for (int d = 0; d < 8 && chunk < kChunks; ++d) {
+    q[d] = load_query(b.q, b.q_dtype, static_cast<int64_t>(number) * kDim + 8 * chunk + d) * b.sm_scale *
+           head_scale<kDType>(b.k, head);
+  }
+  const Probes probes(totals.tokens);
+  const auto row_of_token = [&](int32_t i) {
+    const int32_t* before = p.before + ranked.first;
+    int32_t low = 0, high = totals.clusters;
+    while (high - low > 1) {
+      const int32_t middle = (low + high) / 2;
+      (before[middle] <= i ? low : high) = middle;
+    }
+    const int32_t c = p.order[ranked.first + low];
+    const int32_t first_row = ClusterPlace(g, ranked.state, cluster_number(g, ranked.state, c)).first_row;
+    return first_row + __ldg(members + first_row + (p.places[ranked.first_of_pair + c] >> 16) + i - before[low]);
+  };
+  // Of the lane's row.
+  const auto score = [&](int32_t row) {
+    const int64_t offset = row_offset(b.k, pages, row);
+    float mine = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < 32; begin += kAtOnce * kUnroll) {
+      float dots[kUnroll];
 #pragma unroll
-      for (int h = 0; h < kMaxGroup; ++h) {
-        if (h < group) dots[h] += q[h * kDim + d] * x;
+      for (int u = 0; u < kUnroll; ++u) {
+        const std::byte* data = k + shuffle(offset, begin + u * kAtOnce + lane / kLanes);
+        float x[8] = {};
+        if (kChunks == kLanes || chunk < kChunks) load_floats<kDType>(data, chunk, x);
+        dots[u] = 0;
+#pragma unroll
+        for (int d = 0; d < 8; ++d) dots[u] += q[d] * x[d];
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (int step = kLanes / 2; step > 0; step /= 2) dots[u] += shuffle_xor(dots[u], step);
+        const int at = lane - begin - u * kAtOnce;
+        const float found = shuffle(dots[u], (at & (kAtOnce - 1)) * kLanes);
+        if (at >= 0 && at < kAtOnce) mine = found;
       }
     }
-#pragma unroll
-    for (int h = 0; h < kMaxGroup; ++h) {
-      if (h >= group) break;
-      dots[h] = warp_sum(dots[h]);
-      if (lane != 0) continue;
-      const int64_t to = (static_cast<int64_t>(pair) * group + h) * g.max_clusters + c;
-      p.keys[to] = exists ? falling(dots[h]) : kNoCluster;
-      p.numbers[to] = c;
-    }
-    if (lane == 0) p.taken[at] = 0;
+    return mine;
+  };
+  const int warp = static_cast<int>(blockIdx.y) * kProbeWarps + static_cast<int>(threadIdx.x) / 32,
+            step = static_cast<int>(gridDim.y) * kProbeWarps * 32;
+  float most = -INFINITY;  // of the rows read anyway that this lane had
+  double total = 0;
+  const auto add = [&](float x) {
+    const float top = greater(x, most);
+    total = total * expf(most - top) + expf(x - top);
+    most = top;
+  };
+  const ExactRows anyway(g, ranked.state, min(b.kv_lens[ranked.sequence], p.max_rows));
+  const int32_t count = probes.count(), padded = (count + 31) / 32 * 32;
+  for (int32_t begin = warp * 32; begin < padded + anyway.count; begin += step) {
+    const int32_t i = begin + lane, j = i - padded;
+    const bool probed = begin < padded;
+    const float x =
+        score(probed ? row_of_token(probes.token(min(i, count - 1))) : anyway.row(min(j, anyway.count - 1)));
+    if (probed && i < count) p.probes[static_cast<int64_t>(number) * p.max_probes + i] = x;
+    if (!probed && j < anyway.count) add(x);
   }
+  const bool any = p.index.any_not_finite[ranked.sequence] != 0;
+  const int32_t segments = any ? ranked.state.full_segments + ranked.state.provisional_segments : 0;
+  for (int32_t segment = 0; segment < segments; ++segment) {
+    const SegmentPlace place(g, ranked.state, segment);
+    const int32_t rows = p.index.num_not_finite[static_cast<int64_t>(ranked.pair) * g.all_segments + place.slot];
+    for (int32_t begin = warp * 32; begin < rows; begin += step) {
+      const int32_t i = begin + lane, member = place.num_rows - rows + min(i, rows - 1);
+      const float x = score(place.first_row + members[place.first_row + member]);
+      if (i < rows) add(x);
+    }
+  }
+  const float top = Greatest(storage.greatest).Reduce(most, greater);
+  if (threadIdx.x == 0) shared_top = top;
+  __syncthreads();
+  total = Sum(storage.sum).Sum(total > 0 ? total * expf(most - shared_top) : 0);
+  if (threadIdx.x == 0) p.exact[static_cast<int64_t>(number) * p.splits + blockIdx.y] = {top, total};
 }
 
 // 1 + 1/2 + ... + 1/x, to 1e-9 from x = 8 on.
@@ -69,315 +150,124 @@ __device__ double harmonic(int32_t x) {
 
 // max(0, a / x + b), a >= 0, for x > begin.
 struct Tail {
-  int32_t begin = 0;
-  double a = 0, b = 0;
+  int32_t begin;
+  double a = 0, b = 0, harmonic_begin;
 
+  __device__ explicit Tail(int32_t first) : begin(first), harmonic_begin(harmonic(first)) {}
   __device__ double sum_to(int32_t x) const {
     if (b < 0) x = static_cast<int32_t>(fmin(static_cast<double>(x), floor(-a / b)));
-    return x <= begin ? 0.0 : a * (harmonic(x) - harmonic(begin)) + b * (x - begin);
+    return x <= begin ? 0.0 : a * (harmonic(x) - harmonic_begin) + b * (x - begin);
   }
 };
 
-// How many tokens of its order one query head reads, and what that means for each cluster: one block.
-template <DType kDType, int kDim>
-class HeadChoice {
- public:
-  using Scan = cub::BlockScan<int32_t, kRankThreads>;
-  using Reduce = cub::BlockReduce<double, kRankThreads>;
-  struct Shared {
-    float q[kDim];
-    union {
-      typename Scan::TempStorage scan;
-      typename Reduce::TempStorage reduce;
-    };
-    double value;
-    int32_t count;
+/// Weights of what was scored: of the rows read anyway, the peak and the two windows.
+struct Sums {
+  double exact = 0, peak = 0, near = 0, far = 0;
+
+  __device__ Sums operator+(const Sums& o) const {
+    return {exact + o.exact, peak + o.peak, near + o.near, far + o.far};
+  }
+};
+
+struct ChooseShared {
+  union {
+    typename cub::BlockReduce<float, kChooseThreads>::TempStorage greatest;
+    typename cub::BlockReduce<Sums, kChooseThreads>::TempStorage sums;
+    typename cub::BlockScan<double, kChooseThreads>::TempStorage scan;
   };
-
-  __device__ HeadChoice(const RankParams& params, Shared& shared)
-      : p(params),
-        s(shared),
-        g(params.index.geometry),
-        heads(params.batch.num_kv_heads),
-        group(params.batch.num_q_heads / heads),
-        pair(blockIdx.x / group),
-        sequence(pair / heads),
-        first(static_cast<int64_t>(blockIdx.x) * g.max_clusters),
-        first_cluster(static_cast<int64_t>(pair) * g.max_clusters),
-        members(params.index.members + static_cast<int64_t>(pair) * g.max_rows),
-        state(usable_state(g, params.index.states[sequence], params.batch.kv_lens[sequence])) {
-    const DecodeBatch& b = p.batch;
-    const int head = pair % heads;
-    pages = pages_of(b, sequence);
-    k = rows_of(b.k, pages, sequence, head);
-    for (int d = threadIdx.x; d < kDim; d += kRankThreads) {
-      s.q[d] = load_query(b.q, b.q_dtype, static_cast<int64_t>(blockIdx.x) * kDim + d) * b.sm_scale *
-               head_scale<kDType>(b.k, head);
-    }
-    __syncthreads();
-  }
-
-  __device__ void run() {
-    count_tokens();
-    const int32_t wanted = p.target_mass > 0 ? wanted_by_fit() : min(p.budget, n);
-    for (int r = threadIdx.x; r < ranks; r += kRankThreads) {
-      const int32_t before = p.before[first + r];
-      if (before < wanted) atomicMax(&p.taken[first_cluster + p.order[first + r]], min(size_at(r), wanted - before));
-    }
-  }
-
- private:
-  __device__ int32_t size_at(int32_t rank) const { return place_of(p.order[first + rank]) & 0xFFFFu; }
-  __device__ uint32_t place_of(int32_t c) const { return tile_of(p.index, pair, c).place(c); }
-
-  // before[r]: tokens of the clusters ahead of rank r. n: all of them; ranks: clusters that have any.
-  __device__ void count_tokens() {
-    n = ranks = 0;
-    for (int begin = 0; begin < g.max_clusters; begin += kRankThreads) {
-      const int r = begin + static_cast<int>(threadIdx.x);
-      const bool exists = r < g.max_clusters && p.sorted_keys[first + r] != kNoCluster;
-      const int32_t size = exists ? size_at(r) : 0;
-      int32_t before, sum;
-      Scan(s.scan).ExclusiveSum(size, before, sum);
-      if (exists) p.before[first + r] = n + before;
-      n += sum;
-      const int32_t found = __syncthreads_count(exists);
-      ranks += found;
-      if (found < kRankThreads) break;  // those that are none stand last
-    }
-    __syncthreads();
-  }
-
-  // Score of a row, natural log; one warp.
-  __device__ float score(int32_t row) const {
-    const std::byte* data = k + row_offset(p.batch.k, pages, row);
-    float dot = 0, x[8];
-    for (int chunk = threadIdx.x & 31; chunk < kDim / 8; chunk += 32) {
-      load_floats<kDType>(data, chunk, x);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) dot += s.q[8 * chunk + j] * x[j];
-    }
-    return warp_sum(dot);
-  }
-
-  // The row of token i in the order.
-  __device__ int32_t token(int32_t i) const {
-    int32_t low = 0, high = ranks;
-    while (high - low > 1) {
-      const int32_t middle = (low + high) / 2;
-      (p.before[first + middle] <= i ? low : high) = middle;
-    }
-    const int32_t c = p.order[first + low];
-    const int32_t first_row = ClusterPlace(g, state, c).first_row;
-    const int32_t member = (place_of(c) >> 16) + i - p.before[first + low];
-    return first_row + members[first_row + member];
-  }
-
-  template <class Op>
-  __device__ double reduce(double x, Op op) {
-    const double result = Reduce(s.reduce).Reduce(x, op);
-    if (threadIdx.x == 0) s.value = result;
-    __syncthreads();
-    const double all = s.value;
-    __syncthreads();
-    return all;
-  }
-  static __device__ double greater(double a, double b) { return a > b || isnan(a) ? a : b; }  // NaN stays
-  static __device__ double sum(double a, double b) { return a + b; }
-
-  // Softmax over the rows read anyway: its maximum, and the sum relative to that.
-  __device__ double2 read_exact() {
-    const int warp = threadIdx.x / 32;
-    double most = -INFINITY, total = 0;  // of this warp
-    const auto add = [&](int32_t row) {
-      const double x = score(row), top = greater(x, most);
-      total = total * exp(most - top) + exp(x - top);
-      most = top;
-    };
-    const ExactRows anyway(g, state, min(p.batch.kv_lens[sequence], p.max_rows));
-    for (int i = warp; i < anyway.count; i += kRankWarps) add(anyway.row(i));
-    for (int segment = 0; segment < state.full_segments + state.provisional_segments; ++segment) {
-      const SegmentPlace place(g, state, segment);
-      const int32_t number = p.index.num_not_finite[static_cast<int64_t>(pair) * g.all_segments + place.slot];
-      for (int i = warp; i < number; i += kRankWarps)
-        add(place.first_row + members[place.first_row + place.num_rows - number + i]);
-    }
-    const double top = reduce(most, greater);
-    const bool first_lane = (threadIdx.x & 31) == 0;
-    return {top, reduce(first_lane && total > 0 ? total * exp(most - top) : 0, sum)};
-  }
-
-  // Scores of the first `peak` tokens of the order and of two windows; returns the largest.
-  __device__ double probe(int32_t peak, int32_t near, int32_t far, int32_t width, float* probes) {
-    const int warp = threadIdx.x / 32;
-    double most = -INFINITY;
-    const auto keep = [&](float* to, int32_t row) {
-      const float x = score(row);
-      if ((threadIdx.x & 31) == 0) *to = x;
-      most = greater(x, most);
-    };
-    for (int i = warp; i < peak; i += kRankWarps) keep(probes + i, token(i));
-    for (int i = warp; i < 2 * width && peak < n; i += kRankWarps)
-      keep(probes + peak + i, token(i < width ? near + i : far + i - width));
-    return reduce(most, greater);
-  }
-
-  __device__ double sum_weights(float* scores, int32_t count, double max) {
-    double total = 0;
-    for (int i = threadIdx.x; i < count; i += kRankThreads) {
-      scores[i] = static_cast<float>(exp(scores[i] - max));
-      total += scores[i];
-    }
-    return reduce(total, sum);
-  }
-
-  __device__ int32_t wanted_by_fit() {
-    if (p.target_mass >= 1 || n == 0) return n;
-    const int32_t peak = n < 256 ? n : max(16, n / 50), width = max(8, n / 100);
-    const int32_t near = n / 10 - width / 2;
-    const auto far = static_cast<int32_t>(static_cast<int64_t>(n) * 6 / 10 - width / 2);
-    float* probes = p.probes + static_cast<int64_t>(blockIdx.x) * p.max_probes;
-    if (threadIdx.x == 0) atomicAdd(p.probed + pair, peak + (peak < n ? 2 * width : 0));
-    const double2 exact = read_exact();
-    const double max = greater(exact.x, probe(peak, near, far, width, probes));
-    if (!isfinite(max)) return n;
-    const double certain = exact.y > 0 ? exact.y * exp(exact.x - max) : 0, top = sum_weights(probes, peak, max);
-    Tail tail;
-    tail.begin = peak;
-    if (peak < n) {
-      const double middle = (width + 1.0) / 2, x1 = near + middle, x2 = far + middle;
-      const double y1 = sum_weights(probes + peak, width, max) / width,
-                   y2 = sum_weights(probes + peak + width, width, max) / width;
-      tail.a = y2 > y1 ? 0 : (y1 - y2) / (1 / x1 - 1 / x2);
-      tail.b = y2 > y1 ? (y1 + y2) / 2 : y1 - tail.a / x1;
-    }
-    if (threadIdx.x < 32) {
-      const int32_t wanted = reach(certain, p.target_mass * (certain + top + tail.sum_to(n)), probes, tail);
-      if (threadIdx.x == 0) s.count = wanted;
-    }
-    __syncthreads();
-    return s.count;
-  }
-
-  // The least number of tokens with which `mass` reaches the target; one warp.
-  __device__ int32_t reach(double mass, double target, const float* weights, const Tail& tail) const {
-    const int lane = threadIdx.x & 31;
-    if (mass >= target) return 0;
-    for (int32_t begin = 0; begin < tail.begin; begin += 32) {
-      double sum = begin + lane < tail.begin ? weights[begin + lane] : 0;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const double other = __shfl_up_sync(kAllLanes, sum, step);
-        if (lane >= step) sum += other;
-      }
-      const uint32_t enough = __ballot_sync(kAllLanes, mass + sum >= target);
-      if (enough != 0) return min(begin + __ffs(enough), tail.begin);
-      mass += shuffle(sum, 31);
-    }
-    int32_t low = tail.begin, high = n;  // the target lies in (low, high]
-    while (high - low > 1) {
-      const int32_t middle = low + (high - low) / 2;
-      (mass + tail.sum_to(middle) < target ? low : high) = middle;
-    }
-    return high;
-  }
-
-  const RankParams& p;
-  Shared& s;
-  const IndexGeometry& g;
-  const int heads, group, pair, sequence;
-  const int64_t first, first_cluster;
-  const uint16_t* members;
-  const SequenceState state;
-  const int32_t* pages;
-  const std::byte* k;
-  int32_t n = 0, ranks = 0;
+  float max;
+  Sums all;
+  int32_t wanted;
 };
 
-template <DType kDType, int kDim>
-__global__ void __launch_bounds__(kRankThreads) choose_kernel(const __grid_constant__ RankParams params) {
-  __shared__ typename HeadChoice<kDType, kDim>::Shared shared;
-  HeadChoice<kDType, kDim>(params, shared).run();
+// How many tokens of its order one query head reads; the same for each thread of its block.
+__device__ int32_t wanted_by_fit(const RankParams& p, int number, int pair, int32_t n, ChooseShared& shared) {
+  const int thread = threadIdx.x;
+  const Probes probes(n);
+  const int32_t count = probes.count(), peak = probes.peak;
+  const float* scores = p.probes + static_cast<int64_t>(number) * p.max_probes;
+  const PartialSoftmax* exact = p.exact + static_cast<int64_t>(number) * p.splits;
+  if (thread == 0) atomicAdd(p.probed + pair, count);
+  float max = -INFINITY;
+  for (int i = thread; i < p.splits; i += kChooseThreads) max = greater(exact[i].max, max);
+  for (int i = thread; i < count; i += kChooseThreads) max = greater(scores[i], max);
+  max = cub::BlockReduce<float, kChooseThreads>(shared.greatest).Reduce(max, greater);
+  if (thread == 0) {
+    shared.max = max;
+    shared.wanted = n + 1;
+  }
+  __syncthreads();
+  max = shared.max;
+  if (!isfinite(max)) return n;
+  const auto weight = [&](int32_t i) { return expf(scores[i] - max); };
+  Sums sums;
+  for (int i = thread; i < p.splits; i += kChooseThreads)
+    sums.exact += exact[i].sum > 0 ? exact[i].sum * expf(exact[i].max - max) : 0;
+  // Each thread has a run of the peak, which it walks through when the target lies there.
+  const int32_t share = (peak + kChooseThreads - 1) / kChooseThreads, begin = min(peak, thread * share),
+                end = min(peak, begin + share);
+  for (int i = begin; i < end; ++i) sums.peak += weight(i);
+  for (int i = peak + thread; i < count; i += kChooseThreads)
+    (i < peak + probes.width ? sums.near : sums.far) += weight(i);
+  const double own = sums.peak;
+  sums = cub::BlockReduce<Sums, kChooseThreads>(shared.sums).Reduce(sums, [](const Sums& a, const Sums& b) {
+    return a + b;
+  });
+  if (thread == 0) shared.all = sums;
+  __syncthreads();
+  sums = shared.all;
+  Tail tail(peak);
+  if (peak < count) {
+    const double width = probes.width, middle = (width + 1) / 2, x1 = probes.near + middle, x2 = probes.far + middle;
+    const double y1 = sums.near / width, y2 = sums.far / width;
+    tail.a = y2 > y1 ? 0 : (y1 - y2) / (1 / x1 - 1 / x2);
+    tail.b = y2 > y1 ? (y1 + y2) / 2 : y1 - tail.a / x1;
+  }
+  const double target = p.target_mass * (sums.exact + sums.peak + tail.sum_to(n));
+  if (sums.exact >= target) return 0;
+  double mass;
+  cub::BlockScan<double, kChooseThreads>(shared.scan).ExclusiveSum(own, mass);
+  mass += sums.exact;
+  if (mass + own >= target) {
+    int32_t i = begin;
+    for (; i < end && mass < target; ++i) mass += weight(i);
+    if (i > begin) atomicMin(&shared.wanted, i);
+  }
+  __syncthreads();
+  if (shared.wanted <= n) return shared.wanted;
+  int32_t low = peak, high = n;  // the target lies in (low, high]: each thread asks for one place in there
+  while (high - low > 1) {
+    const int32_t step = (high - low + kChooseThreads - 1) / kChooseThreads, x = low + (thread + 1) * step;
+    const bool below = x < high && sums.exact + sums.peak + tail.sum_to(x) < target;
+    low += __syncthreads_count(below) * step;
+    high = min(high, low + step);
+  }
+  return high;
 }
 
-// rows [pair]: those read anyway, then what is taken of the clusters in turn.
-__global__ void __launch_bounds__(kRankThreads) list_kernel(const __grid_constant__ RankParams p) {
-  using Scan = cub::BlockScan<int32_t, kRankThreads>;
-  __shared__ typename Scan::TempStorage storage;
-  const int pair = blockIdx.x, sequence = pair / p.batch.num_kv_heads;
-  const IndexGeometry& g = p.index.geometry;
-  const SequenceState state = usable_state(g, p.index.states[sequence], p.batch.kv_lens[sequence]);
-  const uint16_t* members = p.index.members + static_cast<int64_t>(pair) * g.max_rows;
-  int32_t* rows = p.rows + static_cast<int64_t>(pair) * p.max_rows;
-  const ExactRows anyway(g, state, min(p.batch.kv_lens[sequence], p.max_rows));
-  for (int i = threadIdx.x; i < anyway.count; i += kRankThreads) rows[i] = anyway.row(i);
-  int32_t count = anyway.count;
-  for (int segment = 0; segment < state.full_segments + state.provisional_segments; ++segment) {
-    const SegmentPlace place(g, state, segment);
-    const int32_t number = p.index.num_not_finite[static_cast<int64_t>(pair) * g.all_segments + place.slot];
-    for (int i = threadIdx.x; i < number; i += kRankThreads)
-      rows[count + i] = place.first_row + members[place.first_row + place.num_rows - number + i];
-    count += number;
-  }
-  const int32_t exact = count;
-  const int64_t first_cluster = static_cast<int64_t>(pair) * g.max_clusters;
-  for (int begin = 0; begin < g.max_clusters; begin += kRankThreads) {
-    const int c = begin + static_cast<int>(threadIdx.x);
-    const int32_t taken = c < g.max_clusters ? p.taken[first_cluster + c] : 0;
-    int32_t before, sum;
-    Scan(storage).ExclusiveSum(taken, before, sum);
-    const int32_t first_row = taken > 0 ? ClusterPlace(g, state, c).first_row : 0;
-    const int32_t first = taken > 0 ? first_row + static_cast<int32_t>(tile_of(p.index, pair, c).place(c) >> 16) : 0;
-    for (int i = 0; i < taken; ++i) rows[count + before + i] = first_row + members[first + i];
-    count += sum;
-    __syncthreads();
-  }
-  if (threadIdx.x != 0) return;
-  p.counts[pair] = count;
-  if (p.records == nullptr) return;
-  StepRecord record{};
-  record.kv_len = p.batch.kv_lens[sequence];
-  record.tokens_exact = exact;
-  record.tokens_selected = count - exact;
-  record.tokens_probed = p.probed[pair];
-  record.segments = state.full_segments + state.provisional_segments;
-  record.clusters = state.full_segments * g.full_clusters + state.provisional_segments * g.provisional_clusters;
-  record.certain_mass = 1;
-  record.dense = state == p.index.states[sequence] ? DenseReason::kNone : DenseReason::kNoIndex;
-  p.records[pair] = record;
+__global__ void __launch_bounds__(kChooseThreads) choose_kernel(const __grid_constant__ RankParams p) {
+  __shared__ ChooseShared shared;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int number = blockIdx.x;
+  const RankedHead head(p, number);
+  const OrderTotals totals = p.totals[number];
+  const int32_t wanted =
+      is_fitted(p, totals.tokens) ? wanted_by_fit(p, number, head.pair, totals.tokens, shared) : totals.tokens;
+  head.take(wanted, totals.clusters, kChooseThreads);
 }
 
 }  // namespace
 
-size_t rank_sort_bytes(int32_t segments, int32_t max_clusters) {
-  size_t bytes = 0;
-  check(cub::DeviceSegmentedRadixSort::SortPairs(
-            nullptr, bytes, static_cast<const uint32_t*>(nullptr), static_cast<uint32_t*>(nullptr),
-            static_cast<const int32_t*>(nullptr), static_cast<int32_t*>(nullptr), segments * max_clusters, segments,
-            static_cast<const int32_t*>(nullptr), static_cast<const int32_t*>(nullptr)),
-        "ranking");
-  return bytes;
-}
-
-void launch_rank(const RankParams& params, cudaStream_t stream) {
-  const int32_t pairs = params.batch.num_sequences * params.batch.num_kv_heads,
-                segments = params.batch.num_sequences * params.batch.num_q_heads,
-                clusters = params.index.geometry.max_clusters;
-  dispatch(params.batch, [&]<DType kDType, int kDim, int kHeads>() {
-    const dim3 grid(static_cast<unsigned>(std::min(64, (clusters + kRankWarps - 1) / kRankWarps)),
-                    static_cast<unsigned>(pairs));
-    rank_kernel<kDim><<<grid, kRankThreads, 0, stream>>>(params);
-    check(cudaGetLastError(), "rank");
-    size_t bytes = params.sort_bytes;
-    check(cub::DeviceSegmentedRadixSort::SortPairs(params.sort_memory, bytes, params.keys, params.sorted_keys,
-                                                   params.numbers, params.order, segments * clusters, segments,
-                                                   params.offsets, params.offsets + 1, 0, 32, stream),
-          "ranking");
-    choose_kernel<kDType, kDim><<<static_cast<unsigned>(segments), kRankThreads, 0, stream>>>(params);
-    check(cudaGetLastError(), "choose");
-    list_kernel<<<static_cast<unsigned>(pairs), kRankThreads, 0, stream>>>(params);
-    check(cudaGetLastError(), "list");
+void launch_fit(const RankParams& params, const DeviceFacts& device, cudaStream_t stream) {
+  const auto heads = static_cast<unsigned>(params.batch.num_sequences * params.batch.num_q_heads);
+  dispatch_type(params.batch, [&]<DType kDType>() {
+    dispatch_dim(params.batch, [&]<int kDim>() {
+      const dim3 grid(heads, static_cast<unsigned>(params.splits));
+      launch_dependent(probe_kernel<kDType, kDim>, params, grid, kProbeThreads, device, stream, "probe");
+    });
   });
+  launch_dependent(choose_kernel, params, heads, kChooseThreads, device, stream, "choose");
 }
 
 }  // namespace tactic::cuda

@@ -238,21 +238,26 @@ TEST(Decode, NotANumberStaysInItsSequence) {
     spec.seed = static_cast<uint64_t>(i) + 1;
     problems.push_back(std::make_unique<Problem>(spec, 2));
   }
+  const DecodeOptions selectors[] = {{.tau = 300}, {.select = Select::kFit}, {.select = Select::kTopK, .budget = 300}};
   std::vector<std::vector<float>> clean;
   for (const bool poisoned : {false, true}) {
     if (poisoned) problems[1]->cache.poison(1500);
     DeviceBatch device({problems[0].get(), problems[1].get(), problems[2].get()}, DeviceLayout::kPages64);
     cuda::LayerIndex index({}, {2, 64, 64}, 3, 4096);
     for (int32_t i = 0; i < 3; ++i) index.build(i, device.batch, 3000, nullptr);
-    cuda::Decode decode({.tau = 300}, device.limits);
-    decode.run(device.batch, &index, nullptr);
-    if (!poisoned) {
-      for (size_t i = 0; i < 3; ++i) clean.push_back(device.out(i));
-      continue;
+    for (size_t select = 0; select < std::size(selectors); ++select) {
+      SCOPED_TRACE(select_name(selectors[select].select));
+      cuda::Decode decode(selectors[select], device.limits);
+      device.poison_out();
+      decode.run(device.batch, &index, nullptr);
+      if (!poisoned) {
+        for (size_t i = 0; i < 3; ++i) clean.push_back(device.out(i));
+        continue;
+      }
+      EXPECT_TRUE(same_bits(device.out(0), clean[3 * select]));
+      EXPECT_TRUE(same_bits(device.out(2), clean[3 * select + 2]));
+      for (const float x : device.out(1)) EXPECT_TRUE(std::isnan(x));
     }
-    EXPECT_TRUE(same_bits(device.out(0), clean[0]));
-    EXPECT_TRUE(same_bits(device.out(2), clean[2]));
-    for (const float x : device.out(1)) EXPECT_TRUE(std::isnan(x));
   }
 }
 

@@ -2,6 +2,7 @@
 #include "cuda/device.h"
 #include "cuda/launch_config.h"
 #include "cuda/layer_index.h"
+#include "reference/steps.h"
 
 namespace tactic::test {
 namespace {
@@ -32,11 +33,19 @@ TEST(RowChecks, AreTheCpus) {
   }
 }
 
+constexpr DecodeOptions kSelectors[] = {
+    {.tau = 400}, {.select = Select::kFit, .target_mass = 0.9f}, {.select = Select::kTopK, .budget = 400}};
+
 TEST(RowChecks, AChangedRowMakesTheHeadDenseAlsoInAGraph) {
   for (const DType dtype : {DType::kF16, DType::kBF16, DType::kQ8_0}) {
-    for (const int32_t group : {2, 8}) {
+    for (const auto& [group, options] : {std::pair{2, kSelectors[0]},
+                                         {8, kSelectors[0]},
+                                         {2, kSelectors[1]},
+                                         {8, kSelectors[1]},
+                                         {2, kSelectors[2]},
+                                         {8, kSelectors[2]}}) {
       if (!cuda::is_compiled(dtype, 64)) continue;
-      SCOPED_TRACE(text(dtype_name(dtype), " g", group));
+      SCOPED_TRACE(text(dtype_name(dtype), " g", group, " ", select_name(options.select)));
       Problem problem(spec_of(dtype, 64, 5000), group);
       round_queries(problem);
       problem.build_index();
@@ -52,7 +61,9 @@ TEST(RowChecks, AChangedRowMakesTheHeadDenseAlsoInAGraph) {
       cudaGraphExec_t executable = nullptr;
       ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
       for (const bool check : {true, false}) {
-        cuda::Decode decode({.tau = 400, .check_rows = check}, device.limits);
+        DecodeOptions with = options;
+        with.check_rows = check;
+        cuda::Decode decode(with, device.limits);
         const Device<cuda::StepRecord> records(4);
         ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
         decode.run(device.batch, &index, stream, records.get());
@@ -67,6 +78,8 @@ TEST(RowChecks, AChangedRowMakesTheHeadDenseAlsoInAGraph) {
             const bool dense = check && i == 2;
             EXPECT_EQ(record.dense, dense ? DenseReason::kRowChanged : DenseReason::kNone) << i;
             EXPECT_EQ(record.tokens_exact == 5000, dense) << i;
+            EXPECT_EQ(record.tokens_selected == 0, dense) << i;
+            EXPECT_EQ(record.kv_len, 5000);
           }
           if (!check) continue;
           other.run({.select = Select::kDense}, Backend::kReference);
@@ -95,12 +108,60 @@ TEST(RowChecks, MovedRowsAreChangedRows) {
   DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
   cuda::LayerIndex index({}, {1, 64, 64}, 1, 4096);
   index.upload(0, *problem.index, nullptr);
-  cuda::Decode decode({.tau = 200}, device.limits);
-  const Device<cuda::StepRecord> records(1);
-  decode.run(device.batch, &index, nullptr, records.get());
-  EXPECT_EQ(records.values()[0].dense, DenseReason::kRowChanged);
   problem.run({.select = Select::kDense}, Backend::kReference);
-  expect_near(problem, device.out(0), device.lse(0), DType::kF16);
+  for (const DecodeOptions& options : kSelectors) {
+    SCOPED_TRACE(select_name(options.select));
+    cuda::Decode decode(options, device.limits);
+    const Device<cuda::StepRecord> records(1);
+    device.poison_out();
+    decode.run(device.batch, &index, nullptr, records.get());
+    EXPECT_EQ(records.values()[0].dense, DenseReason::kRowChanged);
+    expect_near(problem, device.out(0), device.lse(0), DType::kF16);
+  }
+}
+
+// fit and topk look at every row that they select, key and value, and at no other.
+TEST(RowChecks, EverySelectedRowIsLookedAt) {
+  constexpr int32_t kRows = 4096 + 256 + 40, kDim = 64, kBudget = 300;
+  Problem problem(spec_of(DType::kF16, kDim, kRows, 1), 1);
+  round_queries(problem);
+  problem.build_index();
+  // One query head: it reads the first rows of the clusters with the greatest dots.
+  const RowFilter filter = filter_of(*problem.index, kRows);
+  std::vector<float> scaled = problem.q;
+  for (float& x : scaled) x *= problem.query.sm_scale;
+  ClusterScores scores;
+  reference::score(problem.index->state(), 0, filter, scaled.data(), 1, scores);
+  HeadSelection selection;
+  reference::select_topk(problem.index->state(), 0, filter, scores, 1, kBudget, selection);
+  ASSERT_EQ(selection.tokens.size(), size_t{kBudget});
+  std::vector<bool> selected(kRows);
+  for (const int32_t row : selection.tokens) selected[static_cast<size_t>(row)] = true;
+
+  DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+  cuda::LayerIndex index({}, {1, kDim, kDim}, 1, kRows);
+  index.upload(0, *problem.index, nullptr);
+  cuda::Decode decode({.select = Select::kTopK, .budget = kBudget}, device.limits);
+  const Device<cuda::StepRecord> records(1);
+  // Another check value is stored for the row, so that no value of the row itself has to be found that has one.
+  uint8_t* checks = index.impl().view.row_checks;
+  const std::vector<uint8_t> stored = checks_of(index, 0, kRows);
+  int32_t noticed = 0;
+  for (int32_t row = 0; row < kRows; ++row) {
+    if (!selected[static_cast<size_t>(row)] && row % 37 != 0) continue;
+    for (const uint8_t bit : {uint8_t{0x01}, uint8_t{0x80}}) {  // of the key's, of the value's
+      const auto other = static_cast<uint8_t>(stored[static_cast<size_t>(row)] ^ bit);
+      cudaMemcpy(checks + row, &other, 1, cudaMemcpyHostToDevice);
+      decode.run(device.batch, &index, nullptr, records.get());
+      const bool dense = records.values()[0].dense == DenseReason::kRowChanged;
+      EXPECT_EQ(dense, selected[static_cast<size_t>(row)]) << row << " bit " << int{bit};
+      noticed += dense;
+    }
+    cudaMemcpy(checks + row, &stored[static_cast<size_t>(row)], 1, cudaMemcpyHostToDevice);
+  }
+  EXPECT_EQ(noticed, 2 * kBudget);
+  decode.run(device.batch, &index, nullptr, records.get());
+  EXPECT_EQ(records.values()[0].dense, DenseReason::kNone) << "the next step is not dense for it";
 }
 
 }  // namespace

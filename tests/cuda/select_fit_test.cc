@@ -45,6 +45,37 @@ TEST(Rank, FitAndTopKReadWhatTheReferenceReads) {
   }
 }
 
+// Scores of which many are equal, or all but one close together: clusters of one bin, ordered another way than few.
+TEST(Rank, EqualAndCrowdedScoresAreOrdered) {
+  for (const bool equal : {true, false}) {
+    Problem problem(spec_of(DType::kF16, 64, 20000, 1), 2);
+    if (equal) {
+      std::fill(problem.q.begin(), problem.q.begin() + 64, 0.0f);
+    } else {
+      std::vector<float> key = problem.cache.key(0, 9000);
+      for (float& x : key) x *= 5000;
+      problem.cache.set_key(0, 9000, key);
+    }
+    round_queries(problem);
+    problem.build_index();
+    DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+    cuda::LayerIndex index({}, {1, 64, 64}, 1, 20000);
+    index.upload(0, *problem.index, nullptr);
+    for (const int32_t budget : {1, 100, 777, 5000, 19000}) {
+      SCOPED_TRACE(text("equal ", equal, " budget ", budget));
+      const DecodeOptions options{.select = Select::kTopK, .budget = budget};
+      cuda::Decode decode(options, device.limits);
+      const Device<cuda::StepRecord> records(1);
+      device.poison_out();
+      decode.run(device.batch, &index, nullptr, records.get());
+      const StepStats stats = problem.run(options, Backend::kReference);
+      const cuda::StepRecord record = records.values()[0];
+      EXPECT_EQ(record.tokens_exact + record.tokens_selected, stats.tokens_certain);
+      expect_near(problem, device.out(0), device.lse(0), DType::kF16);
+    }
+  }
+}
+
 TEST(Rank, RaggedBatchAndGraph) {
   std::vector<std::unique_ptr<Problem>> problems;
   std::vector<Problem*> pointers;
