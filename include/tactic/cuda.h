@@ -83,14 +83,14 @@ struct StepRecord {
   int32_t tokens_selected;   // by the selector, certain and sampled
   int32_t tokens_sampled;    // of those, drawn, their clusters not having been refined
   int32_t clusters_refined;  // sample
-  int32_t tokens_refined;    // added by that
+  int32_t tokens_refined;    // added by that, and by reading on for target_mass
   int32_t tokens_probed;     // fit: keys read for it, counted for every query head
   int32_t clusters;          // scored
   int32_t segments;          // of those
   float tau, beta;           // sample: the ones used
   float certain_mass;        // share that certain rows have of the output's weights, mean over the group's heads
-  float mass_std_error;      // of that, root mean square over the heads: with DecodeBatch::learn as the draw measures
-                             // it (as on the CPU), else that of independent draws, which is larger
+  float mass_std_error;      // of that, root mean square over the heads: with DecodeBatch::learn or target_mass as the
+                             // draw measures it (as on the CPU), else that of independent draws, which is larger
   DenseReason dense;         // why every row was read, if so: asked for; a row that was read is not the one that was
                              // clustered (check_rows; only for this KV head); or, kNoIndex, kv_len is less than the
                              // rows that the index holds
@@ -153,8 +153,8 @@ struct DecodeLimits {
 /// unless one of them learns.
 class Decode {
  public:
-  /// Throws Error when limits or options are out of range, or the device's memory does not suffice. target_mass does
-  /// not go with kSample; kFit and kTopK take at most 65535 pairs of sequence and KV head.
+  /// Throws Error when limits or options are out of range, or the device's memory does not suffice. kFit and kTopK
+  /// take at most 65535 pairs of sequence and KV head.
   Decode(const DecodeOptions& options, const DecodeLimits& limits);
   ~Decode();
   Decode(Decode&&) noexcept;

@@ -77,8 +77,6 @@ Decode::Decode(const DecodeOptions& options, const DecodeLimits& limits) : impl_
   tactic::validate(options);
   validate(limits);
   Impl& impl = *impl_;
-  if (options.select == Select::kSample && options.target_mass > 0)
-    throw Error("target_mass (" + std::to_string(options.target_mass) + ") must be 0 for select=sample on CUDA");
   impl.options = options;
   impl.limits = limits;
   impl.device = device_facts();
@@ -180,6 +178,7 @@ void Decode::run(const DecodeBatch& batch, const LayerIndex* index, Stream strea
   params.stages = config.stages;
   params.shared_bytes = config.shared_bytes;
   params.records = records;
+  params.target_mass = impl.options.target_mass;
   params.workspace = config.block_workspace_bytes > 0 ? impl.tables : nullptr;
   params.block_workspace_bytes = config.block_workspace_bytes;
   launch_decode(params, impl.device, cuda_stream);

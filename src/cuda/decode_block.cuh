@@ -1,11 +1,12 @@
-// One block's part of a sparse decode step: score, select_sample, attend, refine, merge. A thread-block cluster has one
-// sequence and KV head; its blocks own its segments in turn and exchange softmax states and partial outputs through
-// shared memory.
+// One block's part of a sparse decode step: score, select_sample, attend, refine, read_on, merge. A thread-block
+// cluster has one sequence and KV head; its blocks own its segments in turn and exchange softmax states and partial
+// outputs through shared memory.
 #pragma once
 
 #include "cuda/followers.cuh"
 #include "cuda/learn.cuh"
 #include "cuda/merge.cuh"
+#include "cuda/read_on.cuh"
 #include "cuda/report.cuh"
 #include "cuda/select_sample.cuh"
 #include "cuda/sinks.cuh"
@@ -59,7 +60,7 @@ class DecodeBlock {
     if (warp < score_warps) {
       for (int i = 0; i < p.stages; ++i) ring.ask(tile(warp + i * score_warps));
     }
-    prefetch_queries();
+    prefetch_queries(p.batch, p.index, group, kDim, sequence, row_of_head);
     Mailbox::wait();
     wait_for_previous_kernel();
     load_queries();
@@ -80,13 +81,14 @@ class DecodeBlock {
       }
       raise_block_maximum();
       if (__syncthreads_or(heavy) != 0) {
-        refine();
+        read_marked<false>(tables.refined);
         raise_block_maximum();
         __syncthreads();
       }
+      if (kVerified && phase != Phase::kAll) read_on();
       send_output();
       Mailbox::receive(&buffers.mailboxes[1], changed);
-      if (!kChecked || phase == Phase::kAll || !any_changed()) break;
+      if (!kChecked || phase == Phase::kAll || !any_changed(buffers, p.splits)) break;
       start_again();
       phase = Phase::kAll;
     }
@@ -95,12 +97,17 @@ class DecodeBlock {
       if (why_dense() != DenseReason::kNone || !p.batch.learn || !learns_at(kv_len, p.batch.layer)) return;
       learn<kDType, kDim, kHeads>(
           p, {p, own, tables, members, k, pages, row_of_head, head_scale<kDType>(p.batch.k, head), group}, buffers,
-          found, values, rank, tau());
+          found, values, rank, tau(), [&] {
+            if constexpr (kVerified) return verified.drawn.independent;
+            const BlockSums sums = cluster_sums<kHeads>(buffers, p.splits, lane % kHeads, [](int, float) {});
+            return sums.variance / (sums.sum * sums.sum);
+          });
     }
   }
 
  private:
-  static constexpr bool kLearns = kKind == StepKind::kLearning, kChecked = kKind != StepKind::kPlain;
+  static constexpr bool kVerified = kKind == StepKind::kVerified, kLearns = kVerified || kKind == StepKind::kLearning,
+                        kChecked = kKind != StepKind::kPlain;
   static constexpr int32_t kOfFollower = -1;  // in place of a row's cluster
 
   /// What is read: rows that no segment holds, or no cluster; rows that select took; every row.
@@ -112,15 +119,6 @@ class DecodeBlock {
     if (first >= own.clusters()) return nullptr;
     const OwnSegment segment = own.at(own.segment_of(first));
     return tile_of(p.index, row_of_head, segment.cluster + first - segment.local_cluster).data;
-  }
-  // Into L2, as these are the first that everyone waits for. Whether they are written yet does not matter.
-  __device__ void prefetch_queries() const {
-    const int bytes = group * kDim * (p.batch.q_dtype == DType::kF32 ? 4 : 2), lines = (bytes + 127) / 128;
-    const auto* first = static_cast<const std::byte*>(p.batch.q) + row_of_head * bytes;
-    const int i = static_cast<int>(threadIdx.x);
-    if (i < lines) prefetch(first + min(128 * i, bytes - 1));
-    if (i == lines) prefetch(p.batch.kv_lens + sequence);
-    if (i == lines + 1) prefetch(p.index.calibration + row_of_head);
   }
   // Quantized and as fragments, a warp a head.
   __device__ void load_queries() {
@@ -138,12 +136,7 @@ class DecodeBlock {
     } else if (warp == kWarps - 1) {
       if (lane < kCounts) buffers.counts[lane] = 0;
       if (lane == kCounts) buffers.found_changed = 0;
-      if (lane == 31) {
-        const HeadCalibration& known = p.index.calibration[row_of_head];
-        buffers.beta = p.beta > 0 ? p.beta : known.beta;
-        buffers.variance_ratio = p.tau > 0 ? 1.0f : known.variance_ratio;
-        buffers.tau_factor = p.batch.tau_factors != nullptr ? p.batch.tau_factors[sequence] : 1.0f;
-      }
+      if (lane == 31) recall(buffers, p, sequence, row_of_head);
     }
     reset_maxima();
   }
@@ -166,7 +159,7 @@ class DecodeBlock {
     }
   }
   // Where somebody asks: at batch 1 it takes 3 us, instructions that run once.
-  __device__ bool measures_draw() const { return kLearns && p.batch.learn && p.records != nullptr; }
+  __device__ bool measures_draw() const { return kLearns && !kVerified && p.batch.learn && p.records != nullptr; }
   __device__ float beta() const { return buffers.beta; }
   __device__ float tau() const {
     const float asked = p.tau > 0 ? p.tau : tau_for_error(p.target_error, buffers.variance_ratio);
@@ -375,11 +368,6 @@ class DecodeBlock {
     return found;
   }
 
-  __device__ bool any_changed() const {
-    int32_t any = 0;
-    for (int s = 0; s < p.splits; ++s) any |= buffers.changed[s];
-    return any != 0;
-  }
   // A changed row was read, so the index cannot be trusted: every row is to be read instead.
   __device__ void start_again() {
     __syncthreads();  // those who sent have read the maxima
@@ -390,27 +378,22 @@ class DecodeBlock {
     Mailbox::synchronize();  // all have looked before anything is sent anew
   }
 
-  // Clusters that are marked are read whole. Their tiles are shared among the warps.
-  __device__ void refine() {
-    const int32_t words = own.clusters() / 32 + 1;
+  // Clusters that are marked are read whole, for their mass (kOn) or because of what was drawn from them. Their tiles
+  // are shared among the warps.
+  template <bool kOn>
+  __device__ void read_marked(const uint32_t* marked) {
     int number = 0;
-    for (int32_t first = 0; first < words; first += 32) {
-      const uint32_t word = first + lane < words ? tables.refined[first + lane] : 0;
-      for (uint32_t lanes = __ballot_sync(kAllLanes, word != 0); lanes != 0; lanes &= lanes - 1) {
-        const int from = __ffs(lanes) - 1;
-        for (uint32_t bits = shuffle(word, from); bits != 0; bits &= bits - 1) {
-          const int32_t c = (first + from) * 32 + __ffs(bits) - 1;
-          if (threadIdx.x == 0) ++buffers.counts[kRefinedClusters];
-          for (int32_t at = 0; at < static_cast<int32_t>(tables.places[c] & 0xFFFFu); at += 16) {
-            if (number++ % kWarps == warp) read_rest(c, at);
-          }
-        }
+    for_marked(marked, own.clusters() / 32 + 1, [&](int32_t c) {
+      if (!kOn && threadIdx.x == 0) ++buffers.counts[kRefinedClusters];
+      for (int32_t at = 0; at < static_cast<int32_t>(tables.places[c] & 0xFFFFu); at += 16) {
+        if (number++ % kWarps == warp) read_rest<kOn>(c, at);
       }
-    }
+    });
   }
 
   // Of the 16 members from `at` on, adds those that were not taken and lowers those that were to the weight of certain
   // rows.
+  template <bool kOn>
   __device__ void read_rest(int32_t c, int32_t at) {
     const OwnSegment segment = own.at(own.segment_of(c));
     const int32_t size = tables.places[c] & 0xFFFFu, first = segment.first_row + (tables.places[c] >> 16);
@@ -425,12 +408,25 @@ class DecodeBlock {
       atomicAdd(&buffers.counts[kRefinedRows], __popc(added));
       atomicSub(&buffers.counts[kSampled], __popc(drawn));
     }
-    attend_rest<kDType, kDim>(state, k, v, row_tile(row, 0), inside, taken, log_weight, fragments, key_scale,
+    const RowTile tile = row_tile(row, 0);
+    if (kVerified && p.check_rows && mismatch<kDType, kDim>(row_checks(), row, k, v, tile) != 0)
+      buffers.found_changed = 1;
+    attend_rest<kDType, kDim>(state, k, v, tile, inside, taken, log_weight, fragments, key_scale,
                               [&](const float(&scores)[4]) {
                                 if constexpr (!kLearns) return;
                                 note(followers, row, scores, group);
-                                if (measures_draw()) draw.add_refined(scores, followers.estimate(lane >> 2));
+                                if (!kOn && (kVerified || measures_draw()))
+                                  draw.add_refined(scores, followers.estimate(lane >> 2));
                               });
+  }
+  // Until every head has the mass that is asked for.
+  __device__ void read_on() {
+    const ReadOn<kDType, kDim, kHeads> rest{p,       own,       tables, buffers,         followers,   fragments,
+                                            members, k,         pages,  quantized.norm2, row_of_head, group,
+                                            rank,    key_scale, tau(),  values};
+    verified = rest.run(state, draw.refined, [&](const uint32_t* marked) { read_marked<true>(marked); });
+    raise_block_maximum();
+    __syncthreads();
   }
   __device__ void raise_block_maximum() {
     const int g = lane >> 2;
@@ -468,7 +464,7 @@ class DecodeBlock {
     }
     if (rank == 0 && warp == kWarps - 1)
       report<kHeads>(p, buffers, sequence, row_of_head, kv_len, exact_rows().count, tau(), why_dense(),
-                     measures_draw() ? &measures : nullptr, followers);
+                     measures_draw() ? &measures : nullptr, followers, kVerified ? &verified : nullptr);
   }
 
   const DecodeParams& p;
@@ -493,7 +489,8 @@ class DecodeBlock {
   int64_t row_of_head;
   float key_scale, value_scale;  // of scores and outputs of the stored numbers
   AttendState<kDim> state;
-  DrawSums draw;  // kLearns
+  DrawSums draw;          // kLearns
+  VerifiedMass verified;  // kVerified
   RunningSum estimates[kHeads / 4];
 };
 

@@ -16,9 +16,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
 template <DType kDType, int kDim, int kHeads>
 void launch(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream) {
   const bool names_rows = params.batch.learn || params.batch.likely_rows != nullptr;
-  const auto kernel = names_rows          ? decode_kernel<kDType, kDim, kHeads, StepKind::kLearning>
-                      : params.check_rows ? decode_kernel<kDType, kDim, kHeads, StepKind::kChecked>
-                                          : decode_kernel<kDType, kDim, kHeads, StepKind::kPlain>;
+  const auto kernel = params.target_mass > 0 ? decode_kernel<kDType, kDim, kHeads, StepKind::kVerified>
+                      : names_rows           ? decode_kernel<kDType, kDim, kHeads, StepKind::kLearning>
+                      : params.check_rows    ? decode_kernel<kDType, kDim, kHeads, StepKind::kChecked>
+                                             : decode_kernel<kDType, kDim, kHeads, StepKind::kPlain>;
   static_assert(sizeof(MergeBuffers<kHeads>) + sizeof(QuantizedQueries<kDim, kHeads>) ==
                 merge_bytes(kHeads) + quantized_bytes(kDim, kHeads));
   launch_step(kernel, params, params.shared_bytes, params.splits, device, stream, "decode");

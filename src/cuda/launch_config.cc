@@ -121,7 +121,7 @@ size_t table_bytes(int32_t own_clusters, int32_t own_segments, int32_t heads) {
   const auto clusters = static_cast<size_t>(own_clusters), segments = static_cast<size_t>(own_segments),
              h = static_cast<size_t>(heads);
   const size_t bytes =
-      (clusters + kTablePadding) * h * 4 + clusters * (8 + 3 * 4) + (clusters / 32 + 1) * 4 + (segments + 1) * 4;
+      (clusters + kTablePadding) * h * 4 + clusters * (8 + 3 * 4) + (clusters / 32 + 1) * 2 * 4 + (segments + 1) * 4;
   return (bytes + 127) / 128 * 128;
 }
 

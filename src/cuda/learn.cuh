@@ -26,6 +26,16 @@ struct LearnBuffers {
 };
 static_assert(sizeof(LearnBuffers) == kLearnBytes);
 
+/// One thread: what earlier steps have learned, and what the query says to it.
+template <int kHeads>
+__device__ __forceinline__ void recall(MergeBuffers<kHeads>& buffers, const DecodeParams& p, int sequence,
+                                       int64_t pair) {
+  const HeadCalibration& known = p.index.calibration[pair];
+  buffers.beta = p.beta > 0 ? p.beta : known.beta;
+  buffers.variance_ratio = p.tau > 0 ? 1.0f : known.variance_ratio;
+  buffers.tau_factor = p.batch.tau_factors != nullptr ? p.batch.tau_factors[sequence] : 1.0f;
+}
+
 /// Whether a sequence of kv_len rows learns in this step.
 __device__ __forceinline__ bool learns_at(int32_t kv_len, int32_t layer) {
   return kv_len > 0 && (static_cast<int64_t>(kv_len) - 1 + layer) % kLearnEvery == 0;
@@ -123,11 +133,12 @@ __device__ __forceinline__ void add_learned(HeadCalibration& known, const LearnS
 }
 
 /// All blocks of a thread-block cluster, when nobody needs the shared memory at `memory` any more: what the warps found
-/// in `whole` clusters goes into the head's calibration.
-template <DType kDType, int kDim, int kHeads>
+/// in `whole` clusters goes into the head's calibration. independent(): of head lane, the variance of all weights,
+/// relative, had the draws been independent; asked by one warp.
+template <DType kDType, int kDim, int kHeads, class Independent>
 __device__ __forceinline__ void learn(const DecodeParams& p, WholeClusters<kDType, kDim, kHeads> whole,
                                       MergeBuffers<kHeads>& buffers, LearnBuffers& found, float* memory, int rank,
-                                      float tau) {
+                                      float tau, Independent independent) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = whole.group;
   float* norms2 = memory + group * kDim;
   uint64_t* box = &buffers.mailboxes[0];
@@ -164,8 +175,7 @@ __device__ __forceinline__ void learn(const DecodeParams& p, WholeClusters<kDTyp
   if (rank != 0) return;
   Mailbox::receive(box, 1);
   if (warp != 0) return;
-  const BlockSums all = cluster_sums<kHeads>(buffers, p.splits, lane % kHeads, [](int, float) {});
-  const float measured = warp_sum(lane < group ? all.variance / (all.sum * all.sum) : 0) / static_cast<float>(group);
+  const float measured = warp_sum(lane < group ? independent() : 0.0f) / static_cast<float>(group);
   if (lane == 0) add_learned(p.index.calibration[whole.pair], add(found.of_blocks, p.splits), tau, measured);
 }
 

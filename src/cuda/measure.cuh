@@ -30,6 +30,13 @@ struct alignas(16) DrawSums {
     count_variance += x.count_variance;
     clusters += x.clusters;
   }
+  /// Neighbors, and 1 - their probabilities.
+  __device__ __forceinline__ void add_pair(float weight, float rest, float other, float other_rest) {
+    const float square = 0.5f * (rest + other_rest) * (weight - other) * (weight - other);
+    differences += square;
+    squares += square * square;
+    pairs += 1;
+  }
   /// What a warp knows before the draw, for every head.
   __device__ __forceinline__ void foresee(const Foreseen& foreseen) {
     const float part = (threadIdx.x & 3) == 0 ? 1 : 0;  // one lane a head
@@ -44,12 +51,7 @@ struct alignas(16) DrawSums {
       if (!(log_weights[j] > 0)) continue;
       const float weight = exp2_fast(fminf(scores[j] + log_weights[j] - estimate, 24.0f)),
                   rest = 1 - exp2_fast(-log_weights[j]);
-      if (left_out > 0) {
-        const float square = 0.5f * (rest + left_out) * (weight - last) * (weight - last);
-        differences += square;
-        squares += square * square;
-        pairs += 1;
-      }
+      if (left_out > 0) add_pair(weight, rest, last, left_out);
       drawn += weight;
       rows += 1;
       last = weight;
@@ -96,9 +98,12 @@ __device__ __forceinline__ void send_draw(MeasureBuffers& buffers, int rank, uin
 }
 
 struct MeasuredMass {
-  float mass;      // share of the rows read for certain
-  float variance;  // of that
-  float relative;  // of the draw: variance over squared sum; 0: it cannot tell
+  float mass = 1;         // share of the rows read for certain
+  float variance = 0;     // of that
+  float relative = 0;     // of the draw: variance over squared sum; 0: it cannot tell
+  float independent = 0;  // of all weights, relative, had the draws been independent
+  float freedom = 1;      // degrees of freedom behind the variance
+  float total = 0;        // all weights, relative to the estimate
 };
 
 /// As core's DrawnVariance. `certain`: the weight of the rows read for certain, `independent`: the variance of
@@ -113,19 +118,21 @@ __device__ __forceinline__ MeasuredMass measure(const DrawSums& draw, float cert
   const float mean = draw.rows > 0 ? draw.drawn / draw.rows : total / tau,
               from_count = mean * mean * draw.count_variance;
   const float unseen = kUnseen * total / tau * (kUnseen * total / tau);
-  float variance = fmaxf(independent, from_count), relative = 0;
+  float variance = fmaxf(independent, from_count), relative = 0, freedom = 1;
   if (several) {
     variance = draw.differences * draw.rows / (2 * draw.pairs) + from_count;
     relative = variance / (draw.drawn * draw.drawn);
+    freedom = fmaxf(1.0f, draw.squares > 0 ? 2 * draw.differences * draw.differences / draw.squares : 1.0f);
     if (usual > 0) {
-      const float freedom =
-          fmaxf(1.0f, draw.squares > 0 ? 2 * draw.differences * draw.differences / draw.squares : 1.0f);
       variance = (freedom * variance + kUsualFreedom * usual * draw.drawn * draw.drawn) / (freedom + kUsualFreedom);
+      freedom += kUsualFreedom;
     }
   }
-  if (!(total > 0)) return {1, 0, 0};
+  if (!(total > 0)) return {};
   const float mass = certain / total;
-  return {mass, all_read || draw.clusters == 0 ? 0.0f : mass * mass * (variance + unseen) / (total * total), relative};
+  return {mass,     all_read || draw.clusters == 0 ? 0.0f : mass * mass * (variance + unseen) / (total * total),
+          relative, independent / (total * total),
+          freedom,  total};
 }
 
 }  // namespace tactic::cuda

@@ -68,6 +68,30 @@ struct Mailbox {
     *to = value;
 #endif
   }
+  /// All threads of all blocks: what they have written to their own shared memory can be read() by the others then.
+  static __device__ __forceinline__ void publish() {
+#ifdef TACTIC_HOPPER
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+  }
+  /// What block `rank` has at the same address; T has a multiple of 4 bytes.
+  template <class T>
+  static __device__ __forceinline__ T read(const T* from, int rank) {
+#ifdef TACTIC_HOPPER
+    uint32_t there, words[sizeof(T) / 4];
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(from)), "r"(rank));
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i)
+      asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(words[i]) : "r"(there + 4 * i) : "memory");
+    T value;
+    memcpy(&value, words, sizeof(T));
+    return value;
+#else
+    return *from;
+#endif
+  }
   /// All threads; parity: of the number of times that it was emptied before.
   static __device__ __forceinline__ void receive(uint64_t* box, uint32_t parity) {
 #ifdef TACTIC_HOPPER
@@ -102,6 +126,13 @@ struct alignas(16) MergeBuffers {
   uint64_t mailboxes[2];        // of states and of outputs
   uint64_t staged[kWarps][kMaxStages];
 };
+
+template <int kHeads>
+__device__ __forceinline__ bool any_changed(const MergeBuffers<kHeads>& buffers, int splits) {
+  int32_t any = 0;
+  for (int s = 0; s < splits; ++s) any |= buffers.changed[s];
+  return any != 0;
+}
 
 /// Floats as integers of the same order, for atomicMax; its own inverse.
 __device__ __forceinline__ int32_t ordered(int32_t bits) { return bits >= 0 ? bits : bits ^ 0x7FFFFFFF; }

@@ -66,9 +66,9 @@ struct IndexView {
   SequenceState* states = nullptr;         // [sequences]
 };
 
-/// What a step does besides: nothing, compare rows with their check values, or that (where asked for) and what learning
-/// needs.
-enum class StepKind { kPlain, kChecked, kLearning };
+/// What a step does besides: nothing, compare rows with their check values, that (where asked for) and what learning
+/// needs, or these (where asked for) and read on until it has its target_mass.
+enum class StepKind { kPlain, kChecked, kLearning, kVerified };
 
 struct DecodeParams {
   DecodeBatch batch;
@@ -85,6 +85,7 @@ struct DecodeParams {
   std::byte* workspace = nullptr;  // the tables, where they do not fit into shared memory
   size_t block_workspace_bytes = 0;
   StepRecord* records = nullptr;  // [sequences, num_kv_heads] or nullptr
+  float target_mass = 0;          // kVerified
 };
 
 /// What a query head's order holds.

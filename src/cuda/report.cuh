@@ -3,17 +3,20 @@
 
 #include "cuda/followers.cuh"
 #include "cuda/measure.cuh"
+#include "cuda/read_on.cuh"
 #include "cuda/segments.h"
 
 namespace tactic::cuda {
 
 /// One warp of one block of the cluster, after all have sent their sums. pair: (sequence, KV head). dense: why every
 /// row was read, if so. measures: where the draw measures itself (then the head's calibration learns what it usually
-/// says), else nullptr; followers: what is known of heads then.
+/// says), else nullptr; followers: what is known of heads then. verified: what a step that reads on has
+/// measured itself, else nullptr.
 template <int kHeads>
 __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers<kHeads>& buffers, int sequence,
                                        int64_t pair, int kv_len, int32_t exact_rows, float tau, DenseReason dense,
-                                       const MeasureBuffers* measures, const FollowerBuffers& followers) {
+                                       const MeasureBuffers* measures, const FollowerBuffers& followers,
+                                       const VerifiedMass* verified) {
   constexpr auto kUsualRate = static_cast<float>(DrawnVariance::kUsualRate);
   const bool all = dense != DenseReason::kNone;
   const int lane = threadIdx.x & 31, group = p.batch.num_q_heads / p.batch.num_kv_heads;
@@ -32,17 +35,26 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
     mass = 1 - sums.sampled / sums.sum;
     variance = mass * mass * sums.variance / (sums.sum * sums.sum);
   }
-  if (measures != nullptr && lane < group && !all) {
+  float relative = 0;
+  if (verified != nullptr) {
+    mass = verified->mass.mass;
+    variance = verified->mass.variance;
+    relative = p.batch.learn && !all ? verified->drawn.relative : 0.0f;
+  } else if (measures != nullptr && lane < group && !all) {
     DrawSums draw;
     for (int s = 0; s < p.splits; ++s) draw.add(measures->of_blocks[s][lane]);
     const float unit = exp2_fast(sums.max - followers.estimate(lane));
-    float& usual = p.index.calibration[pair].usual_variance[lane];
-    const MeasuredMass found = measure(draw, (sums.sum - sums.sampled) * unit, sums.variance * unit * unit,
-                                       draw.clusters == static_cast<float>(refined_clusters),
-                                       tau * rsqrtf(sqrtf(followers.besides[lane])), usual);
+    const MeasuredMass found =
+        measure(draw, (sums.sum - sums.sampled) * unit, sums.variance * unit * unit,
+                draw.clusters == static_cast<float>(refined_clusters), tau * rsqrtf(sqrtf(followers.besides[lane])),
+                p.index.calibration[pair].usual_variance[lane]);
     mass = found.mass;
     variance = found.variance;
-    if (found.relative > 0) usual += (usual > 0 ? kUsualRate : 1.0f) * (found.relative - usual);
+    relative = found.relative;
+  }
+  if (lane < group && relative > 0) {
+    float& usual = p.index.calibration[pair].usual_variance[lane];
+    usual += (usual > 0 ? kUsualRate : 1.0f) * (relative - usual);
   }
   if (lane >= group) mass = variance = 0;
 #pragma unroll

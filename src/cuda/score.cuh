@@ -13,6 +13,18 @@
 
 namespace tactic::cuda {
 
+/// Into L2, as these are the first that everyone waits for. Whether they are written yet does not matter. pair:
+/// (sequence, KV head).
+__device__ __forceinline__ void prefetch_queries(const DecodeBatch& batch, const IndexView& index, int group, int dim,
+                                                 int sequence, int64_t pair) {
+  const int bytes = group * dim * (batch.q_dtype == DType::kF32 ? 4 : 2), lines = (bytes + 127) / 128;
+  const auto* first = static_cast<const std::byte*>(batch.q) + pair * bytes;
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < lines) prefetch(first + min(128 * i, bytes - 1));
+  if (i == lines) prefetch(batch.kv_lens + sequence);
+  if (i == lines + 1) prefetch(index.calibration + pair);
+}
+
 /// The group's queries quantized, in shared memory. `codes`: [heads][high, low][dims / 4] of four signed bytes.
 template <int kDim, int kHeads>
 struct QuantizedQueries {

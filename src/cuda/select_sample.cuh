@@ -10,6 +10,7 @@
 namespace tactic::cuda {
 
 inline constexpr uint32_t kCertain = 0xFFFFFFFFu;
+inline constexpr uint32_t kReadOn = kCertain - 1;  // no probability: a drawn cluster was read whole for its mass since
 
 /// A block's tables, by own cluster and own segment (table_bytes() of them). In shared memory, or in the workspace
 /// where they do not fit.
@@ -20,8 +21,13 @@ struct SelectTables {
   uint32_t* places;         // [clusters]
   uint32_t* probabilities;  // [clusters] of a member, 2^32 = 1; kCertain: all are read
   uint32_t* counts;         // [clusters] rows taken in the segment's clusters before this one
-  uint32_t* refined;        // [clusters / 32] bits
-  int32_t* segment_counts;  // [segments + 1] rows taken in the own segments before this one
+  uint32_t* refined;        // [clusters / 32 + 1] bits
+  int32_t* segment_counts;  // [segments + 1] rows taken in the own segments before this one; room for read_on follows
+
+  /// [clusters / 32 + 1] bits: to be read for their mass. No member, since plain steps have no register for it.
+  __device__ uint32_t* read_on(int32_t segments) const {
+    return reinterpret_cast<uint32_t*>(segment_counts + segments + 1);
+  }
 
   __device__ SelectTables(std::byte* memory, int32_t clusters, int32_t heads) {
     exponents = reinterpret_cast<float*>(memory);
@@ -171,6 +177,20 @@ __device__ __forceinline__ int32_t last_not_above(const T* values, int32_t n, T 
     (values[middle] <= x ? low : high) = middle;
   }
   return low;
+}
+
+/// A warp: each(cluster) for those whose bits are set, in all lanes at once.
+template <class Each>
+__device__ __forceinline__ void for_marked(const uint32_t* bits_of, int32_t words, Each each) {
+  const int lane = threadIdx.x & 31;
+  for (int32_t first = 0; first < words; first += 32) {
+    const uint32_t word = first + lane < words ? bits_of[first + lane] : 0;
+    for (uint32_t lanes = __ballot_sync(kAllLanes, word != 0); lanes != 0; lanes &= lanes - 1) {
+      const int from = __ffs(lanes) - 1;
+      for (uint32_t bits = shuffle(word, from); bits != 0; bits &= bits - 1)
+        each((first + from) * 32 + __ffs(bits) - 1);
+    }
+  }
 }
 
 struct TakenRow {

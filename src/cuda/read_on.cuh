@@ -1,0 +1,360 @@
+// read_on: the rest of a step that promises a mass, as core's: what the drawn rows say of the clusters that were not
+// read whole decides which of them are, until every head of the group surely has the mass. Blocks of a thread-block
+// cluster decide alike, each from the sums of all, and mark clusters of their own. Nothing here is fast; drawn keys are
+// read again in every round, so that their scores need no memory.
+#pragma once
+
+#include "core/read_on.h"
+#include "cuda/followers.cuh"
+#include "cuda/measure.cuh"
+
+namespace tactic::cuda {
+
+/// 1 - core's mass_bound, kSureness standard errors down: the share that may at most be unread.
+__device__ __forceinline__ float rest_bound(const MeasuredMass& head) {
+  const float rest = 1 - head.mass, error = sqrtf(head.variance), freedom = head.freedom;
+  if (!(error > 0)) return rest;
+  const float x = static_cast<float>(kSureness) * (8 * freedom + 3) / (8 * freedom + 1),
+              t = sqrtf(freedom * expm1f(x * x / freedom)) * error;
+  const float far = rest <= 0 ? t : t <= rest ? rest * expf(t / rest) : 2.718281828f * t;
+  return fminf(far, 1.0f);
+}
+
+/// What rows in a row say of one query head: as core's DrawnVariance, neighbors being any that follow one another,
+/// since few draws may be left. Weights are relative to the estimate of all weights.
+struct alignas(16) RestSums {
+  DrawSums draw;
+  float first = 0, first_rest = 0, last = 0, last_rest = 0;  // weights drawn, and 1 - their probabilities
+  float certain = 0;                                         // weight of the rows read for certain
+  float independent = 0;                                     // variance, had the draws been independent
+  float left = 0;                                            // clusters that were not read whole
+
+  __device__ __forceinline__ void add(float weight, float rest) {
+    RestSums next;
+    next.draw.drawn = weight;
+    next.draw.rows = 1;
+    next.first = next.last = weight;
+    next.first_rest = next.last_rest = rest;
+    append(next);
+  }
+  __device__ __forceinline__ void append(const RestSums& next) {
+    if (next.draw.rows > 0) {
+      if (draw.rows > 0) {
+        draw.add_pair(next.first, next.first_rest, last, last_rest);
+      } else {
+        first = next.first;
+        first_rest = next.first_rest;
+      }
+      last = next.last;
+      last_rest = next.last_rest;
+    }
+    draw.add(next.draw);
+    certain += next.certain;
+    independent += next.independent;
+    left += next.left;
+  }
+};
+
+/// What a step knows of its masses, of head lane.
+struct VerifiedMass {
+  MeasuredMass drawn;  // before it read on, for what the index learns
+  MeasuredMass mass;   // of all it has read
+};
+
+/// Of a block. scratch: shared memory for partial outputs, which are not there yet.
+template <DType kDType, int kDim, int kHeads>
+struct ReadOn {
+  const DecodeParams& p;
+  const OwnSegments& own;
+  const SelectTables& tables;
+  MergeBuffers<kHeads>& buffers;
+  const FollowerBuffers& followers;
+  const SharedFragments<kDim>& fragments;
+  const uint16_t* members;
+  const std::byte* k;
+  const int32_t* pages;
+  const float* norms2;  // [kHeads] |q|^2
+  int64_t pair;
+  int group, rank;
+  float key_scale, tau;
+  float* scratch;
+
+  static constexpr int kBins = 256;
+  using Histogram = uint32_t[kBins][kHeads];  // shares in units of 2^-31, exact in any order
+  struct Scratch {
+    Histogram of_block;  // and `other` in turns, as other blocks may still read the one before
+    union {
+      Histogram other;
+      RestSums of_warps[kWarps][kHeads];  // when nobody reads the histogram any more
+    };
+    union {
+      Histogram total;                             // of all blocks
+      float weights[kWarps][kHeads][16];           // of a tile of drawn rows
+      float left_of_warps[kWarps][kMaxGroup + 1];  // estimated weights by head, and rows
+    };
+    float left[kMaxGroup + 1];  // of the block
+    RestSums rest[2][kHeads];   // of the block, in turns
+  };
+  static_assert(sizeof(Scratch) <= kWarps * kHeads * value_stride(kDim) * sizeof(float));
+
+  __device__ Scratch& memory() const { return *reinterpret_cast<Scratch*>(scratch); }
+  __device__ uint32_t* read_on() const { return tables.read_on(own.count()); }
+  __device__ bool is_refined(int32_t c) const { return (tables.refined[c / 32] >> (c & 31) & 1) != 0; }
+  /// Whether a cluster's draw speaks. alone: that of a cluster that was refined does not.
+  __device__ bool speaks(int32_t c, bool alone) const {
+    return tables.probabilities[c] < kReadOn && !(alone && is_refined(c)) && (tables.places[c] & 0xFFFFu) > 0;
+  }
+
+  /// All threads. read_marked() reads the clusters of marked bits. refined: of the lane's head, weights of
+  /// rows in clusters that were read whole because of what was drawn from them.
+  template <class ReadMarked>
+  __device__ VerifiedMass run(const AttendState<kDim>& state, float refined, ReadMarked read_marked) const {
+    const int lane = threadIdx.x & 31;
+    const float allowed = fmaxf(1 - p.target_mass, 0.0f);
+    expect_means();
+    VerifiedMass known;
+    bool read = false, alone = false;
+    int turn = 0;
+#pragma unroll 1
+    while (true) {
+      const MeasuredMass mass = share(state, measure_draw(alone), alone ? 0.0f : refined, turn);
+      turn ^= 1;
+      if (!alone) {
+        known.mass = mass;
+        if (read) break;
+        known.drawn = mass;
+        alone = true;
+        continue;
+      }
+      const float rest = rest_bound(mass);
+      const bool lacks = lane < group && rest > allowed;
+      if (__any_sync(kAllLanes, lacks)) {
+        mark(lacks, followers.estimate(lane % kMaxGroup) + log2_fast(mass.total), lacks ? 1 - allowed / rest : 0.0f);
+        read_marked(read_on());
+        __syncthreads();
+        settle();
+        read = true;
+      } else if (read) {
+        alone = false;
+      } else {
+        break;
+      }
+    }
+    Mailbox::publish();  // nobody reads another's memory any more
+    return known;
+  }
+
+ private:
+  /// Exponents become those of mean weights.
+  __device__ void expect_means() const {
+    for (int32_t c = threadIdx.x; c < own.clusters(); c += kThreads) {
+      const auto size = static_cast<float>(tables.places[c] & 0xFFFFu);
+      if (!(size > 0)) continue;
+      const OwnSegment segment = own.at(own.segment_of(c));
+      const int32_t cluster = segment.cluster + c - segment.local_cluster;
+      const float spread = tile_of(p.index, pair, cluster).facts(cluster).spread * p.batch.sm_scale * p.batch.sm_scale;
+      for (int h = 0; h < group; ++h)
+        tables.exponents[h * tables.stride + c] -= buffers.beta * kLog2E * growth(spread * norms2[h], size);
+    }
+    for (int i = threadIdx.x; i < own.clusters() / 32 + 1; i += kThreads) read_on()[i] = 0;
+  }
+
+  /// What was marked has been read.
+  __device__ void settle() const {
+    for (int32_t c = threadIdx.x; c < own.clusters(); c += kThreads) {
+      if ((read_on()[c / 32] >> (c & 31) & 1) != 0) tables.probabilities[c] = kReadOn;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < own.clusters() / 32 + 1; i += kThreads) read_on()[i] = 0;
+    __syncthreads();
+  }
+
+  /// What a warp's rows of the draw say, of head lane; the warps have one run of rows after the other.
+  __device__ RestSums measure_draw(bool alone) const {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    RestSums sums;
+    float(&weights)[kHeads][16] = memory().weights[warp];
+    const int32_t rows = buffers.counts[kSelected], tiles = (rows + 15) / 16, each = (tiles + kWarps - 1) / kWarps;
+#pragma unroll 1
+    for (int32_t tile_number = warp * each; tile_number < min((warp + 1) * each, tiles); ++tile_number) {
+      const int32_t i = 16 * tile_number + (lane & 15);
+      const TakenRow taken = taken_row(tables, own, members, min(i, rows - 1));
+      const bool drawn = i < rows && speaks(taken.local_cluster, alone) && !is_follower(followers, taken.row);
+      const uint32_t all = __ballot_sync(kAllLanes, drawn) & 0xFFFFu;
+      if (all == 0) continue;
+      const RowTile tile{row_offset(p.batch.k, pages, taken.row), 0, taken.log_weight};
+      uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads];
+      load_keys<kDType, kDim>(k, tile, low, high);
+      float scores[4];
+      score_rows<kDType, kDim, true>(fragments, low, high, key_scale, scores);
+      const float estimate = followers.estimate(g);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int row = 2 * t + (j & 1) + 8 * (j >> 1);
+        const float log_weight = shuffle(taken.log_weight, row);
+        if (g < kHeads) weights[g][row] = exp2_fast(fminf(scores[j] + log_weight - estimate, 24.0f));
+      }
+      __syncwarp();
+      for (uint32_t bits = all; bits != 0; bits &= bits - 1) {
+        const int row = __ffs(bits) - 1;
+        sums.add(weights[lane % kHeads][row], 1 - exp2_fast(-shuffle(taken.log_weight, row)));
+      }
+      __syncwarp();
+    }
+    for (int k_own = warp; k_own < own.count(); k_own += kWarps) {
+      const OwnSegment segment = own.at(k_own);
+      uint64_t width = 0;
+      uint32_t clusters = 0, left = 0;
+      for (int32_t c = segment.local_cluster + lane; c < segment.local_cluster + segment.num_clusters; c += 32) {
+        if (!speaks(c, alone)) continue;
+        width += static_cast<uint64_t>(tables.probabilities[c]) * (tables.places[c] & 0xFFFFu);
+        ++clusters;
+        left += speaks(c, true);
+      }
+      const float part = static_cast<float>(static_cast<uint32_t>(warp_sum(width))) * 0x1p-32f;
+      sums.draw.count_variance += part * (1 - part);
+      sums.draw.clusters += static_cast<float>(__reduce_add_sync(kAllLanes, clusters));
+      sums.left += static_cast<float>(__reduce_add_sync(kAllLanes, left));
+    }
+    return sums;
+  }
+
+  /// Adds up what the warps of all blocks have read and what their draws say: the mass of head lane.
+  __device__ MeasuredMass share(const AttendState<kDim>& state, RestSums sums, float refined, int turn) const {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const float unit = exp2_fast(fminf(state.max - followers.estimate(lane >> 2), 64.0f));
+    const auto of_head = [&](float x) {  // from lanes that each have a part of head lane / 4
+      x += shuffle_xor(x, 1);
+      x += shuffle_xor(x, 2);
+      return shuffle(x, 4 * (lane % kMaxGroup));
+    };
+    sums.certain = of_head((state.sum - state.sampled_sum) * unit);
+    sums.independent = of_head(state.sampled_variance * unit * unit);
+    sums.draw.refined = of_head(refined);
+    if (lane < kHeads) memory().of_warps[warp][lane] = sums;
+    __syncthreads();
+    if (threadIdx.x < kHeads) {
+      RestSums block;
+      for (int w = 0; w < kWarps; ++w) block.append(memory().of_warps[w][threadIdx.x]);
+      memory().rest[turn][threadIdx.x] = block;
+    }
+    Mailbox::publish();
+    const int h = lane % kHeads;
+    RestSums all;
+    for (int s = 0; s < p.splits; ++s) all.append(Mailbox::read(&memory().rest[turn][h], s));
+    const float usual = lane < group ? p.index.calibration[pair].usual_variance[lane] : 0.0f;
+    return measure(all.draw, all.certain, fmaxf(all.independent, 0.0f), all.left == 0,
+                   tau * rsqrtf(sqrtf(followers.besides[h])), usual);
+  }
+
+  /// The estimated mean weight of a cluster's rows, of all weights, which it cannot exceed.
+  __device__ float mean_weight(int h, int32_t c, float log_total) const {
+    return exp2_fast(fminf(tables.exponents[h * tables.stride + c] - log_total, 0.0f));
+  }
+
+  /// Estimated weights of what is left in all blocks, of head lane; lane kMaxGroup: rows. log_totals: of all weights.
+  __device__ float add_up_left(const float (&log_totals)[kHeads]) const {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    float weights[kHeads] = {}, rows = 0;
+    for (int32_t c = threadIdx.x; c < own.clusters(); c += kThreads) {
+      if (!speaks(c, true)) continue;
+      const auto size = static_cast<float>(tables.places[c] & 0xFFFFu);
+      rows += size;
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) weights[h] += size * mean_weight(h, c, log_totals[h]);
+    }
+    float(&of_warps)[kWarps][kMaxGroup + 1] = memory().left_of_warps;
+    rows = warp_sum(rows);
+    if (lane == 0) of_warps[warp][kMaxGroup] = rows;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      const float sum = warp_sum(weights[h]);
+      if (lane == 0) of_warps[warp][h] = sum;
+    }
+    __syncthreads();
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < kHeads || i == kMaxGroup) {
+      float sum = 0;
+      for (int w = 0; w < kWarps; ++w) sum += of_warps[w][i];
+      memory().left[i] = sum;
+    }
+    Mailbox::publish();
+    float left = 0;
+    const int at = lane == kMaxGroup ? kMaxGroup : lane % kHeads;
+    for (int s = 0; s < p.splits; ++s) left += Mailbox::read(&memory().left[at], s);
+    return left;
+  }
+
+  /// The shares of head h, in units of 2^-31, in bins from `first` on.
+  __device__ uint32_t shares_from(uint32_t first, int h) const {
+    uint32_t sum = 0;
+    for (uint32_t i = first + (threadIdx.x & 31); i < kBins; i += 32) sum += memory().total[i][h];
+    return __reduce_add_sync(kAllLanes, sum);
+  }
+
+  /// Marks clusters by falling share per row until all heads that lack mass would have it. Of head lane: log2 of all
+  /// weights, and the share of what is left that it lacks.
+  __device__ void mark(bool lacks, float log_total, float lacking) const {
+    float log_totals[kHeads], scales[kHeads];
+    uint32_t needs[kHeads];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) log_totals[h] = shuffle(log_total, h);
+    const float left = add_up_left(log_totals), rows = shuffle(left, kMaxGroup);
+    // A head whose estimates of all that is left vanish knows nothing of it: every row is worth the same then.
+    if (!(left > 0)) log_total = kLowest;
+    const float scale = lacks ? 1 / (left > 0 ? left : rows) : 0.0f;
+    const uint32_t need = lacks ? max(1u, static_cast<uint32_t>(ceilf(lacking * 0x1p31f))) : 0u;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      log_totals[h] = shuffle(log_total, h);
+      scales[h] = shuffle(scale, h);
+      needs[h] = shuffle(need, h);
+    }
+    // A radix search for the largest limit of a row's worth, of 24 bits, from which on the shares suffice. One loop, so
+    // that a worth is rounded alike each time.
+    uint32_t limit = 0;
+#pragma unroll 1
+    for (int shift = 23; shift >= -1; shift -= 8) {
+      Histogram& bins = (shift >> 3 & 1) == 0 ? memory().of_block : memory().other;
+      for (int i = threadIdx.x; i < kBins * kHeads; i += kThreads) bins[i / kHeads][i % kHeads] = 0;
+      __syncthreads();
+      for (int32_t c = threadIdx.x; c < own.clusters(); c += kThreads) {
+        if (!speaks(c, true)) continue;
+        float shares[kHeads], worth = 0;
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) worth += shares[h] = scales[h] * mean_weight(h, c, log_totals[h]);
+        const uint32_t bits = __float_as_uint(worth);
+        if (shift < 0) {
+          if (bits >= limit) atomicOr(&read_on()[c / 32], 1u << (c & 31));
+        } else if ((bits ^ limit) >> (shift + 8) == 0) {
+          const float size = static_cast<float>(tables.places[c] & 0xFFFFu) * 0x1p31f;
+#pragma unroll
+          for (int h = 0; h < kHeads; ++h)
+            atomicAdd(&bins[bits >> shift & 255][h], static_cast<uint32_t>(size * shares[h]));
+        }
+      }
+      if (shift < 0) break;
+      Mailbox::publish();
+      for (int i = threadIdx.x; i < kBins * kHeads; i += kThreads) {
+        uint32_t sum = 0;
+        for (int s = 0; s < p.splits; ++s) sum += Mailbox::read(&bins[i / kHeads][i % kHeads], s);
+        memory().total[i / kHeads][i % kHeads] = sum;
+      }
+      __syncthreads();
+      uint32_t bin = 0;
+#pragma unroll 1
+      for (uint32_t bit = kBins / 2; bit > 0; bit /= 2) {
+        bool enough = true;
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) enough = shares_from(bin + bit, h) >= needs[h] && enough;
+        if (enough) bin += bit;
+      }
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) needs[h] -= min(needs[h], shares_from(bin + 1, h));
+      limit |= bin << shift;
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace tactic::cuda
