@@ -131,7 +131,7 @@ class DecodeBlock {
           [&](int d) { return warp < group ? load_query(p.batch.q, p.batch.q_dtype, first + d) : 0.0f; }, warp,
           quantized, fragments);
     } else if (kLearns && warp == kMaxGroup) {
-      take_over(followers, *names(), p.batch.learn ? p.splits : -1);
+      take_over(followers, p.index, state_of_sequence, row_of_head, rank, p.splits, p.batch.learn);
       add_likely(followers, p.batch, p.index, state_of_sequence, sequence, row_of_head, rank, p.splits);
     } else if (warp == kWarps - 1) {
       if (lane < kCounts) buffers.counts[lane] = 0;
@@ -177,7 +177,6 @@ class DecodeBlock {
     if (kv_len < exact_rows().indexed) return DenseReason::kNoIndex;
     return changed ? DenseReason::kRowChanged : DenseReason::kNone;
   }
-  __device__ Followers* names() const { return p.index.followers + row_of_head * kMaxSplits + rank; }  // by this block
   // Where a warp is among the tiles of 16 rows that it reads in a phase: at a tile of a list, then at rows of own
   // segments that are not finite and, as if of one more, followers. Few registers: it is live while rows are on their
   // way.
@@ -351,7 +350,8 @@ class DecodeBlock {
         if (has_sinks) leave_scores<kHeads>(scores, from_blocks);
         has_sinks = false;
         if constexpr (!kLearns) return;
-        note(followers, taken.row, scores, group, taken.local_cluster == kOfFollower, state.max - 1);
+        note(followers, taken.row | (taken.log_weight > 0 ? kSurprise : 0), scores, group,
+             taken.local_cluster == kOfFollower, state.max - 1);
         if (phase == Phase::kSelected && measures_draw())
           draw.add_rows(scores, log_weights, followers.estimate(lane >> 2));
       };
@@ -414,7 +414,7 @@ class DecodeBlock {
     attend_rest<kDType, kDim>(state, k, v, tile, inside, taken, log_weight, fragments, key_scale,
                               [&](const float(&scores)[4]) {
                                 if constexpr (!kLearns) return;
-                                note(followers, row, scores, group);
+                                note(followers, row | kSurprise, scores, group);
                                 if (!kOn && (kVerified || measures_draw()))
                                   draw.add_refined(scores, followers.estimate(lane >> 2));
                               });
@@ -459,8 +459,10 @@ class DecodeBlock {
     }
     if (kLearns && p.batch.learn && warp == kWarps - 2) {
       const BlockSums sums = cluster_sums<kHeads>(buffers, p.splits, lane % kHeads, [](int, float) {});
-      name_followers(followers, changed ? -kLowest : sums.max + log2_fast(sums.sum) + kHeavyLog2, p.index,
-                     state_of_sequence, row_of_head, p.splits, *names());
+      const float limit = changed ? -kLowest : sums.max + log2_fast(sums.sum) + kHeavyLog2;
+      const int64_t names = row_of_head * kMaxSplits + rank;  // by this block
+      name_followers(followers, limit, p.index, state_of_sequence, row_of_head, p.splits, p.index.followers[names]);
+      name_heavy(followers, limit, own, p.index.heavy[names]);
     }
     if (rank == 0 && warp == kWarps - 1)
       report<kHeads>(p, buffers, sequence, row_of_head, kv_len, exact_rows().count, tau(), why_dense(),

@@ -19,6 +19,9 @@ template <DType kDType>
 void launch_decode(const DecodeParams& params, const DeviceFacts& device, cudaStream_t stream);
 void launch_dense(const DenseParams& params, const DeviceFacts& device, cudaStream_t stream);
 
+/// Rows of a sequence from `row` on are no longer heavy, nor suspects.
+void launch_forget_heavy(const IndexView& index, int32_t sequence, int32_t row, cudaStream_t stream);
+
 /// Ranks the clusters of each query head, then (of fit) finds how much of that order is read, then lists the rows that
 /// the heads of a pair read.
 void launch_rank(const RankParams& params, const DeviceFacts& device, cudaStream_t stream);

@@ -77,6 +77,7 @@ IndexGeometry index_geometry(const IndexOptions& options, const KvShape& shape, 
   g.max_clusters = g.provisional_begin + provisional * g.provisional_clusters;
   g.max_rows = g.max_segments * options.segment_tokens;
   g.sink_tokens = options.sink_tokens;
+  g.outlier_fraction = options.outlier_fraction;
   g.code_bytes = (shape.head_dim + 63) / 64 * 64;
   return g;
 }

@@ -44,7 +44,9 @@ constexpr size_t merge_bytes(int32_t heads) {
          kMaxSplits * 8 * 4 + (4 + kMaxSplits) * 4 + (2 + kWarps * kMaxStages) * 8;
 }
 /// Bytes of FollowerBuffers.
-inline constexpr size_t kFollowerBytes = 16 + 2 * kMaxGroup * 4 + (kMaxFollowers + kMaxLikely) * 4 + 256 * 8;
+inline constexpr int kFollowerSlots = 256;
+inline constexpr size_t kFollowerBytes =
+    16 + 2 * kMaxGroup * 4 + (kMaxHeavy + kMaxFollowers + kMaxLikely + kFollowerSlots) * 4 + 256 * 8;
 /// Bytes of LearnBuffers.
 inline constexpr size_t kLearnBytes = (kMaxSplits + kWarps) * 16;
 /// Bytes of MeasureBuffers.

@@ -54,6 +54,7 @@ size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   view.any_not_finite = take<int32_t>(memory, at, static_cast<size_t>(max_sequences));
   view.calibration = take<HeadCalibration>(memory, at, pairs);
   view.followers = take<Followers>(memory, at, pairs * kMaxSplits);
+  view.heavy = take<HeavyRows>(memory, at, pairs * kMaxSplits);
   view.row_checks = take<uint8_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
   view.states = take<SequenceState>(memory, at, static_cast<size_t>(max_sequences));
   return at;
@@ -93,9 +94,11 @@ void check_sequence(const LayerIndex::Impl& impl, int32_t sequence) {
 }
 
 // Ends every change of an index: a step reads the index before it waits for the kernel in front of it, never for a
-// copy. Followers are of the index as it was; with its last segment goes what was learned, as the next rows are
-// another request's.
-void set_state(LayerIndex::Impl& impl, int32_t sequence, const SequenceState& state, cudaStream_t stream) {
+// copy. Followers are of the index as it was, and so are heavy rows from `kept` on, which stand in other segments now;
+// with its last segment goes what was learned, as the next rows are another request's.
+void set_state(LayerIndex::Impl& impl, int32_t sequence, const SequenceState& state, int32_t kept,
+               cudaStream_t stream) {
+  launch_forget_heavy(impl.view, sequence, kept, stream);
   impl.states[static_cast<size_t>(sequence)] = state;
   const size_t followers = static_cast<size_t>(impl.shape.num_kv_heads) * kMaxSplits;
   check(cudaMemsetAsync(impl.view.followers + static_cast<size_t>(sequence) * followers, 0,
@@ -111,6 +114,13 @@ void set_state(LayerIndex::Impl& impl, int32_t sequence, const SequenceState& st
   check(cudaMemcpyAsync(impl.view.states + sequence, &impl.states[static_cast<size_t>(sequence)], sizeof state,
                         cudaMemcpyHostToDevice, stream),
         "index state");
+}
+
+// Rows before the first segment that only one of the states has.
+int32_t same_rows(const IndexGeometry& g, const SequenceState& a, const SequenceState& b) {
+  return std::min(a.full_segments, b.full_segments) * g.segment_tokens +
+         (a.full_segments == b.full_segments ? std::min(a.provisional_segments, b.provisional_segments) : 0) *
+             g.provisional_tokens;
 }
 
 }  // namespace
@@ -202,7 +212,7 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   for (const Copy& c : copies)
     check(cudaMemcpyAsync(c.to, c.bytes.data(), c.bytes.size(), cudaMemcpyHostToDevice, stream), "upload");
-  set_state(impl, sequence, state, stream);
+  set_state(impl, sequence, state, 0, stream);
   check(cudaStreamSynchronize(stream), "upload");
 }
 
@@ -274,7 +284,7 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
       launch_cluster(params, impl.device, stream);
     }
   }
-  set_state(impl, sequence, now, stream);
+  set_state(impl, sequence, now, same_rows(g, old, now), stream);
 }
 
 void LayerIndex::truncate(int32_t sequence, int32_t kv_len, Stream stream) {
@@ -286,8 +296,10 @@ void LayerIndex::truncate(int32_t sequence, int32_t kv_len, Stream stream) {
   } else if (state.full_segments == limit.full_segments) {
     state.provisional_segments = std::min(state.provisional_segments, limit.provisional_segments);
   }
-  if (!(state == impl_->states[static_cast<size_t>(sequence)]))
-    set_state(*impl_, sequence, state, static_cast<cudaStream_t>(stream));
+  const SequenceState& old = impl_->states[static_cast<size_t>(sequence)];
+  if (!(state == old)) {
+    set_state(*impl_, sequence, state, same_rows(impl_->view.geometry, old, state), static_cast<cudaStream_t>(stream));
+  }
 }
 
 size_t LayerIndex::memory_bytes() const { return impl_->bytes; }

@@ -23,6 +23,7 @@ struct IndexGeometry {
   int32_t max_rows = 0;
   int32_t sink_tokens = 0;
   int32_t code_bytes = 0;  // of one centroid: head_dim up to a multiple of 64
+  float outlier_fraction = 0;
 };
 
 /// How far the index of a sequence goes. Lives in device memory, so that a captured graph sees it grow.
@@ -45,12 +46,23 @@ struct HeadCalibration {
 
 inline constexpr int kMaxFollowers = 32;
 inline constexpr int kMaxLikely = 64;  // rows that a query names itself
+inline constexpr int kMaxHeavy = 64;
+inline constexpr int kMaxSuspects = 64;
 
 /// Rows of a block's own segments that the next step reads for certain, ascending.
 struct Followers {
   int32_t count = 0;
   int32_t splits = 0;  // of the step that named them: with others, segments have other owners
   int32_t rows[kMaxFollowers];
+};
+
+/// Rows of a block's own segments that steps found heavy though their clusters promised little: core's Calibration.
+struct HeavyRows {
+  int32_t count = 0, num_suspects = 0;
+  int32_t splits = 0;  // of the step that wrote them
+  int32_t unused = 0;
+  int32_t rows[kMaxHeavy];         // found so twice: every step that learns reads them for certain
+  int32_t suspects[kMaxSuspects];  // once, the latest last
 };
 
 struct IndexView {
@@ -62,6 +74,7 @@ struct IndexView {
   int32_t* any_not_finite = nullptr;       // [sequences] not 0: a segment had such rows since the sequence was empty
   HeadCalibration* calibration = nullptr;  // [sequences, heads]
   Followers* followers = nullptr;          // [sequences, heads, kMaxSplits]
+  HeavyRows* heavy = nullptr;              // [sequences, heads, kMaxSplits]
   uint8_t* row_checks = nullptr;           // [sequences, heads, max_rows] as core's Segment
   SequenceState* states = nullptr;         // [sequences]
 };
