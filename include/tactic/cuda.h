@@ -64,8 +64,9 @@ struct DecodeBatch {
   int32_t max_likely_rows = 0;  // up to 64
   /// select=sample: a sequence's steps follow one another. Every eighth position (kv_len - 1 + layer), what is
   /// read adjusts the index's calibration (beta, and what target_error becomes), and a step reads the rows after those
-  /// that weighed much in the one before (docs/method.md, followers), as on the CPU. The same step twice may then read
-  /// differently. Such steps write to the index, so that no other step may read it at the same time.
+  /// that weighed much in the one before (docs/method.md, followers) and those found heavy twice, as on the CPU. The
+  /// same step twice may then read differently. Such steps write to the index, so that no other step may read it at the
+  /// same time.
   bool learn = false;
 };
 
@@ -79,7 +80,7 @@ struct HostTables {
 /// What one step read of one sequence and KV head.
 struct StepRecord {
   int32_t kv_len;
-  int32_t tokens_exact;      // sinks, recent, followed, likely and not finite rows; all of them when dense
+  int32_t tokens_exact;      // sinks, recent, followed, heavy, likely and not finite rows; all of them when dense
   int32_t tokens_selected;   // by the selector, certain and sampled
   int32_t tokens_sampled;    // of those, drawn, their clusters not having been refined
   int32_t clusters_refined;  // sample

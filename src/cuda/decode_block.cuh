@@ -421,9 +421,9 @@ class DecodeBlock {
   }
   // Until every head has the mass that is asked for.
   __device__ void read_on() {
-    const ReadOn<kDType, kDim, kHeads> rest{p,       own,       tables, buffers,         followers,   fragments,
-                                            members, k,         pages,  quantized.norm2, row_of_head, group,
-                                            rank,    key_scale, tau(),  values};
+    const ReadOn<kDType, kDim, kHeads> rest{p,           own,     tables,    buffers, followers,
+                                            fragments,   members, k,         pages,   quantized.norm2,
+                                            row_of_head, group,   key_scale, tau(),   values};
     verified = rest.run(state, draw.refined, [&](const uint32_t* marked) { read_marked<true>(marked); });
     raise_block_maximum();
     __syncthreads();

@@ -43,8 +43,8 @@ constexpr size_t merge_bytes(int32_t heads) {
   return kWarps * h * 8 + kMaxSplits * h * 8 + h * 8 + h * 4 + (kWarps + kMaxSplits) * h * 16 + 8 * 4 +
          kMaxSplits * 8 * 4 + (4 + kMaxSplits) * 4 + (2 + kWarps * kMaxStages) * 8;
 }
+inline constexpr int kFollowerSlots = 256;  // of its hash table
 /// Bytes of FollowerBuffers.
-inline constexpr int kFollowerSlots = 256;
 inline constexpr size_t kFollowerBytes =
     16 + 2 * kMaxGroup * 4 + (kMaxHeavy + kMaxFollowers + kMaxLikely + kFollowerSlots) * 4 + 256 * 8;
 /// Bytes of LearnBuffers.

@@ -75,7 +75,7 @@ struct ReadOn {
   const int32_t* pages;
   const float* norms2;  // [kHeads] |q|^2
   int64_t pair;
-  int group, rank;
+  int group;
   float key_scale, tau;
   float* scratch;
 
@@ -105,8 +105,8 @@ struct ReadOn {
     return tables.probabilities[c] < kReadOn && !(alone && is_refined(c)) && (tables.places[c] & 0xFFFFu) > 0;
   }
 
-  /// All threads. read_marked() reads the clusters of marked bits. refined: of the lane's head, weights of
-  /// rows in clusters that were read whole because of what was drawn from them.
+  /// All threads. read_marked(bits) reads clusters. refined: the lane's part, of head lane / 4, of the weights of rows
+  /// in clusters that were read whole because of what was drawn from them.
   template <class ReadMarked>
   __device__ VerifiedMass run(const AttendState<kDim>& state, float refined, ReadMarked read_marked) const {
     const int lane = threadIdx.x & 31;
