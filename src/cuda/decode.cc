@@ -79,6 +79,7 @@ Decode::Decode(const DecodeOptions& options, const DecodeLimits& limits) : impl_
   Impl& impl = *impl_;
   impl.options = options;
   impl.limits = limits;
+  impl.limits.index = resolved(limits.index, limits.head_dim, limits.head_dim);
   impl.device = device_facts();
   const int32_t group = limits.num_q_heads / limits.num_kv_heads;
   const IndexGeometry geometry =

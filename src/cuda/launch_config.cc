@@ -91,7 +91,8 @@ SequenceState state_at(const IndexGeometry& geometry, int64_t rows) {
 
 SequenceState uploaded_state(const KvIndex& index, const IndexOptions& options, const KvShape& shape,
                              const IndexGeometry& geometry) {
-  if (!(index.options() == options)) throw Error("the index was made with other options");
+  if (!(index.options() == resolved(options, shape.head_dim, shape.v_head_dim)))
+    throw Error("the index was made with other options");
   const KvShape& has = index.shape();
   for (const auto& [name, value, limit] : {std::tuple{"num_kv_heads", has.num_kv_heads, shape.num_kv_heads},
                                            {"head_dim", has.head_dim, shape.head_dim},
