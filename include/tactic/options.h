@@ -24,7 +24,7 @@ enum class Clustering : uint8_t {
 /// What the index keeps. Fixed when a KvIndex is made.
 struct IndexOptions {
   Clustering clustering = Clustering::kIncremental;
-  int32_t cluster_tokens = 0;  // mean cluster size; larger: smaller index, more tokens read; 0: 8 where a row of K and
+  int32_t cluster_tokens = 0;  // mean cluster size; larger: smaller index, more tokens read; 0: 9 where a row of K and
                                // one of V have 512 dimensions or more in all, else 16 (docs/method.md)
   int32_t segment_tokens = 2048;     // rows clustered together, at most 65535
   int32_t provisional_tokens = 256;  // rows of the small segments that hold the newest tokens; divides segment_tokens

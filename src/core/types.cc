@@ -95,7 +95,7 @@ void validate(const IndexOptions& o) {
 IndexOptions resolved(const IndexOptions& options, int32_t head_dim, int32_t v_head_dim) {
   // A cluster's centroid has a byte per dimension, a row of K and V four: the wider the rows, the smaller the clusters
   // that a given share of the cache pays for.
-  constexpr int32_t kWide = 512, kClusterTokens = 16, kClusterTokensWide = 8;
+  constexpr int32_t kWide = 512, kClusterTokens = 16, kClusterTokensWide = 9;
   IndexOptions o = options;
   if (o.cluster_tokens == 0)
     o.cluster_tokens = int64_t{head_dim} + v_head_dim >= kWide ? kClusterTokensWide : kClusterTokens;

@@ -46,8 +46,8 @@ TEST(Options, ClusterSizeFollowsTheRowsUnlessItIsGiven) {
   EXPECT_EQ(size(0, 64, 64), 16);
   EXPECT_EQ(size(0, 128, 128), 16);
   EXPECT_EQ(size(0, 256, 240), 16);
-  EXPECT_EQ(size(0, 256, 256), 8);
-  EXPECT_EQ(size(0, 576, 512), 8);
+  EXPECT_EQ(size(0, 256, 256), 9);
+  EXPECT_EQ(size(0, 576, 512), 9);
   EXPECT_EQ(size(32, 256, 256), 32);
   EXPECT_EQ(size(16, 256, 256), 16);
 }
