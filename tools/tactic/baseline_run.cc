@@ -13,12 +13,15 @@ RowsView rows_of(const tactic_rows& r) {
           r.page_tokens, r.page_stride_bytes};
 }
 
-// Rows [0, position), which must be what the query sees.
-KvView visible_rows(const tactic_query& query) {
+// Whether the query sees rows [0, position) without a gap, as a layer with a window does not in a longer context.
+bool sees_all(const tactic_query& query) {
   for (int64_t row = 0; query.visible != nullptr && row < query.position; ++row) {
-    if ((query.visible[row / 64] >> (row % 64) & 1) == 0)
-      throw CommandError("baselines need a cache without gaps; row " + std::to_string(row) + " is hidden");
+    if ((query.visible[row / 64] >> (row % 64) & 1) == 0) return false;
   }
+  return true;
+}
+
+KvView visible_rows(const tactic_query& query) {
   if (query.bias != nullptr) throw CommandError("baselines need a mask without bias");
   const tactic_kv& kv = query.kv;
   return {rows_of(kv.k), rows_of(kv.v), kv.num_kv_heads, kv.head_dim, kv.v_head_dim, query.position};
@@ -77,6 +80,7 @@ BaselineDecoder::LayerState& BaselineDecoder::prepare(const tactic_query& query,
 }
 
 bool BaselineDecoder::answer(const tactic_query& query, tactic_step_stats& stats) {
+  if (!sees_all(query)) return false;
   const KvView kv = visible_rows(query);
   LayerState& layer = prepare(query, kv);
   const eval::Rows& rows = layer.rows;
@@ -96,6 +100,14 @@ bool BaselineDecoder::answer(const tactic_query& query, tactic_step_stats& stats
   stats.index_bytes = choice.summary_bytes;
   stats.kv_bytes = choice.bytes(rows) - choice.summary_bytes;
   stats.kv_bytes_present = kv.kv_len * kv.num_kv_heads * row_bytes;
+  totals_.queries += 1;
+  totals_.sparse_queries += 1;
+  totals_.kv_heads += kv.num_kv_heads;
+  totals_.tokens_certain += stats.tokens_certain;
+  totals_.tokens_sampled += stats.tokens_sampled;
+  totals_.index_bytes += stats.index_bytes;
+  totals_.kv_bytes += stats.kv_bytes;
+  totals_.kv_bytes_present += stats.kv_bytes_present;
   return true;
 }
 

@@ -46,13 +46,16 @@ class QueryRecorder : public HostDecoder {
   PromptQueries queries_;
 };
 
-/// Answers by one method. The first call of each layer builds what the method needs over `prompt_len` rows.
+/// Answers by one method, layers that see the whole context; those with a window stay exact. The first call of each
+/// layer builds what the method needs over `prompt_len` rows.
 class BaselineDecoder : public HostDecoder {
  public:
   BaselineDecoder(Host& host, const eval::BaselineSpec& spec, const PromptQueries& prompt, int64_t prompt_len,
                   uint64_t seed);
   /// |o - o_exact| / |o_exact| at the inputs that each layer got, mean over every fourth query, layers and heads.
   double mean_error() const { return errors_ > 0 ? error_sum_ / errors_ : 0; }
+  /// Of the queries it answered.
+  const tactic_totals& totals() const { return totals_; }
 
  protected:
   bool answer(const tactic_query& query, tactic_step_stats& stats) override;
@@ -70,6 +73,7 @@ class BaselineDecoder : public HostDecoder {
   int64_t prompt_len_;
   uint64_t seed_;
   std::vector<LayerState> layers_;
+  tactic_totals totals_ = {};
   double error_sum_ = 0, errors_ = 0;
 };
 

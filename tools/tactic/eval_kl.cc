@@ -215,8 +215,9 @@ std::vector<ModeResult> evaluate(Host& host, const EvalOptions& options, const s
       };
       std::optional<BaselineDecoder> decoder;
       if (modes[m].baseline) decoder.emplace(host, *modes[m].baseline, prefilled.queries, options.depth, options.seed);
-      add_totals(results[m].totals, decode_window(host, modes[m].mode, decoder ? &*decoder : nullptr, session_options,
-                                                  options, prefilled, window, progress, begin, compare));
+      const tactic_totals read = decode_window(host, modes[m].mode, decoder ? &*decoder : nullptr, session_options,
+                                               options, prefilled, window, progress, begin, compare);
+      add_totals(results[m].totals, decoder ? decoder->totals() : read);  // of a baseline: layers that it answers for
       if (decoder) results[m].error_sum += decoder->mean_error();
       if (w + 1 == source.windows.size()) done(modes[m], results[m]);
     }
