@@ -291,19 +291,20 @@ def run_shape(lib, batch, indexed, settings, args, bandwidth, emit):
 
 
 def settings_of(args):
-    """One for each selector, cluster size, value of what the selector is asked for, and of --checks and --learn."""
+    """One for each selector, cluster size, value of what the selector is asked for, and of --sample-mass, --checks and --learn."""
     on_traces = trace_errors(args.trace_rows) if args.trace_rows else {}
     settings = []
     for select in args.selectors.split(","):
         knob, short, values = {"sample": ("tau", "tau", args.tau), "fit": ("target_mass", "mass", args.target_mass),
                                "topk": ("budget", "budget", args.budget)}[select]
-        learns = args.learn if select == "sample" else "0"
-        for size, value, checks, learn in itertools.product(args.sizes.split(","), values.split(","), args.checks.split(","), learns.split(",")):
-            setting = {"name": f"{select} {short} {value} size {size}" + " checks" * (checks == "1") + " learn" * (learn == "1"), "select": select,
+        learns, masses = (args.learn, args.sample_mass) if select == "sample" else ("0", "0")
+        for size, value, mass, checks, learn in itertools.product(args.sizes.split(","), values.split(","), masses.split(","), args.checks.split(","), learns.split(",")):
+            verified = float(mass) > 0
+            setting = {"name": f"{select} {short} {value} size {size}" + f" mass {mass}" * verified + " checks" * (checks == "1") + " learn" * (learn == "1"), "select": select,
                        "checks": checks == "1", "learn": learn == "1", "cluster_tokens": int(size), knob: int(value) if knob == "budget" else float(value),
                        "outliers": args.outliers, "recent": args.recent}
             if select == "sample":
-                setting |= {"refine": args.refine, **on_traces.get((float(value), int(size), args.outliers), {})}
+                setting |= {"refine": args.refine, **({"target_mass": float(mass)} if verified else on_traces.get((float(value), int(size), args.outliers), {}))}
             settings.append(setting)
     return settings
 
@@ -318,6 +319,7 @@ def main():
     parser.add_argument("--outliers", type=float, default=0.0025, help="share of a segment, as IndexOptions has it")
     parser.add_argument("--selectors", default="sample", help="sample,fit,topk: which are timed besides dense attention")
     parser.add_argument("--tau", default="1000", help="of sample")
+    parser.add_argument("--sample-mass", default="0", help="of sample: share of the mass that a step reads on to; 0: none; 0,0.9: both")
     parser.add_argument("--target-mass", default="0.9", help="of fit")
     parser.add_argument("--budget", default="1024", help="of topk, rows per query head")
     parser.add_argument("--deviation", type=float, default=0.7, help="of scores: 0.7 is flat attention")
