@@ -196,12 +196,13 @@ Mean total(const std::vector<LayerSums>& layers, Field field) {
 
 void write_sparsity(const Trace& trace, const std::vector<LayerSums>& layers, const std::vector<int64_t>& queries,
                     std::vector<Json>& out) {
+  const std::vector<int32_t> traced = full_layers(trace);
   for (size_t l = 0; l < layers.size(); ++l) {
     for (size_t h = 0; h < layers[l].head_tokens.size(); ++h) {
       const std::vector<double>& tokens = layers[l].head_tokens[h];
       out.push_back(
           {{"table", "sparsity_head"},
-           {"layer", trace.info().layers[l].layer},
+           {"layer", trace.info().layers[static_cast<size_t>(traced[l])].layer},
            {"head", h},
            {"tokens", std::accumulate(tokens.begin(), tokens.end(), 0.0) / static_cast<double>(tokens.size())},
            {"median", quantile(tokens, 0.5)}});

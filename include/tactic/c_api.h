@@ -32,7 +32,8 @@ typedef struct {
   int64_t kv_len;
 } tactic_kv;
 
-/* As tactic::IndexOptions and tactic::DecodeOptions; the *_init functions fill in the defaults. */
+/* As tactic::IndexOptions and tactic::DecodeOptions; the *_init functions fill in the defaults. cluster_tokens 0: the
+   size follows from the shape. */
 typedef struct {
   size_t struct_size;
   int32_t whole_clustering; /* 0: incremental */

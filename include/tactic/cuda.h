@@ -89,7 +89,9 @@ struct StepRecord {
   int32_t clusters;          // scored
   int32_t segments;          // of those
   float tau, beta;           // sample: the ones used
-  float certain_mass;        // share that certain rows have of the output's weights, mean over the group's heads
+  float certain_mass;        // share that certain rows have of the output's weights, mean over the group's heads; 1 for
+                             // fit and topk, which measure none, and where every row was read;
+                             // after reading on for target_mass it may lie below the truth (docs/method.md)
   float mass_std_error;      // of that, root mean square over the heads: with DecodeBatch::learn or target_mass as the
                              // draw measures it (as on the CPU), else that of independent draws, which is larger
   DenseReason dense;         // why every row was read, if so: asked for; a row that was read is not the one that was

@@ -5,7 +5,7 @@
 // old key.
 //
 //   tactic::KvIndex index({}, {.num_kv_heads = 8, .head_dim = 128, .v_head_dim = 128});
-//   index.write(kv, 0, kv.kv_len);     // after the rows have been stored
+//   index.write(0, kv.kv_len);         // after the rows have been stored
 //   index.maintain(kv);
 #pragma once
 
@@ -47,9 +47,9 @@ class KvIndex {
 
   /// Clusters what is due. `max_segments` bounds the work of this call, negative: all that is due. A full segment
   /// counts as 1, a provisional one as (provisional_tokens / segment_tokens)^2 * cluster_tokens /
-  /// provisional_cluster_tokens (1/16 with the defaults), so that a call with less than 1 builds provisional ones
-  /// alone. Returns whether work is left, for this call's budget or for a larger one. Throws Error if `kv` does not fit
-  /// the shape or kv_len is less than the rows written.
+  /// provisional_cluster_tokens (1/16 with clusters of 16, 9/256 with clusters of 9), so that a call with less than 1
+  /// builds provisional ones alone. Returns whether work is left, for this call's budget or for a larger one. Throws
+  /// Error if `kv` does not fit the shape or kv_len is less than the rows written.
   bool maintain(const KvView& kv, double max_segments = -1);
 
   /// Compares every indexed row's check value; rows that differ count as rewritten. Where more than 8 rows and a 32nd

@@ -14,7 +14,7 @@ namespace {
 
 using test::Cache;
 
-// Two layers of 2 KV heads and 6 query heads, 600 rows of prompt and 10 after it, a window on a third layer.
+// Two layers of 2 KV heads and 6 query heads, 600 rows of prompt and 10 after it, a window on a layer between them.
 class PaperTest : public ::testing::Test {
  protected:
   static constexpr int64_t kRows = 610, kPrompt = 600;
@@ -31,7 +31,7 @@ class PaperTest : public ::testing::Test {
       info.kinds.push_back(p < kPrompt ? QueryKind::kPrompt : QueryKind::kDecode);
     }
     for (int32_t l = 0; l < 3; ++l)
-      info.layers.push_back({l, 6, 2, 64, 64, DType::kF16, DType::kF16, 0.125f, l == 2 ? 100 : 0});
+      info.layers.push_back({l, 6, 2, 64, 64, DType::kF16, DType::kF16, 0.125f, l == 1 ? 100 : 0});
     TraceWriter writer(path_, info);
     for (int32_t l = 0; l < 3; ++l) {
       caches_.push_back(std::make_unique<Cache>(
@@ -97,7 +97,7 @@ TEST_F(PaperTest, Table1HoldsTheOracleOfEveryCase) {
   ASSERT_EQ(rows.size(), 6u);
   for (const Json& row : rows) {
     double sum = 0, cases = 0;
-    for (int32_t l = 0; l < 2; ++l) {  // the third has a window
+    for (const int32_t l : {0, 2}) {
       for (const int64_t i : {0, 2, 5, 7}) {
         for (int32_t h = 0; h < 6; ++h) {
           sum += static_cast<double>(oracle(l, i, h, row["target_mass"]));
@@ -131,7 +131,9 @@ TEST_F(PaperTest, DistanceFallsWithMassAndSparsityIsPerHead) {
     }
     EXPECT_GT(first, last) << order;
   }
-  EXPECT_EQ(of_table(rows, "sparsity_head").size(), 12u);
+  const std::vector<Json> heads = of_table(rows, "sparsity_head");
+  ASSERT_EQ(heads.size(), 12u);
+  for (size_t i = 0; i < heads.size(); ++i) EXPECT_EQ(heads[i]["layer"], i < 6 ? 0 : 2);
   EXPECT_EQ(of_table(rows, "sparsity_query").size(), 4u);
   EXPECT_EQ(of_table(rows, "curves").size(), 5u);
   EXPECT_THROW(paper_cases(*trace_, {.within = -1}), Error);
@@ -176,7 +178,7 @@ TEST_F(PaperTest, BaselinesAreMeasuredInTheSameCases) {
   EXPECT_EQ(cases[2].steps[1].tokens, 4 + 100 + 64 + 10);
   EXPECT_GT(cases[3].steps[0].tokens_sampled, 0);
   EXPECT_TRUE(
-      measure_baselines(trace_->layer(2), 2, dense_layer(trace_->layer(2), queries), specs, 1)[0].heads.empty());
+      measure_baselines(trace_->layer(1), 1, dense_layer(trace_->layer(1), queries), specs, 1)[0].heads.empty());
 }
 
 }  // namespace
