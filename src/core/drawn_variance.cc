@@ -5,13 +5,13 @@
 namespace tactic {
 
 Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability,
-                     const std::vector<char>& whole) {
+                     const std::vector<Reading>& readings, bool alone) {
   Undrawn rows;
   size_t c = 0;
   for (const Segment& segment : index.segments) {
     double expected = 0;
     for (const size_t end = c + static_cast<size_t>(padded_clusters(segment.num_clusters)); c < end; ++c) {
-      if (!whole[c]) expected += double{sizes[c]} * probability[c];
+      if (speaks(readings[c], alone)) expected += double{sizes[c]} * probability[c];
     }
     rows.any = rows.any || expected > 0;
     const double part = expected - std::floor(expected);
@@ -20,9 +20,9 @@ Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, c
   return rows;
 }
 
-bool all_read(const std::vector<float>& sizes, const std::vector<char>& whole) {
+bool all_read(const std::vector<float>& sizes, const std::vector<Reading>& readings) {
   for (size_t c = 0; c < sizes.size(); ++c) {
-    if (sizes[c] > 0 && whole[c] == 0) return false;
+    if (sizes[c] > 0 && readings[c] == Reading::kDrawn) return false;
   }
   return true;
 }

@@ -62,11 +62,11 @@ struct Undrawn {
   bool any = false;           // something can be drawn
   double count_variance = 0;  // a segment's number of draws is one of the two whole numbers around its expectation
 };
-/// `probability`, `whole`, `sizes`: [num_clusters].
+/// `probability`, `readings`, `sizes`: [num_clusters]. `alone`: as in speaks().
 Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability,
-                     const std::vector<char>& whole);
+                     const std::vector<Reading>& readings, bool alone);
 
 /// Whether every cluster that holds rows was read whole, for whatever reason: then the draw has nothing to say.
-bool all_read(const std::vector<float>& sizes, const std::vector<char>& whole);
+bool all_read(const std::vector<float>& sizes, const std::vector<Reading>& readings);
 
 }  // namespace tactic

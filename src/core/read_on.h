@@ -26,13 +26,21 @@ struct HeadMass {
 /// The end of an interval for the mass: `z` standard errors of a normal variable down (z > 0) or up (z < 0).
 double mass_bound(const HeadMass& head, double z);
 
-/// Clusters to read whole next, ascending; empty when every head of the group has `target_mass`, or nothing is left.
-/// Those heads that fall short share out the rest they measured over the clusters not read whole, in proportion to the
-/// estimates, and clusters are taken by falling share per row until all would have the target.
-/// `whole`: [num_clusters] is read whole already. `masses`: [group_size], as the draws of the other clusters say alone:
-/// a heavy draw whose cluster was read whole says nothing of the rest any more, and much of its scatter is its own.
-std::vector<int32_t> read_on(const ClusterScores& scores, const SelectParams& params, const std::vector<char>& whole,
-                             std::span<const HeadMass> masses, double target_mass);
+/// Clusters, ascending.
+struct NextClusters {
+  std::vector<int32_t> read;    // to be read whole next
+  std::vector<int32_t> silent;  // refined ones that rank among those: they would be read whole whatever was drawn
+};
+
+/// Nothing when every head of the group has `target_mass`, or nothing is left. Those heads that fall short share out
+/// the rest they measured over the clusters not read whole, in proportion to the estimates, and clusters are taken by
+/// falling share per row until all would have the target. Draws of refined clusters that rank among those taken must
+/// not speak for the rest any more either: of clusters of that rank, those that drew little would be left out and those
+/// that drew much kept (docs/method.md, verified mass).
+/// `readings`: [num_clusters]. `masses`: [group_size], as the draws of the drawn clusters say alone: a heavy draw whose
+/// cluster was read whole says nothing of the rest any more, and much of its scatter is its own.
+NextClusters read_on(const ClusterScores& scores, const SelectParams& params, std::span<const Reading> readings,
+                     std::span<const HeadMass> masses, double target_mass);
 
 /// Half the variance of a cluster's scores, s^2 = spread * |q|^2; beyond s = sqrt(2 ln n) it grows linearly in s, as n
 /// members cannot average more than their maximum.

@@ -72,6 +72,19 @@ struct Inclusion {
   std::vector<float> scratch;
 };
 
+/// How a step reads a cluster.
+enum class Reading : char {
+  kDrawn,    // rows drawn from it
+  kRefined,  // whole because of what was drawn
+  kWhole,    // whole whatever was drawn
+};
+
+/// Whether a cluster's draw speaks for what is not read. A refined one's does not when those of clusters that are not
+/// read whole speak `alone`.
+inline bool speaks(Reading reading, bool alone) {
+  return reading == Reading::kDrawn || (reading == Reading::kRefined && !alone);
+}
+
 /// The number of rows that one unit of weight is worth. The same for all heads, since then no row read in one would
 /// have lowered the sum of the heads' variances more in another; a head whose estimates prove worse gets more by the
 /// square root of that (docs/method.md, tau).

@@ -35,7 +35,6 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   task.masses.assign(group, {});
   task.independent_variance.assign(group, 0);
   task.certain.assign(group, 0);
-  task.refined_sum.assign(group, 0);
   task.relative_variance.assign(group, 0);
   for (size_t g = 0; g < group && !task.again; ++g) {
     const float* q = query.q + (head * task.group_size + static_cast<int64_t>(g)) * query.q_head_stride;
@@ -203,7 +202,6 @@ void read_whole(Task& task, const std::vector<int32_t>& found) {
       const int32_t size = clusters.sizes[static_cast<size_t>(c)];
       if (*next == base + c) {
         ++next;
-        task.whole[static_cast<size_t>(base + c)] = 1;
         while (at < selection.tokens.size() && selection.clusters[at] < base + c) ++at;
         for (int32_t m = 0; m < size; ++m) {
           const auto row = static_cast<int32_t>(segment.row_begin + members[m]);
@@ -263,16 +261,28 @@ void settle_again(Task& task) {
   }
 }
 
-// The masses as the draws of clusters that are not `silent` measure them, and how sure they are. `refined`:
-// [group_size] weight of the rows of those that were read whole because of a draw. `first`: what steps find usual is to
-// learn of it.
-std::vector<HeadMass> measure(Task& task, const std::vector<char>& silent, const std::vector<double>& refined,
-                              bool first) {
+// The weight of the rows in clusters that were read whole because of what was drawn.
+double refined_weight(Task& task, int32_t g) {
+  const auto refined = [&](int32_t c) { return task.readings[static_cast<size_t>(c)] == Reading::kRefined; };
+  double sum = 0;
+  if (task.refined_clusters == 0) return sum;
+  for (int64_t i = task.selection.num_certain; i < task.selected.size(); ++i) {
+    if (refined(task.selection.clusters[static_cast<size_t>(i)])) sum += task.selected.weights_of(g)[i];
+  }
+  for (int64_t i = 0; i < task.refined.size(); ++i) {
+    if (refined(task.refined_from[static_cast<size_t>(i)])) sum += task.refined.weights_of(g)[i];
+  }
+  return sum;
+}
+
+// The masses as the draws that speak measure them, and how sure they are. `alone`: as in speaks(). `first`: what steps
+// find usual is to learn of it.
+std::vector<HeadMass> measure(Task& task, bool alone, bool first) {
   const Calibration& known = task.query->index->state().calibration[static_cast<size_t>(task.head)];
   const Undrawn undrawn =
-      undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, silent);
+      undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, task.readings, alone);
   std::vector<HeadMass> masses;
-  const bool read = all_read(task.clusters.sizes, task.whole);
+  const bool read = all_read(task.clusters.sizes, task.readings);
   const int64_t draws = task.selected.size() - task.selection.num_certain;
   for (int32_t g = 0; g < task.group_size; ++g) {
     DrawnVariance drawn;
@@ -280,13 +290,13 @@ std::vector<HeadMass> measure(Task& task, const std::vector<char>& silent, const
     for (int64_t i = 0; i < draws; ++i) {
       const auto cluster =
           static_cast<size_t>(task.selection.clusters[static_cast<size_t>(task.selection.num_certain + i)]);
-      if (silent[cluster] != 0) continue;
+      if (!speaks(task.readings[cluster], alone)) continue;
       const float z = task.drawn[static_cast<size_t>(g * draws + i)];
       drawn.add(z, task.inclusion.probability[cluster]);
       sum += z;
     }
     const double certain = task.certain[static_cast<size_t>(g)];
-    const double total = certain + (read ? 0.0 : std::max(0.0, sum - refined[static_cast<size_t>(g)]));
+    const double total = certain + (read ? 0.0 : std::max(0.0, sum - (alone ? 0.0 : refined_weight(task, g))));
     const double mass = certain / total,
                  usual = known.usual_of(static_cast<size_t>(g), static_cast<size_t>(task.group_size));
     const double tau = unseen_tau(task.inclusion, static_cast<size_t>(g));
@@ -299,38 +309,29 @@ std::vector<HeadMass> measure(Task& task, const std::vector<char>& silent, const
   return masses;
 }
 
-// By the whole draw: only the draws of clusters that are read whole whatever was drawn do not speak.
-void measure_masses(Task& task, bool first) {
-  std::vector<char> planned = task.whole;
-  for (size_t c = 0; c < planned.size(); ++c) planned[c] = task.whole[c] != 0 && task.refined_whole[c] == 0;
-  task.masses = measure(task, planned, task.refined_sum, first);
-}
-
 // Reads the clusters that the draw found underestimated.
 void refine_clusters(Task& task) {
-  const std::vector<double> certain = task.certain;
   const std::vector<int32_t> found = underestimated(task);
   task.refined_clusters = static_cast<int64_t>(found.size());
-  for (const int32_t c : found) task.refined_whole[static_cast<size_t>(c)] = 1;
+  for (const int32_t c : found) task.readings[static_cast<size_t>(c)] = Reading::kRefined;
   read_whole(task, found);
   settle_again(task);
-  for (size_t g = 0; g < certain.size(); ++g) task.refined_sum[g] = task.certain[g] - certain[g];
 }
 
 // Reads on until every head has the mass for certain, by what the draws of clusters not read whole say of the rest.
 void reach_mass(Task& task, float target_mass) {
   const SelectParams params{task.group_size, task.q_norms2.data(), task.exact_state.data(), task.beta, 1};
-  const std::vector<double> none(task.refined_sum.size());
   bool read = false;
   while (!task.not_finite) {
-    const std::vector<int32_t> next =
-        read_on(task.clusters, params, task.whole, measure(task, task.whole, none, false), target_mass);
-    if (next.empty()) break;
-    read_whole(task, next);
+    const NextClusters next = read_on(task.clusters, params, task.readings, measure(task, true, false), target_mass);
+    if (next.read.empty()) break;
+    for (const int32_t c : next.read) task.readings[static_cast<size_t>(c)] = Reading::kWhole;
+    for (const int32_t c : next.silent) task.readings[static_cast<size_t>(c)] = Reading::kWhole;
+    read_whole(task, next.read);
     settle_again(task);
     read = true;
   }
-  if (read) measure_masses(task, false);
+  if (read) task.masses = measure(task, false, false);
 }
 
 // `changes`, row by row, as weights of the corrected rows.
@@ -377,16 +378,16 @@ void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* 
     task.independent_variance[static_cast<size_t>(g)] = sums[g].variance / (total * total);
   }
   if (task.not_finite || !sample) return;
-  task.whole.resize(task.inclusion.probability.size());
-  for (size_t c = 0; c < task.whole.size(); ++c) task.whole[c] = task.inclusion.probability[c] >= 1;
-  task.refined_whole.assign(task.whole.size(), 0);
+  task.readings.resize(task.inclusion.probability.size());
+  for (size_t c = 0; c < task.readings.size(); ++c)
+    task.readings[c] = task.inclusion.probability[c] >= 1 ? Reading::kWhole : Reading::kDrawn;
   task.drawn.clear();
   for (int32_t g = 0; g < task.group_size; ++g) {
     const float* weights = task.selected.weights_of(g);
     task.drawn.insert(task.drawn.end(), weights + task.selection.num_certain, weights + task.selected.size());
   }
   if (draws_too_heavy(task, sums)) refine_clusters(task);
-  measure_masses(task, true);
+  task.masses = measure(task, false, true);
   if (options.target_mass > 0) reach_mass(task, options.target_mass);
   list_changes(task);
 }

@@ -49,12 +49,11 @@ struct Task {
                                           // estimates, so that rows are weighed as soon as they are scored
   std::vector<HeadMass> masses;           // [group_size] of the certain rows
   std::vector<double> independent_variance;  // [group_size] of all weights, relative, had the draws been independent
-  std::vector<char> whole;                   // [num_clusters] read whole
-  std::vector<float> drawn;         // [group_size, draws] weights of the draw, also of rows that lost theirs since
-  std::vector<char> refined_whole;  // [num_clusters] read whole because of what was drawn
-  std::vector<double> certain, refined_sum;  // [group_size] sums of weights of all certain rows; of refined clusters
-  std::vector<double> relative_variance;     // [group_size] of the draw, 0: unknown
-  std::vector<float> changes;                // [corrected rows, group_size] of their weights
+  std::vector<Reading> readings;             // [num_clusters]
+  std::vector<float> drawn;     // [group_size, draws] weights of the draw, also of rows that lost theirs since
+  std::vector<double> certain;  // [group_size] sums of weights of all certain rows
+  std::vector<double> relative_variance;  // [group_size] of the draw, 0: unknown
+  std::vector<float> changes;             // [corrected rows, group_size] of their weights
   Sinks sinks;
   std::vector<float> sink_sums;  // [group_size] their part of exact_state's sums
   std::vector<float> heavy;      // [group_size] weight from which on a drawn row refines its cluster

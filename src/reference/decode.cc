@@ -40,13 +40,13 @@ bool unchanged(const IndexState& index, const KvView& kv, int32_t head, const He
 }
 
 // What the draw says of the mass read with certainty. `anyway`: rows read anyway. `drawn`: the selection before any
-// cluster was read whole because of it; clusters that are `silent` do not speak. `whole`: clusters read whole by now.
+// cluster was read whole because of it. `readings`: of every cluster by now, `alone`: as in speaks().
 void measure(const IndexState& index, const RowsView& k, int32_t head, const HeadSelection& anyway,
              const HeadSelection& drawn, const HeadSelection& selection, const Inclusion& inclusion,
-             const std::vector<char>& silent, const std::vector<char>& whole, const std::vector<float>& sizes,
-             const float* q, int32_t dim, std::vector<HeadMass>& masses) {
-  const bool read = all_read(sizes, whole);
-  const Undrawn undrawn = undrawn_rows(index, sizes, inclusion.probability, silent);
+             const std::vector<Reading>& readings, bool alone, const std::vector<float>& sizes, const float* q,
+             int32_t dim, std::vector<HeadMass>& masses) {
+  const bool read = all_read(sizes, readings);
+  const Undrawn undrawn = undrawn_rows(index, sizes, inclusion.probability, readings, alone);
   for (size_t g = 0; g < masses.size(); ++g) {
     const auto score = [&](int32_t row) { return dot_row(k, head, row, q + g * dim, dim); };
     std::vector<double> certain;
@@ -60,17 +60,16 @@ void measure(const IndexState& index, const RowsView& k, int32_t head, const Hea
     // Rows of clusters read whole because of the draw are certain now; what they were drawn to speak for is still
     // missing.
     DrawnVariance variance;
-    std::vector<bool> refined(silent.size());
     for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i) {
       const int32_t c = drawn.clusters[i];
-      if (silent[c]) continue;
+      if (!speaks(readings[c], alone)) continue;
       const double weight = std::exp(score(drawn.tokens[i]) + drawn.log_weights[i] - max);
       variance.add(weight, inclusion.probability[c]);
       rest += weight;
-      refined[c] = true;
     }
     for (int64_t i = 0; i < selection.num_certain; ++i) {
-      if (refined[selection.clusters[i]]) rest -= std::exp(score(selection.tokens[i]) - max);
+      if (readings[selection.clusters[i]] == Reading::kRefined && !alone)
+        rest -= std::exp(score(selection.tokens[i]) - max);
     }
     const double total = sum + (read ? 0.0 : std::max(0.0, rest)), mass = sum / total,
                  usual = index.calibration[head].usual_of(g, masses.size());
@@ -143,23 +142,26 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
     stats.refined_clusters +=
         refine(index, head, filter, kv.k, q.data(), dim, group_size, inclusion, options, selection);
     leave_out(expected, selection);
-    std::vector<char> planned(inclusion.probability.size()), whole;
-    for (size_t c = 0; c < planned.size(); ++c) planned[c] = inclusion.probability[c] >= 1;
-    whole = planned;
-    for (int64_t i = 0; i < selection.num_certain; ++i) whole[selection.clusters[i]] = 1;
-    const auto measured = [&](const std::vector<char>& silent) {
+    std::vector<Reading> readings(inclusion.probability.size(), Reading::kDrawn);
+    for (int64_t i = 0; i < selection.num_certain; ++i) readings[selection.clusters[i]] = Reading::kRefined;
+    for (size_t c = 0; c < readings.size(); ++c) {
+      if (inclusion.probability[c] >= 1) readings[c] = Reading::kWhole;
+    }
+    const auto measured = [&](bool alone) {
       std::vector<HeadMass> result(group_size);
-      measure(index, kv.k, head, all, drawn, selection, inclusion, silent, whole, scores.sizes, q.data(), dim, result);
+      measure(index, kv.k, head, all, drawn, selection, inclusion, readings, alone, scores.sizes, q.data(), dim,
+              result);
       return result;
     };
     while (options.target_mass > 0) {
-      const std::vector<int32_t> next = read_on(scores, params, whole, measured(whole), options.target_mass);
-      if (next.empty()) break;
-      for (const int32_t c : next) whole[c] = planned[c] = 1;
-      read_whole(index, head, filter, next, selection);
+      const NextClusters next = read_on(scores, params, readings, measured(true), options.target_mass);
+      if (next.read.empty()) break;
+      for (const int32_t c : next.read) readings[c] = Reading::kWhole;
+      for (const int32_t c : next.silent) readings[c] = Reading::kWhole;
+      read_whole(index, head, filter, next.read, selection);
       leave_out(expected, selection);
     }
-    masses = measured(planned);
+    masses = measured(false);
     if (options.check_rows && !unchanged(index, kv, head, selection))
       return DenseReason::kRowChanged;  // added ones too
   }

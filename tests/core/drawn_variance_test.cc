@@ -101,17 +101,24 @@ TEST(DrawnVariance, CountOfDrawsIsRoundedBySegment) {
   ASSERT_GT(state.segments.size(), 2u);
   const auto n = static_cast<size_t>(state.total_clusters());
   std::vector<float> sizes(n), probability(n, 0.0f);
-  std::vector<char> whole(n);
+  std::vector<Reading> readings(n, Reading::kDrawn);
   sizes[0] = sizes[1] = 10;
   const auto second = static_cast<size_t>(padded_clusters(state.segments[0].num_clusters));
   sizes[second] = 10;
-  EXPECT_FALSE(undrawn_rows(state, sizes, probability, whole).any);
+  EXPECT_FALSE(undrawn_rows(state, sizes, probability, readings, false).any);
   probability[0] = probability[1] = 0.125f;  // 2.5 draws
   probability[second] = 0.025f;              // a quarter of one
-  EXPECT_TRUE(undrawn_rows(state, sizes, probability, whole).any);
-  EXPECT_NEAR(undrawn_rows(state, sizes, probability, whole).count_variance, 0.25 + 0.25 * 0.75, 1e-6);
-  whole[second] = 1;
-  EXPECT_NEAR(undrawn_rows(state, sizes, probability, whole).count_variance, 0.25, 1e-6);
+  EXPECT_TRUE(undrawn_rows(state, sizes, probability, readings, false).any);
+  EXPECT_NEAR(undrawn_rows(state, sizes, probability, readings, false).count_variance, 0.25 + 0.25 * 0.75, 1e-6);
+  readings[second] = Reading::kRefined;
+  EXPECT_NEAR(undrawn_rows(state, sizes, probability, readings, false).count_variance, 0.25 + 0.25 * 0.75, 1e-6);
+  EXPECT_NEAR(undrawn_rows(state, sizes, probability, readings, true).count_variance, 0.25, 1e-6);
+  readings[second] = Reading::kWhole;
+  EXPECT_NEAR(undrawn_rows(state, sizes, probability, readings, false).count_variance, 0.25, 1e-6);
+  readings[0] = Reading::kRefined;
+  EXPECT_FALSE(all_read(sizes, readings));
+  readings[1] = Reading::kRefined;
+  EXPECT_TRUE(all_read(sizes, readings));
 }
 
 }  // namespace

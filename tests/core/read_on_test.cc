@@ -14,7 +14,7 @@ struct Scene {
   ClusterScores scores{8, std::vector<float>(16), std::vector<float>(8, 0.0f), std::vector<float>(8, 10.0f)};
   std::vector<float> norms2{1, 1};
   std::vector<SoftmaxState> exact{2};
-  std::vector<char> whole = std::vector<char>(8);
+  std::vector<Reading> readings = std::vector<Reading>(8, Reading::kDrawn);
   SelectParams params{2, norms2.data(), exact.data(), 1, 1};
   Scene() {
     for (int c = 0; c < 8; ++c)
@@ -22,7 +22,7 @@ struct Scene {
           static_cast<float>(-c * std::log(2.0));
   }
   std::vector<int32_t> next(std::vector<HeadMass> masses, double target) const {
-    return read_on(scores, params, whole, masses, target);
+    return read_on(scores, params, readings, masses, target).read;
   }
 };
 
@@ -44,11 +44,30 @@ TEST(ReadOn, TakesTheHeaviestOfTheHeadsThatLack) {
 
 TEST(ReadOn, LeavesOutWhatIsReadOrEmpty) {
   Scene scene;
-  scene.whole[0] = 1;
+  scene.readings[0] = Reading::kWhole;
   scene.scores.sizes[1] = 0;
   EXPECT_EQ(scene.next({{0.5, 0, 5}, {1, 0, 5}}, 0.7), (std::vector<int32_t>{2}));
-  std::fill(scene.whole.begin(), scene.whole.end(), 1);
+  std::fill(scene.readings.begin(), scene.readings.end(), Reading::kWhole);
   EXPECT_TRUE(scene.next({{0.5, 0, 5}, {1, 0, 5}}, 0.7).empty());
+}
+
+// Those that would have been read whole whatever was drawn from them, had they not been refined.
+TEST(ReadOn, RefinedClustersOfTheSameRankGoSilent) {
+  Scene scene;
+  for (const size_t c : {1, 5}) scene.readings[c] = Reading::kRefined;
+  const auto next = [&](double target) {
+    return read_on(scene.scores, scene.params, scene.readings, std::vector<HeadMass>{{0.5, 0, 5}, {1, 0, 5}}, target);
+  };
+  // Of what is left the clusters 0, 2, 3, 4 hold 128, 32, 16, 8 of 187 parts.
+  EXPECT_EQ(next(0.5 + 0.5 * 127 / 187).read, (std::vector<int32_t>{0}));
+  EXPECT_TRUE(next(0.5 + 0.5 * 127 / 187).silent.empty());
+  EXPECT_EQ(next(0.5 + 0.5 * 129 / 187).read, (std::vector<int32_t>{0, 2}));
+  EXPECT_EQ(next(0.5 + 0.5 * 129 / 187).silent, (std::vector<int32_t>{1}));
+  EXPECT_EQ(next(0.5 + 0.5 * 186.5 / 187).silent, (std::vector<int32_t>{1, 5}));
+  EXPECT_TRUE(next(0.5).read.empty());
+  EXPECT_TRUE(next(0.5).silent.empty());
+  std::fill(scene.readings.begin(), scene.readings.end(), Reading::kRefined);
+  EXPECT_TRUE(next(0.9).read.empty()) << "nothing is left";
 }
 
 TEST(ReadOn, ReadsAllWhenNothingLessWillDo) {

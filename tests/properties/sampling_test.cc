@@ -332,5 +332,42 @@ TEST(Sampling, TheStandardErrorKnowsOfSinks) {
   EXPECT_LT(std::sqrt(believed2 / error2), 4) << "what it allows for rows missed is as for a head without a sink";
 }
 
+// Reading on does not bias the mass that is reported, also where much was refined: clusters whose spread is
+// underestimated.
+TEST(Sampling, ReadingOnDoesNotBiasTheMass) {
+  constexpr int64_t kLen = 12000;
+  Moments change;  // of the mass's error, draw by draw
+  int64_t refined = 0;
+  for (uint64_t seed = 1; seed <= 8; ++seed) {
+    CacheSpec spec = spec_of(kLen);
+    spec.topic_scale = 1;
+    spec.seed = seed;
+    Problem problem(spec, 1, seed);
+    problem.build_index();
+    problem.run({.select = Select::kDense});
+    std::vector<double> shares(kLen);
+    for (int64_t r = 0; r < kLen; ++r) {
+      double score = 0;
+      const std::vector<float> key = problem.cache.key(0, r);
+      for (size_t d = 0; d < 64; ++d) score += double{problem.query.sm_scale} * problem.q[d] * key[d];
+      shares[static_cast<size_t>(r)] = std::exp(score - problem.lse[0]);
+    }
+    Selection selection;
+    problem.query.selection = &selection;
+    const auto error = [&](float target, int i) {
+      const StepStats stats = draw(problem, {.tau = 500, .target_mass = target, .beta = 0.1f}, i);
+      refined += stats.refined_clusters;
+      const HeadSelection& rows = selection.heads[0];
+      double mass = 0;
+      for (int64_t r = 0; r < rows.num_certain; ++r)
+        mass += shares[static_cast<size_t>(rows.tokens[static_cast<size_t>(r)])];
+      return stats.estimated_mass - mass;
+    };
+    for (int i = 0; i < 100; ++i) change.add(error(0.9f, i) - error(0, i));
+  }
+  EXPECT_GT(refined, change.count) << "the case is too easy";
+  EXPECT_NEAR(change.mean(), 0, 0.002) << "give or take " << change.mean_error();
+}
+
 }  // namespace
 }  // namespace tactic::test
