@@ -76,15 +76,23 @@ struct Mailbox {
     __syncthreads();
 #endif
   }
-  /// What block `rank` has at the same address; T has a multiple of 4 bytes.
+  /// What block `rank` has at the same address; T has 4 bytes or a multiple of 16.
   template <class T>
   static __device__ __forceinline__ T read(const T* from, int rank) {
 #ifdef TACTIC_HOPPER
     uint32_t there, words[sizeof(T) / 4];
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(from)), "r"(rank));
+    static_assert(sizeof(T) == 4 || sizeof(T) % 16 == 0);
+    if constexpr (sizeof(T) == 4) {
+      asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(words[0]) : "r"(there) : "memory");
+    } else {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i)
-      asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(words[i]) : "r"(there + 4 * i) : "memory");
+      for (int i = 0; i < static_cast<int>(sizeof(T) / 4); i += 4)
+        asm volatile("ld.shared::cluster.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                     : "r"(there + 4 * i)
+                     : "memory");
+    }
     T value;
     memcpy(&value, words, sizeof(T));
     return value;

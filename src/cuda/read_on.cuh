@@ -82,7 +82,7 @@ struct ReadOn {
   static constexpr int kBins = 256;
   using Histogram = uint32_t[kBins][kHeads];  // shares in units of 2^-31, exact in any order
   struct Scratch {
-    Histogram of_block;  // and `other` in turns, as other blocks may still read the one before
+    Histogram of_block;  // after `other`, which other blocks may still read then
     union {
       Histogram other;
       RestSums of_warps[kWarps][kHeads];  // when nobody reads the histogram any more
@@ -100,10 +100,12 @@ struct ReadOn {
   __device__ Scratch& memory() const { return *reinterpret_cast<Scratch*>(scratch); }
   __device__ uint32_t* read_on() const { return tables.read_on(own.count()); }
   __device__ bool is_refined(int32_t c) const { return (tables.refined[c / 32] >> (c & 31) & 1) != 0; }
-  /// Whether a cluster's draw speaks. alone: that of a cluster that was refined does not.
-  __device__ bool speaks(int32_t c, bool alone) const {
-    return tables.probabilities[c] < kReadOn && !(alone && is_refined(c)) && (tables.places[c] & 0xFFFFu) > 0;
+  /// Whether a cluster has rows and is not read whole whatever was drawn from it.
+  __device__ bool is_ranked(int32_t c) const {
+    return tables.probabilities[c] < kReadOn && (tables.places[c] & 0xFFFFu) > 0;
   }
+  /// As core's speaks().
+  __device__ bool speaks(int32_t c, bool alone) const { return is_ranked(c) && !(alone && is_refined(c)); }
 
   /// All threads. read_marked(bits) reads clusters. refined: the lane's part, of head lane / 4, of the weights of rows
   /// in clusters that were read whole because of what was drawn from them.
@@ -117,6 +119,7 @@ struct ReadOn {
     int turn = 0;
 #pragma unroll 1
     while (true) {
+      if (!alone && read) refined = weigh_refined();
       const MeasuredMass mass = share(state, measure_draw(alone), alone ? 0.0f : refined, turn);
       turn ^= 1;
       if (!alone) {
@@ -219,6 +222,34 @@ struct ReadOn {
     return sums;
   }
 
+  /// The lane's part, of head lane / 4, of the weights of rows in refined clusters whose draws speak.
+  __device__ float weigh_refined() const {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    DrawSums sums;
+    int number = 0;
+    for_marked(tables.refined, own.clusters() / 32 + 1, [&](int32_t c) {
+      if (!speaks(c, false)) return;
+      const OwnSegment segment = own.at(own.segment_of(c));
+      const int32_t size = tables.places[c] & 0xFFFFu, first = segment.first_row + (tables.places[c] >> 16);
+      for (int32_t at = 0; at < size; at += 16) {
+        if (number++ % kWarps != warp) continue;
+        const int32_t member = at + (lane & 15),
+                      row = segment.first_row + __ldg(members + first + min(member, size - 1));
+        const uint32_t inside = __ballot_sync(kAllLanes, member < size && !is_follower(followers, row));
+        uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads];
+        load_keys<kDType, kDim>(k, {row_offset(p.batch.k, pages, row), 0, 0}, low, high);
+        float scores[4];
+        score_rows<kDType, kDim, true>(fragments, low, high, key_scale, scores);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if ((inside >> (2 * (lane & 3) + (j & 1) + 8 * (j >> 1)) & 1) == 0) scores[j] = kLowest;
+        }
+        sums.add_refined(scores, followers.estimate(lane >> 2));
+      }
+    });
+    return sums.refined;
+  }
+
   /// Adds up what the warps of all blocks have read and what their draws say: the mass of head lane.
   __device__ MeasuredMass share(const AttendState<kDim>& state, RestSums sums, float refined, int turn) const {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -285,15 +316,52 @@ struct ReadOn {
     return left;
   }
 
-  /// The shares of head h, in units of 2^-31, in bins from `first` on.
-  __device__ uint32_t shares_from(uint32_t first, int h) const {
-    uint32_t sum = 0;
-    for (uint32_t i = first + (threadIdx.x & 31); i < kBins; i += 32) sum += memory().total[i][h];
-    return __reduce_add_sync(kAllLanes, sum);
+  /// All blocks' shares of the bins, each with those above it, and the last bin at which all heads have what they need.
+  __device__ int32_t last_enough(const Histogram& bins, const uint32_t (&needs)[kHeads]) const {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    Histogram& total = memory().total;
+    static_assert(kHeads % 4 == 0);
+    for (int i = threadIdx.x; i < kBins * kHeads / 4; i += kThreads) {
+      uint4 sum{};
+      for (int s = 0; s < p.splits; ++s) {
+        const uint4 part = Mailbox::read(reinterpret_cast<const uint4*>(bins) + i, s);
+        sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+      }
+      reinterpret_cast<uint4*>(total)[i] = sum;
+    }
+    __syncthreads();
+    if (warp < kHeads) {
+      constexpr int kEach = kBins / 32;
+      uint32_t sum = 0;
+      for (int i = kEach - 1; i >= 0; --i) total[kEach * lane + i][warp] = sum += total[kEach * lane + i][warp];
+      uint32_t above = sum;  // of the lane and those after it
+      for (int step = 1; step < 32; step *= 2) {
+        const uint32_t other = __shfl_down_sync(kAllLanes, above, step);
+        if (lane + step < 32) above += other;
+      }
+      for (int i = 0; i < kEach; ++i) total[kEach * lane + i][warp] += above - sum;
+    }
+    __syncthreads();
+    int32_t last = 0;
+    for (int first = 0; first < kBins; first += 32) {
+      bool enough = true;
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) enough = total[first + lane][h] >= needs[h] && enough;
+      last += __popc(__ballot_sync(kAllLanes, enough));
+    }
+    return max(last - 1, 0);
   }
 
-  /// Marks clusters by falling share per row until all heads that lack mass would have it. Of head lane: log2 of all
-  /// weights, and the share of what is left that it lacks.
+  /// 16 bits that grow with a row's worth, the upper eight by one from an eighth of an octave to the next. 2^-28, which
+  /// is less than any row has when all have the same, and below: 0.
+  __device__ static uint32_t key_of(float worth) {
+    constexpr uint32_t kLeast = (127 - 28) << 23;
+    const uint32_t bits = max(__float_as_uint(worth), kLeast);
+    return min(bits - kLeast >> 12, 0xFFFFu);
+  }
+
+  /// Marks clusters by falling share per row until all heads that lack mass would have it; refined ones that rank among
+  /// those speak no more. Of head lane: log2 of all weights, and the share of what is left that it lacks.
   __device__ void mark(bool lacks, float log_total, float lacking) const {
     float log_totals[kHeads], scales[kHeads];
     uint32_t needs[kHeads];
@@ -310,48 +378,42 @@ struct ReadOn {
       scales[h] = shuffle(scale, h);
       needs[h] = shuffle(need, h);
     }
-    // A radix search for the largest limit of a row's worth, of 24 bits, from which on the shares suffice. One loop, so
-    // that a worth is rounded alike each time.
+    // A radix search for the largest limit of a row's worth from which on the shares suffice. One loop, so that a worth
+    // is rounded alike each time.
     uint32_t limit = 0;
 #pragma unroll 1
-    for (int shift = 23; shift >= -1; shift -= 8) {
-      Histogram& bins = (shift >> 3 & 1) == 0 ? memory().of_block : memory().other;
-      for (int i = threadIdx.x; i < kBins * kHeads; i += kThreads) bins[i / kHeads][i % kHeads] = 0;
+    for (int shift = 8;; shift -= 8) {
+      Histogram& bins = shift > 0 ? memory().other : memory().of_block;
+      const bool marks = shift < 0;
+      for (int i = threadIdx.x; !marks && i < kBins * kHeads; i += kThreads) bins[i / kHeads][i % kHeads] = 0;
       __syncthreads();
       for (int32_t c = threadIdx.x; c < own.clusters(); c += kThreads) {
-        if (!speaks(c, true)) continue;
+        if (!is_ranked(c) || (!marks && is_refined(c))) continue;
         float shares[kHeads], worth = 0;
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) worth += shares[h] = scales[h] * mean_weight(h, c, log_totals[h]);
-        const uint32_t bits = __float_as_uint(worth);
-        if (shift < 0) {
-          if (bits >= limit) atomicOr(&read_on()[c / 32], 1u << (c & 31));
-        } else if ((bits ^ limit) >> (shift + 8) == 0) {
+        const uint32_t key = key_of(worth);
+        if (marks) {
+          if (key < limit) continue;
+          if (is_refined(c)) {
+            tables.probabilities[c] = kReadOn;
+          } else {
+            atomicOr(&read_on()[c / 32], 1u << (c & 31));
+          }
+        } else if (shift > 0 || (key ^ limit) < kBins) {
           const float size = static_cast<float>(tables.places[c] & 0xFFFFu) * 0x1p31f;
 #pragma unroll
           for (int h = 0; h < kHeads; ++h)
-            atomicAdd(&bins[bits >> shift & 255][h], static_cast<uint32_t>(size * shares[h]));
+            atomicAdd(&bins[key >> shift & (kBins - 1)][h], static_cast<uint32_t>(size * shares[h]));
         }
       }
-      if (shift < 0) break;
+      if (marks) break;
       Mailbox::publish();
-      for (int i = threadIdx.x; i < kBins * kHeads; i += kThreads) {
-        uint32_t sum = 0;
-        for (int s = 0; s < p.splits; ++s) sum += Mailbox::read(&bins[i / kHeads][i % kHeads], s);
-        memory().total[i / kHeads][i % kHeads] = sum;
-      }
+      const int32_t bin = last_enough(bins, needs);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) needs[h] -= bin + 1 < kBins ? min(needs[h], memory().total[bin + 1][h]) : 0;
+      limit |= static_cast<uint32_t>(bin) << shift;
       __syncthreads();
-      uint32_t bin = 0;
-#pragma unroll 1
-      for (uint32_t bit = kBins / 2; bit > 0; bit /= 2) {
-        bool enough = true;
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) enough = shares_from(bin + bit, h) >= needs[h] && enough;
-        if (enough) bin += bit;
-      }
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) needs[h] -= min(needs[h], shares_from(bin + 1, h));
-      limit |= bin << shift;
     }
     __syncthreads();
   }

@@ -20,7 +20,7 @@ struct Draws {
   Draws(Problem& problem, size_t count)
       : device(std::vector<Problem*>(count, &problem), DeviceLayout::kTokenMajor),
         index({}, {device.batch.num_kv_heads, device.batch.head_dim, device.batch.head_dim},
-              static_cast<int32_t>(count), kLen),
+              static_cast<int32_t>(count), static_cast<int32_t>(problem.cache.spec().kv_len)),
         records(count * static_cast<size_t>(device.batch.num_kv_heads)),
         ids(count) {
     for (size_t i = 0; i < count; ++i) index.upload(static_cast<int32_t>(i), *problem.index, nullptr);
@@ -129,6 +129,40 @@ TEST(ReadOn, RowsAreTheReferences) {
       }
     }
   }
+}
+
+// Where much is refined and some of that ranks with what is read on: without bias, as the reference's.
+TEST(ReadOn, TheMassOfMuchRefinedIsTheReferences) {
+  constexpr uint64_t kDraws = 40;
+  double mass = 0, expected = 0;
+  int refined = 0, heads = 0;
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    CacheSpec spec = spec_with_seed(DType::kF16, 64, seed, 12000);
+    spec.topic_scale = 1;
+    Problem problem(spec, 1, seed);
+    round_queries(problem);
+    problem.build_index();
+    problem.query.position = spec.kv_len - 1;
+    const DecodeOptions options{.tau = 500, .refine = 0.02f, .target_mass = 0.9f, .beta = 0.1f, .seed = 3};
+    for (uint64_t id = 0; id < kDraws; ++id) {
+      problem.index->state().calibration.assign(2, {});
+      problem.query.stream_id = id;
+      expected += 2 * problem.run(options, Backend::kReference).estimated_mass;
+    }
+    problem.index->state().calibration.assign(2, {});
+    for (const size_t draws : {size_t{1}, size_t{40}}) {
+      Draws steps(problem, draws);
+      for (uint64_t first = 0; first < kDraws; first += draws) {
+        for (const cuda::StepRecord& r : steps.run(options, first)) {
+          mass += r.certain_mass;
+          refined += r.clusters_refined;
+          ++heads;
+        }
+      }
+    }
+  }
+  EXPECT_GT(refined, heads) << "the case is too easy";
+  EXPECT_NEAR(mass / heads, 2 * expected / heads, 0.002);
 }
 
 TEST(ReadOn, UntilEverythingIsRead) {
