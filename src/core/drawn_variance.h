@@ -39,6 +39,10 @@ class DrawnVariance {
   }
   /// Variance over squared sum, for `usual` of later steps; 0 when two draws are not there.
   double relative(double count_variance) const { return count_ < 2 ? 0 : own_variance(count_variance) / (sum_ * sum_); }
+  /// What is usual for as many draws as there are, given what is for `all`: by their number, as scatter goes.
+  double for_draws(double usual, int64_t all) const {
+    return usual * static_cast<double>(all) / static_cast<double>(std::max<int64_t>(count_, 1));
+  }
   double freedom(double usual) const { return count_ < 2 ? 1 : own_freedom() + (usual > 0 ? kUsualFreedom : 0); }
 
   static constexpr double kUsualFreedom = 10;  // of what earlier steps say

@@ -298,7 +298,8 @@ std::vector<HeadMass> measure(Task& task, bool alone, bool first) {
     const double certain = task.certain[static_cast<size_t>(g)];
     const double total = certain + (read ? 0.0 : std::max(0.0, sum - (alone ? 0.0 : refined_weight(task, g))));
     const double mass = certain / total,
-                 usual = known.usual_of(static_cast<size_t>(g), static_cast<size_t>(task.group_size));
+                 of_all = known.usual_of(static_cast<size_t>(g), static_cast<size_t>(task.group_size)),
+                 usual = alone ? of_all : drawn.for_draws(of_all, draws);
     const double tau = unseen_tau(task.inclusion, static_cast<size_t>(g));
     const double variance = undrawn.any && !read ? drawn.variance(total, tau, undrawn.count_variance, usual) : 0;
     if (first)

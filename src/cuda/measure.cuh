@@ -104,6 +104,7 @@ struct MeasuredMass {
   float independent = 0;  // of all weights, relative, had the draws been independent
   float freedom = 1;      // degrees of freedom behind the variance
   float total = 0;        // all weights, relative to the estimate
+  float rows = 0;         // drawn
 };
 
 /// As core's DrawnVariance. `certain`: the weight of the rows read for certain, `independent`: the variance of
@@ -132,7 +133,8 @@ __device__ __forceinline__ MeasuredMass measure(const DrawSums& draw, float cert
   const float mass = certain / total;
   return {mass,     all_read || draw.clusters == 0 ? 0.0f : mass * mass * (variance + unseen) / (total * total),
           relative, independent / (total * total),
-          freedom,  total};
+          freedom,  total,
+          draw.rows};
 }
 
 }  // namespace tactic::cuda

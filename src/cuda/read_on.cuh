@@ -120,7 +120,8 @@ struct ReadOn {
 #pragma unroll 1
     while (true) {
       if (!alone && read) refined = weigh_refined();
-      const MeasuredMass mass = share(state, measure_draw(alone), alone ? 0.0f : refined, turn);
+      const MeasuredMass mass =
+          share(state, measure_draw(alone), alone ? 0.0f : refined, alone || !read ? 0.0f : known.drawn.rows, turn);
       turn ^= 1;
       if (!alone) {
         known.mass = mass;
@@ -250,8 +251,10 @@ struct ReadOn {
     return sums.refined;
   }
 
-  /// Adds up what the warps of all blocks have read and what their draws say: the mass of head lane.
-  __device__ MeasuredMass share(const AttendState<kDim>& state, RestSums sums, float refined, int turn) const {
+  /// Adds up what the warps of all blocks have read and what their draws say: the mass of head lane. whole: draws for
+  /// which the usual variance is known, 0: as many as there are.
+  __device__ MeasuredMass share(const AttendState<kDim>& state, RestSums sums, float refined, float whole,
+                                int turn) const {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const float unit = exp2_fast(fminf(state.max - followers.estimate(lane >> 2), 64.0f));
     const auto of_head = [&](float x) {  // from lanes that each have a part of head lane / 4
@@ -273,7 +276,8 @@ struct ReadOn {
     const int h = lane % kHeads;
     RestSums all;
     for (int s = 0; s < p.splits; ++s) all.append(Mailbox::read(&memory().rest[turn][h], s));
-    const float usual = lane < group ? p.index.calibration[pair].usual_variance[lane] : 0.0f;
+    const float usual = (lane < group ? p.index.calibration[pair].usual_variance[lane] : 0.0f) *
+                        (whole > 0 ? whole / fmaxf(all.draw.rows, 1.0f) : 1.0f);
     return measure(all.draw, all.certain, fmaxf(all.independent, 0.0f), all.left == 0,
                    tau * rsqrtf(sqrtf(followers.besides[h])), usual);
   }

@@ -72,7 +72,8 @@ void measure(const IndexState& index, const RowsView& k, int32_t head, const Hea
         rest -= std::exp(score(selection.tokens[i]) - max);
     }
     const double total = sum + (read ? 0.0 : std::max(0.0, rest)), mass = sum / total,
-                 usual = index.calibration[head].usual_of(g, masses.size());
+                 of_all = index.calibration[head].usual_of(g, masses.size()),
+                 usual = alone ? of_all : variance.for_draws(of_all, drawn.tokens.size() - drawn.num_certain);
     const double tau = unseen_tau(inclusion, g);
     if (!(total > 0)) continue;
     masses[g] = {mass,

@@ -92,6 +92,8 @@ TEST(DrawnVariance, FewDraws) {
               (9 * 0.2 + DrawnVariance::kUsualFreedom * 0.5 * 36) / (1 + DrawnVariance::kUsualFreedom) + 400, 1e-9)
       << "earlier steps have the more to say the less this one knows";
   EXPECT_NEAR(drawn.freedom(0.5), 1 + DrawnVariance::kUsualFreedom, 1e-12);
+  EXPECT_NEAR(drawn.for_draws(0.5, 2), 0.5, 1e-12);
+  EXPECT_NEAR(drawn.for_draws(0.5, 6), 1.5, 1e-12) << "a third of the draws, three times the relative variance";
 }
 
 TEST(DrawnVariance, CountOfDrawsIsRoundedBySegment) {
