@@ -308,6 +308,11 @@ TEST(Sanitized, EveryKernel) {
   sample.run(device.batch, &index, nullptr);
   sample.run(device.batch, &index, nullptr, records.get());  // and measures its draw
   EXPECT_GT(records.values()[4].mass_std_error + records.values()[5].mass_std_error, 0);
+  cuda::Decode verify({.tau = 200, .refine = 0.001f, .target_mass = 0.95f, .beta = 0.1f}, device.limits);
+  const int32_t refined = records.values()[4].tokens_refined;
+  verify.run(device.batch, &index, nullptr, records.get());  // reads on
+  EXPECT_GT(records.values()[4].tokens_refined, refined);
+  EXPECT_GT(records.values()[4].certain_mass, 0.9f);
   // Rows that the index was not made of: every row is read.
   DeviceBatch moved({problems[2].get(), problems[0].get(), problems[1].get()}, DeviceLayout::kTokenMajor);
   cuda::LayerIndex other({}, {2, 64, 64}, 3, 4096);
