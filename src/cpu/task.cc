@@ -275,8 +275,8 @@ double refined_weight(Task& task, int32_t g) {
   return sum;
 }
 
-// The masses as the draws that speak measure them, and how sure they are. `alone`: as in speaks(). `first`: what steps
-// find usual is to learn of it.
+// The masses as the draws that speak measure them, and how sure they are. `alone`: as in speaks(), to decide by, for
+// which what is usual stays as it is (docs/method.md, verified mass). `first`: what steps find usual is to learn of it.
 std::vector<HeadMass> measure(Task& task, bool alone, bool first) {
   const Calibration& known = task.query->index->state().calibration[static_cast<size_t>(task.head)];
   const Undrawn undrawn =

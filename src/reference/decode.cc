@@ -40,7 +40,8 @@ bool unchanged(const IndexState& index, const KvView& kv, int32_t head, const He
 }
 
 // What the draw says of the mass read with certainty. `anyway`: rows read anyway. `drawn`: the selection before any
-// cluster was read whole because of it. `readings`: of every cluster by now, `alone`: as in speaks().
+// cluster was read whole because of it. `readings`: of every cluster by now. `alone`: as in speaks(), to
+// decide by, for which what is usual stays as it is.
 void measure(const IndexState& index, const RowsView& k, int32_t head, const HeadSelection& anyway,
              const HeadSelection& drawn, const HeadSelection& selection, const Inclusion& inclusion,
              const std::vector<Reading>& readings, bool alone, const std::vector<float>& sizes, const float* q,
