@@ -261,20 +261,6 @@ void settle_again(Task& task) {
   }
 }
 
-// The weight of the rows in clusters that were read whole because of what was drawn.
-double refined_weight(Task& task, int32_t g) {
-  const auto refined = [&](int32_t c) { return task.readings[static_cast<size_t>(c)] == Reading::kRefined; };
-  double sum = 0;
-  if (task.refined_clusters == 0) return sum;
-  for (int64_t i = task.selection.num_certain; i < task.selected.size(); ++i) {
-    if (refined(task.selection.clusters[static_cast<size_t>(i)])) sum += task.selected.weights_of(g)[i];
-  }
-  for (int64_t i = 0; i < task.refined.size(); ++i) {
-    if (refined(task.refined_from[static_cast<size_t>(i)])) sum += task.refined.weights_of(g)[i];
-  }
-  return sum;
-}
-
 // The masses as the draws that speak measure them, and how sure they are. `alone`: as in speaks(), to decide by, for
 // which what is usual stays as it is (docs/method.md, verified mass). `first`: what steps find usual is to learn of it.
 std::vector<HeadMass> measure(Task& task, bool alone, bool first) {
@@ -286,17 +272,23 @@ std::vector<HeadMass> measure(Task& task, bool alone, bool first) {
   const int64_t draws = task.selected.size() - task.selection.num_certain;
   for (int32_t g = 0; g < task.group_size; ++g) {
     DrawnVariance drawn;
-    double sum = 0;
+    double rest = 0;  // what was drawn, less the true weights of rows read whole because of that
     for (int64_t i = 0; i < draws; ++i) {
       const auto cluster =
           static_cast<size_t>(task.selection.clusters[static_cast<size_t>(task.selection.num_certain + i)]);
       if (!speaks(task.readings[cluster], alone)) continue;
       const float z = task.drawn[static_cast<size_t>(g * draws + i)];
       drawn.add(z, task.inclusion.probability[cluster]);
-      sum += z;
+      rest += z;
+      if (task.readings[cluster] == Reading::kRefined)
+        rest -= task.selected.weights_of(g)[task.selection.num_certain + i];
+    }
+    for (int64_t i = 0; i < task.refined.size() && !alone; ++i) {
+      if (task.readings[static_cast<size_t>(task.refined_from[static_cast<size_t>(i)])] == Reading::kRefined)
+        rest -= task.refined.weights_of(g)[i];
     }
     const double certain = task.certain[static_cast<size_t>(g)];
-    const double total = certain + (read ? 0.0 : std::max(0.0, sum - (alone ? 0.0 : refined_weight(task, g))));
+    const double total = certain + (read ? 0.0 : std::max(0.0, rest));
     const double mass = certain / total,
                  of_all = known.usual_of(static_cast<size_t>(g), static_cast<size_t>(task.group_size)),
                  usual = alone ? of_all : drawn.for_draws(of_all, draws);

@@ -26,6 +26,21 @@ CacheSpec spec_of(int64_t kv_len) {
   return spec;
 }
 
+// Of all weights of query head g, whose logarithm is lse, on the first KV head.
+double share_of(const Problem& problem, size_t g, int64_t row, double lse) {
+  const std::vector<float> key = problem.cache.key(0, row);
+  double score = 0;
+  for (size_t d = 0; d < 64; ++d) score += double{problem.query.sm_scale} * problem.q[g * 64 + d] * key[d];
+  return std::exp(score - lse);
+}
+
+// Of the rows read for certain.
+double mass_of(const Problem& problem, size_t g, const HeadSelection& rows, double lse) {
+  double mass = 0;
+  for (int64_t r = 0; r < rows.num_certain; ++r) mass += share_of(problem, g, rows.tokens[static_cast<size_t>(r)], lse);
+  return mass;
+}
+
 StepStats draw(Problem& problem, const DecodeOptions& options, int i) {
   problem.index->state().calibration.assign(1, {});
   problem.query.position = i;
@@ -86,13 +101,7 @@ TEST(Sampling, StandardErrorIsTheErrorOfTheMass) {
         Moments squares, differences, inside;
         for (int i = 0; i < 30; ++i) {
           const StepStats stats = draw(problem, {.tau = tau, .refine = 1, .beta = 1}, i);
-          double mass = 0;
-          for (int64_t r = 0; r < selection.heads[0].num_certain; ++r) {
-            double score = 0;
-            const std::vector<float> key = problem.cache.key(0, selection.heads[0].tokens[static_cast<size_t>(r)]);
-            for (size_t d = 0; d < 64; ++d) score += double{problem.query.sm_scale} * problem.q[d] * key[d];
-            mass += std::exp(score - lse);
-          }
+          const double mass = mass_of(problem, 0, selection.heads[0], lse);
           const double square = std::pow(stats.estimated_mass - mass, 2);
           squares.add(square);
           differences.add(std::pow(stats.mass_std_error, 2) - square);
@@ -253,10 +262,7 @@ TEST(Sampling, AHeadThatCopiesIsFollowed) {
     const Calibration known = problem.index->state().calibration[0];
     problem.query.selection = nullptr;
     problem.run({.select = Select::kDense});
-    double score = 0;
-    for (size_t d = 0; d < 64; ++d)
-      score += double{problem.query.sm_scale} * problem.q[d] * problem.cache.key(0, 1000 + i)[d];
-    weights.add(std::exp(score - problem.lse[0]));
+    weights.add(share_of(problem, 0, 1000 + i, problem.lse[0]));
     problem.query.selection = &selection;
     draw(problem, {.tau = 50, .beta = 1}, i);
     missed_alone += !reads(1000 + i);
@@ -286,16 +292,7 @@ TEST(Sampling, VerifiedMassIsReached) {
       const StepStats stats = draw(problem, {.target_error = 0.05f, .target_mass = target, .beta = 1}, 0);
       tokens += stats.tokens_certain + stats.tokens_sampled;
       EXPECT_GE(stats.estimated_mass, target);
-      for (size_t g = 0; g < 2; ++g, ++heads) {
-        double mass = 0;
-        for (int64_t r = 0; r < selection.heads[0].num_certain; ++r) {
-          double score = 0;
-          const std::vector<float> key = problem.cache.key(0, selection.heads[0].tokens[static_cast<size_t>(r)]);
-          for (size_t d = 0; d < 64; ++d) score += double{problem.query.sm_scale} * problem.q[g * 64 + d] * key[d];
-          mass += std::exp(score - lse[g]);
-        }
-        reached += mass >= target;
-      }
+      for (size_t g = 0; g < 2; ++g, ++heads) reached += mass_of(problem, g, selection.heads[0], lse[g]) >= target;
     }
     EXPECT_GE(reached, heads * 95 / 100);
     EXPECT_GE(tokens, tokens_without);
@@ -346,12 +343,7 @@ TEST(Sampling, ReadingOnDoesNotBiasTheMass) {
     problem.build_index();
     problem.run({.select = Select::kDense});
     std::vector<double> shares(kLen);
-    for (int64_t r = 0; r < kLen; ++r) {
-      double score = 0;
-      const std::vector<float> key = problem.cache.key(0, r);
-      for (size_t d = 0; d < 64; ++d) score += double{problem.query.sm_scale} * problem.q[d] * key[d];
-      shares[static_cast<size_t>(r)] = std::exp(score - problem.lse[0]);
-    }
+    for (int64_t r = 0; r < kLen; ++r) shares[static_cast<size_t>(r)] = share_of(problem, 0, r, problem.lse[0]);
     Selection selection;
     problem.query.selection = &selection;
     const auto error = [&](float target, int i) {
