@@ -49,8 +49,9 @@ struct Segment {
   std::vector<uint8_t> row_checks;  // [num_kv_heads, num_rows] low four bits: check_row of K, high four: of V
 };
 
-/// The starting value of beta, and the weight that measured pairs must reach before they outvote it.
-inline constexpr double kPriorSlope = 0.75, kPriorWeight = 20;
+/// The starting value of beta, and the weight that measured pairs must reach before they outvote it. Pairs of a greater
+/// spread term say nothing, as exp of it is beyond f32, and would outweigh all others for good.
+inline constexpr double kPriorSlope = 0.75, kPriorWeight = 20, kMaxTerm = 88;
 
 /// Running least squares of the true log mean weight of a cluster against the spread term (docs/method.md,
 /// calibration).
@@ -109,6 +110,7 @@ struct IndexState {
   RowBits written;                       // the row holds something
   RowBits indexed;                       // the row is in a segment and has not changed since
   int64_t rows_end = 0;                  // one past the last written row
+  int64_t settled = 0;                   // nothing is due of the rows before it (incremental clustering)
   std::vector<Calibration> calibration;  // [num_kv_heads]
   int32_t num_threads = 0;               // for clustering; 0: OpenMP's default
 

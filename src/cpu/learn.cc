@@ -68,7 +68,7 @@ void learn(Task& task, const DecodeOptions& options) {
   double measured = 0;
   for (const double variance : task.independent_variance) measured += variance;
   measured /= task.group_size;
-  const double predicted = task.inclusion.predicted_variance / known.variance_ratio;
+  const double predicted = task.inclusion.predicted_variance / task.variance_ratio;
   if (measured > 0 && predicted > 0) {
     const double ratio = std::clamp(measured / predicted, 0.05, 20.0);
     known.variance_ratio = std::clamp(known.variance_ratio * std::pow(ratio / known.variance_ratio, 0.02), 0.1, 10.0);
@@ -100,7 +100,7 @@ void learn(Task& task, const DecodeOptions& options) {
         const double y = std::log(sum / static_cast<double>(end - i)) + task.state[static_cast<size_t>(g)].max -
                          task.clusters.dots[static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters) +
                                             static_cast<size_t>(cluster)];
-        if (!std::isfinite(y)) continue;
+        if (!std::isfinite(y) || !(x < kMaxTerm)) continue;
         known.sum_xx += x * x;
         known.sum_xy += x * y;
       }

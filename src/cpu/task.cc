@@ -26,6 +26,7 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   const int32_t head = task.head;
   task.group_size = query.num_q_heads / query.kv.num_kv_heads;
   task.refined_clusters = task.probed = 0;
+  task.beta = task.inclusion.tau = 0;
   task.changed = task.late_changed = task.not_finite = false;
   const auto dim = static_cast<size_t>(query.kv.head_dim), group = static_cast<size_t>(task.group_size);
   task.q.resize(group * dim);
@@ -108,7 +109,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       params.q_norms2 = task.q_norms2.data();
       params.exact = task.exact_state.data();
       task.beta = params.beta = options.beta > 0 ? options.beta : known.beta();
-      params.variance_ratio = static_cast<float>(known.variance_ratio);
+      params.variance_ratio = static_cast<float>(task.variance_ratio = known.variance_ratio);
       params.tau_factor = task.query->tau_factor;
       params.sinks = task.sink_sums.data();
       params.sink_clusters = task.sinks.clusters;
@@ -178,7 +179,7 @@ void make_certain(Task& task, size_t at) {
   task.corrected.tokens.push_back(task.selected.tokens[at]);
 }
 
-// Room for the scores of rows that were added; those of the rows before stay.
+// Room for the scores of rows that were added; the weights of the rows before stay.
 void grow_scores(RowList& list, int32_t group_size, int64_t old_size) {
   const int64_t old_stride = list.stride;
   list.reserve_scores(group_size);

@@ -58,6 +58,7 @@ struct Task {
   std::vector<float> sink_sums;  // [group_size] their part of exact_state's sums
   std::vector<float> heavy;      // [group_size] weight from which on a drawn row refines its cluster
   float beta = 0;
+  double variance_ratio = 1;  // that the prediction was made with
   int64_t refined_clusters = 0, probed = 0;
   bool changed = false, not_finite = false;
   bool late_changed = false;  // among the rows added by refinement, which the step's other heads need not know of

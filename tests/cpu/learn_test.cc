@@ -1,0 +1,74 @@
+// What steps learn stays sound whatever they are asked.
+#include <algorithm>
+
+#include "support.h"
+
+namespace tactic::test {
+namespace {
+
+CacheSpec spec_of(int64_t kv_len, int32_t dim = 64) {
+  CacheSpec spec;
+  spec.kv_len = kv_len;
+  spec.num_kv_heads = 1;
+  spec.head_dim = dim;
+  spec.topic_scale = 0.5f;
+  return spec;
+}
+
+// Queries of one call were all predicted with the ratio of its beginning.
+TEST(Learn, ManyQueriesOfOneIndexSettle) {
+  const CacheSpec spec = spec_of(4000);
+  constexpr size_t kQueries = 128;
+  Problem problem(spec, 1);
+  problem.build_index();
+  problem.run({});  // fills in the query
+  problem.index->forget_learned();
+  std::vector<float> q(kQueries * 64), out(q.size());
+  Random random(3);
+  for (float& x : q) x = random.normal();
+  std::vector<DecodeQuery> queries(kQueries, problem.query);
+  for (size_t i = 0; i < kQueries; ++i) {
+    queries[i].q = q.data() + 64 * i;
+    queries[i].out = out.data() + 64 * i;
+    queries[i].stream_id = i;
+  }
+  Attention attention({.target_error = 0.03f}, Backend::kCpu, 1);
+  for (int64_t step = 0; step < 12; ++step) {
+    for (DecodeQuery& query : queries) query.position = 4000 + step;
+    attention.run(queries);
+    const double ratio = problem.index->state().calibration[0].variance_ratio;
+    EXPECT_GT(ratio, 0.5) << step;
+    EXPECT_LT(ratio, 2.5) << step;
+  }
+}
+
+// A dimension that all keys leave at 0 (padding) makes no score, but the estimates of all clusters senseless.
+TEST(Learn, OneOddQueryIsForgotten) {
+  const CacheSpec spec = spec_of(3000, 96);
+  for (const float odd : {1e5f, 1e9f, 1e20f, 1e21f}) {
+    SCOPED_TRACE(odd);
+    Problem problem(spec, 1);
+    for (int64_t row = 0; row < spec.kv_len; ++row) {
+      std::vector<float> key = problem.cache.key(0, row);
+      std::fill(key.begin() + 80, key.end(), 0.0f);
+      problem.cache.set_key(0, row, key);
+    }
+    problem.build_index();
+    const auto step = [&](int64_t position) {
+      problem.query.position = position;
+      const StepStats stats = problem.run({.target_error = 0.05f});
+      return stats.tokens_certain + stats.tokens_sampled;
+    };
+    const float usual = problem.q[95];
+    const int64_t rows = step(3000), after_usual = step(3008);
+    const float beta = problem.index->state().calibration[0].beta();
+    problem.q[95] = odd;
+    step(3016);
+    problem.q[95] = usual;
+    EXPECT_NEAR(problem.index->state().calibration[0].beta(), beta, 0.1);
+    EXPECT_LT(step(3024), 2 * std::max(rows, after_usual));
+  }
+}
+
+}  // namespace
+}  // namespace tactic::test
