@@ -42,7 +42,7 @@ class KvIndex {
   void truncate(int64_t kv_len);
 
   /// These rows are gone, and segments that hold any of them: their other rows are clustered anew when that is due,
-  /// with Clustering::kWhole at the next maintain().
+  /// with Clustering::kWhole when segment_tokens rows wait for it. Until then they are read exactly.
   void remove(int64_t row_begin, int64_t count);
 
   /// Clusters what is due. `max_segments` bounds the work of this call, negative: all that is due. A full segment
@@ -74,7 +74,7 @@ class KvIndex {
   int64_t rows_indexed() const;               // of those, rows in clusters and unchanged since
   int64_t num_clusters() const;               // per KV head
   double mean_spread(int32_t head) const;     // mean squared distance of rows to their centroids, per dimension
-  size_t memory_bytes() const;                // all of it: centroids, spreads, members, row checks, bookkeeping
+  size_t memory_bytes() const;                // centroids, spreads, members, row checks, bits; not what was learned
   const IndexOptions& options() const;
   const KvShape& shape() const;
 

@@ -126,12 +126,29 @@ void KvIndex::write(int64_t row_begin, int64_t count) {
   s.written.set_range(row_begin, end);
   s.indexed.reset_range(row_begin, end);
   s.rows_end = std::max(s.rows_end, end);
+  s.settled = std::min(s.settled, row_begin);
 }
+
+namespace {
+
+// What steps have learned of rows that are gone.
+void forget_rows(IndexState& s, int64_t begin, int64_t end) {
+  const auto gone = [&](int32_t row) { return row >= begin && row < end; };
+  for (Calibration& known : s.calibration) {
+    std::erase_if(known.heavy, gone);
+    std::erase_if(known.suspects, gone);
+    std::erase_if(known.expected, gone);
+  }
+}
+
+}  // namespace
 
 void KvIndex::truncate(int64_t kv_len) {
   if (kv_len < 0) throw Error("kv_len (" + std::to_string(kv_len) + ") must be at least 0");
   IndexState& s = *state_;
   if (kv_len >= s.rows_end) return;
+  forget_rows(s, kv_len, s.rows_end);
+  s.settled = std::min(s.settled, kv_len);
   s.written.reset_range(kv_len, s.rows_end);
   s.indexed.reset_range(kv_len, s.rows_end);
   s.rows_end = s.written.end_below(kv_len);
@@ -143,12 +160,15 @@ void KvIndex::remove(int64_t row_begin, int64_t count) {
   IndexState& s = *state_;
   const int64_t end = std::min(row_begin + count, s.rows_end);
   if (end <= row_begin) return;
+  forget_rows(s, row_begin, end);
+  s.settled = std::min(s.settled, row_begin);
   s.written.reset_range(row_begin, end);
   s.indexed.reset_range(row_begin, end);
   std::erase_if(s.segments, [&](const Segment& segment) {
     const int64_t segment_end = segment.row_begin + segment.num_rows;
     if (segment.row_begin >= end || segment_end <= row_begin) return false;
     s.indexed.reset_range(segment.row_begin, segment_end);
+    s.settled = std::min(s.settled, segment.row_begin);
     return true;
   });
   s.rows_end = s.written.end_below(s.rows_end);
@@ -183,7 +203,7 @@ void KvIndex::clear() {
   s.segments.clear();
   s.written.clear();
   s.indexed.clear();
-  s.rows_end = 0;
+  s.rows_end = s.settled = 0;
   forget_learned();
 }
 
@@ -206,10 +226,9 @@ int64_t unindexed_in(const IndexState& s, int64_t begin, int64_t end) {
 }
 
 const Segment* segment_at(const IndexState& s, int64_t row_begin, int32_t num_rows) {
-  for (const Segment& segment : s.segments) {
-    if (segment.row_begin == row_begin && segment.num_rows == num_rows) return &segment;
-  }
-  return nullptr;
+  const auto at = std::lower_bound(s.segments.begin(), s.segments.end(), row_begin,
+                                   [](const Segment& segment, int64_t row) { return segment.row_begin < row; });
+  return at != s.segments.end() && at->row_begin == row_begin && at->num_rows == num_rows ? &*at : nullptr;
 }
 
 bool is_written(const IndexState& s, int64_t begin, int64_t end) {
@@ -218,8 +237,9 @@ bool is_written(const IndexState& s, int64_t begin, int64_t end) {
 
 // Incremental clustering: a block of segment_tokens rows is one segment once all its rows are written, before that each
 // full part of provisional_tokens rows is a segment of its own. What was rewritten is built anew when enough has
-// changed. `left_out`: something waits for a larger budget.
-std::vector<Due> due_incremental(const IndexState& s, double max_segments, bool& left_out) {
+// changed. `left_out`: something waits for a larger budget. Blocks that are settled are not looked at again, so that
+// what a step costs does not grow with the context.
+std::vector<Due> due_incremental(IndexState& s, double max_segments, bool& left_out) {
   const IndexOptions& o = s.options;
   const int64_t block_rows = o.segment_tokens, part_rows = o.provisional_tokens;
   const auto cost = [](int64_t rows, int32_t cluster_rows) {  // of k-means: rows times clusters
@@ -228,7 +248,7 @@ std::vector<Due> due_incremental(const IndexState& s, double max_segments, bool&
   const double part_cost = cost(part_rows, o.provisional_cluster_tokens) / cost(block_rows, o.cluster_tokens);
   std::vector<Due> due;
   double planned = 0;
-  for (int64_t begin = 0; begin < s.rows_end; begin += block_rows) {
+  for (int64_t begin = s.settled / block_rows * block_rows; begin < s.rows_end; begin += block_rows) {
     const int64_t end = begin + block_rows;
     const int64_t unindexed = unindexed_in(s, begin, end);
     if (is_written(s, begin, end)) {
@@ -251,6 +271,7 @@ std::vector<Due> due_incremental(const IndexState& s, double max_segments, bool&
       due.push_back({part, o.provisional_tokens, true, part_cost});
     }
   }
+  if (due.empty() && !left_out) s.settled = s.rows_end;
   return due;
 }
 
@@ -390,6 +411,7 @@ int64_t KvIndex::verify(const KvView& kv) {
     // rotary embedding of some of them), most rows pass: the segment's clusters are of no more use.
     if (changed - before > std::max<int64_t>(kFewChanged, segment.num_rows / 32))
       s.indexed.reset_range(segment.row_begin, segment.row_begin + segment.num_rows);
+    if (changed > before) s.settled = std::min(s.settled, segment.row_begin);
   }
   return changed;
 }

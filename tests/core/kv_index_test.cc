@@ -109,6 +109,45 @@ TEST(KvIndex, TruncateForgetsAndAppendingAgainRestores) {
   }
 }
 
+// What is settled is not looked at again, whatever happened in whatever order.
+TEST(KvIndex, NothingIsLeftBehind) {
+  const CacheSpec spec = spec_of(3000);
+  const Cache cache(spec);
+  Random random(7);
+  KvIndex index = empty_index(spec);
+  for (int step = 0; step < 300; ++step) {
+    const int64_t end = index.state().rows_end, row = random.below(std::max<int64_t>(end, 1));
+    switch (random.below(6)) {
+      case 0: index.write(row, std::min<int64_t>(1 + random.below(200), 3000 - row)); break;
+      case 1: index.remove(row, random.below(90)); break;
+      case 2: index.truncate(std::max<int64_t>(row, end - random.below(300))); break;
+      default: index.write(end, std::min<int64_t>(random.below(400), 3000 - end)); break;
+    }
+    if (index.maintain(cache.view(), random.below(3) == 0 ? 0.5 : -1)) continue;
+    const size_t segments = index.state().segments.size();
+    const int64_t indexed = index.rows_indexed();
+    index.state().settled = 0;
+    EXPECT_FALSE(index.maintain(cache.view()));
+    EXPECT_EQ(index.state().segments.size(), segments);
+    EXPECT_EQ(index.rows_indexed(), indexed);
+  }
+  expect_partition(index);
+}
+
+TEST(KvIndex, RowsThatAreGoneAreNotExpected) {
+  const Cache cache(spec_of(1400));
+  for (const bool truncate : {true, false}) {
+    const auto index = build_index(cache, kSmall);
+    Calibration& known = index->state().calibration[1];
+    known.heavy = known.expected = {600, 900, 1000};
+    known.suspects = {1000, 700, 900};
+    truncate ? index->truncate(900) : index->remove(900, 500);
+    EXPECT_EQ(known.heavy, std::vector<int32_t>{600});
+    EXPECT_EQ(known.expected, std::vector<int32_t>{600});
+    EXPECT_EQ(known.suspects, std::vector<int32_t>{700});
+  }
+}
+
 TEST(KvIndex, NumbersBelowZero) {
   const Cache cache(spec_of(600));
   const auto index = build_index(cache, kSmall);
