@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
-#include "core/backend.h"
 #include "core/random.h"
+#include "cpu/steps.h"
 
 namespace tactic::eval {
 

@@ -19,8 +19,8 @@ void validate(const DecodeQuery& query) {
   const KvView& kv = query.kv;
   check_view(kv);
   if (query.num_q_heads < 1 || query.num_q_heads % kv.num_kv_heads != 0) {
-    throw Error("num_q_heads (" + std::to_string(query.num_q_heads) + ") must be a multiple of num_kv_heads (" +
-                std::to_string(kv.num_kv_heads) + ")");
+    throw Error("num_q_heads (" + std::to_string(query.num_q_heads) +
+                ") must be a positive multiple of num_kv_heads (" + std::to_string(kv.num_kv_heads) + ")");
   }
   if (query.q == nullptr || query.out == nullptr) throw Error("q and out must not be null");
   const auto check_stride = [&](const char* name, int64_t stride, int32_t dim) {

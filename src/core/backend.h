@@ -19,7 +19,6 @@ std::unique_ptr<BackendRun> make_cpu_run();
 std::unique_ptr<BackendRun> make_reference_run();
 
 namespace cpu {
-void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out);
 /// Clusters the heads of a segment: a head a thread where that keeps every thread busy, so that threads seldom wait for
 /// one another (on a machine with other work to do each wait may last a time slice), else one head after another.
 void cluster_heads(std::span<const ClusterTask> tasks, int32_t num_threads, std::span<HeadClusters> out);

@@ -24,14 +24,22 @@ namespace {
 
 thread_local std::string last_error;
 
+void remember(const char* what) noexcept {
+  try {
+    last_error = what;
+  } catch (...) {
+    last_error.assign("out of memory");  // short enough to need none
+  }
+}
+
 template <class T, class Fn>
 T guarded(T failure, Fn fn) {
   try {
     return fn();
   } catch (const std::exception& error) {
-    last_error = error.what();
+    remember(error.what());
   } catch (...) {
-    last_error = "unknown error";
+    remember("unknown error");
   }
   return failure;
 }
@@ -49,7 +57,7 @@ T sized(const T* pointer, const char* name, size_t smallest = sizeof(T)) {
   if (size < smallest || size > sizeof(T) || size % alignof(T) != 0) {
     const std::string sizes = smallest < sizeof(T) ? std::to_string(smallest) + ".." : "";
     throw tactic::Error(std::string(name) + ".struct_size (" + std::to_string(size) + ") must be " + sizes +
-                        std::to_string(sizeof(T)));
+                        std::to_string(sizeof(T)) + ", a multiple of " + std::to_string(alignof(T)));
   }
   T whole{};
   std::memcpy(&whole, pointer, size);
@@ -123,6 +131,7 @@ const char* tactic_version(void) { return TACTIC_VERSION; }
 const char* tactic_last_error(void) { return last_error.c_str(); }
 
 void tactic_index_options_init(tactic_index_options* o) {
+  if (o == nullptr) return;
   const tactic::IndexOptions d;
   *o = {sizeof *o,
         0,
@@ -137,6 +146,7 @@ void tactic_index_options_init(tactic_index_options* o) {
 }
 
 void tactic_decode_options_init(tactic_decode_options* o) {
+  if (o == nullptr) return;
   const tactic::DecodeOptions d;
   *o = {sizeof *o,      static_cast<tactic_select>(d.select),
         d.target_error, d.tau,

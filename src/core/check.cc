@@ -12,9 +12,13 @@ constexpr int32_t kMaxHeads = 65536;
 
 std::string value_of(int64_t value) { return " (" + std::to_string(value) + ")"; }
 
-void check_stride(const std::string& name, const char* which, int64_t stride, size_t row) {
+// As many bytes as 2^31 rows, or the heads, may lie apart before an offset leaves 64 bits.
+constexpr int64_t kMaxTokenStride = int64_t{1} << 31, kMaxHeadStride = int64_t{1} << 46;
+
+void check_stride(const std::string& name, const char* which, int64_t stride, size_t row, int64_t limit) {
   if (stride < static_cast<int64_t>(row))
     throw Error(name + " " + which + value_of(stride) + " must be at least a row's " + std::to_string(row) + " bytes");
+  if (stride > limit) throw Error(name + " " + which + value_of(stride) + " must be at most " + std::to_string(limit));
 }
 
 void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int64_t kv_len) {
@@ -54,11 +58,12 @@ void check_view(const KvView& kv) {
 void check_strides(const KvView& kv) {
   const auto check = [&](const char* name, const RowsView& rows, int32_t dim) {
     const size_t row = row_bytes(rows.dtype, dim);
-    if (kv.kv_len > 0 && kv.num_kv_heads > 1) check_stride(name, "head_stride_bytes", rows.head_stride_bytes, row);
+    if (kv.kv_len > 0 && kv.num_kv_heads > 1)
+      check_stride(name, "head_stride_bytes", rows.head_stride_bytes, row, kMaxHeadStride);
     if (kv.kv_len > 1 && (rows.page_table == nullptr || rows.page_tokens > 1))
-      check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row);
+      check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row, kMaxTokenStride);
     if (rows.page_table != nullptr && kv.kv_len > rows.page_tokens)
-      check_stride(name, "page_stride_bytes", rows.page_stride_bytes, row);
+      check_stride(name, "page_stride_bytes", rows.page_stride_bytes, row, kMaxTokenStride);
   };
   check("K", kv.k, kv.head_dim);
   check("V", kv.v, kv.v_head_dim);

@@ -11,7 +11,7 @@ inline constexpr int32_t kMaxThreads = 1024;
 /// Throws Error if the view's shape, element types, pointers or pages cannot be read, naming the value and the limit.
 void check_view(const KvView& kv);
 
-/// No two rows overlap: strides are at least a row. For a view that is check_view()ed.
+/// Strides are at least a row, and small enough for 64-bit offsets. For a view that is check_view()ed.
 void check_strides(const KvView& kv);
 
 /// 0 (OpenMP's default) to kMaxThreads.

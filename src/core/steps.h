@@ -27,6 +27,9 @@ struct ClusterTask {
   uint64_t seed = 0;
 };
 
+/// Fewer indexed rows are not worth a selection.
+inline constexpr int64_t kMinIndexedRows = 256;
+
 /// Output of `score`: what is known of every cluster of one KV head before any of its rows is read.
 struct ClusterScores {
   int32_t num_clusters = 0;    // padded numbering over all segments

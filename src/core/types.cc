@@ -1,3 +1,5 @@
+#include <charconv>
+
 #include "core/index_state.h"
 #include "tactic/error.h"
 #include "tactic/kv_view.h"
@@ -67,11 +69,14 @@ Select select_from_name(std::string_view name) {
 
 namespace {
 
+// of: what `limit` ends with in numbers, where it names another option. Nothing is allocated unless it fails.
 template <class T>
-void require(bool ok, const char* name, T value, const char* limit) {
+void require(bool ok, const char* name, T value, const char* limit, const int32_t* of = nullptr) {
   if (ok) return;
-  std::string text = std::to_string(value);
-  throw Error(std::string(name) + " (" + text + ") must be " + limit);
+  char text[32];
+  char* const end = std::to_chars(text, text + sizeof text, value).ptr;  // the digits that tell it from any other
+  throw Error(std::string(name) + " (" + std::string(&text[0], end) + ") must be " + limit +
+              (of != nullptr ? " (" + std::to_string(*of) + ")" : ""));
 }
 
 }  // namespace
@@ -82,11 +87,12 @@ void validate(const IndexOptions& o) {
           "in 64..65535");
   require(o.provisional_tokens >= 16 && o.provisional_tokens <= o.segment_tokens &&
               o.segment_tokens % o.provisional_tokens == 0,
-          "provisional_tokens", o.provisional_tokens, "at least 16 and a divisor of segment_tokens");
+          "provisional_tokens", o.provisional_tokens, "at least 16 and a divisor of segment_tokens", &o.segment_tokens);
   require(o.cluster_tokens >= 0 && o.cluster_tokens <= o.segment_tokens, "cluster_tokens", o.cluster_tokens,
-          "in 0..segment_tokens");
+          "in 0..segment_tokens", &o.segment_tokens);
   require(o.provisional_cluster_tokens >= 1 && o.provisional_cluster_tokens <= o.provisional_tokens,
-          "provisional_cluster_tokens", o.provisional_cluster_tokens, "in 1..provisional_tokens");
+          "provisional_cluster_tokens", o.provisional_cluster_tokens, "in 1..provisional_tokens",
+          &o.provisional_tokens);
   require(o.iterations >= 1 && o.iterations <= 100, "iterations", o.iterations, "in 1..100");
   require(o.sink_tokens >= 0 && o.sink_tokens <= 1024, "sink_tokens", o.sink_tokens, "in 0..1024");
   require(o.outlier_fraction >= 0 && o.outlier_fraction <= 0.25f, "outlier_fraction", o.outlier_fraction, "in 0..0.25");
@@ -104,7 +110,7 @@ IndexOptions resolved(const IndexOptions& options, int32_t head_dim, int32_t v_h
 
 void validate(const DecodeOptions& o) {
   require(o.select <= Select::kTopK, "select", static_cast<int>(o.select), "in 0..3");
-  require(o.target_error > 0 && o.target_error <= 1, "target_error", o.target_error, "in (0, 1]");
+  require(o.target_error >= 1e-6f && o.target_error <= 1, "target_error", o.target_error, "in 1e-6..1");
   require(o.tau == 0 || (o.tau >= 1 && o.tau <= 1e9f), "tau", o.tau, "0 or in 1..1e9");
   require(o.refine > 0 && o.refine <= 1, "refine", o.refine, "in (0, 1]");
   require(o.target_mass >= 0 && o.target_mass <= 1, "target_mass", o.target_mass, "0 (not set) or up to 1");

@@ -16,8 +16,7 @@ namespace tactic {
 namespace cpu {
 namespace {
 
-constexpr int64_t kDenseChunk = 256;      // rows whose scores are kept at a time
-constexpr int64_t kMinIndexedRows = 256;  // fewer are not worth a selection
+constexpr int64_t kDenseChunk = 256;  // rows whose scores are kept at a time
 
 // What one thread has of one task's output.
 struct Partial {

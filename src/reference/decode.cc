@@ -208,10 +208,10 @@ StepStats run(const DecodeQuery& query, const DecodeOptions& options) {
   stats.kv_len = filter.count_visible(0, kv.kv_len);
   stats.num_kv_heads = kv.num_kv_heads;
   stats.kv_bytes_present = stats.kv_len * kv.num_kv_heads * bytes;
-  DenseReason reason = options.select == Select::kDense           ? DenseReason::kAsked
-                       : query.bias != nullptr                    ? DenseReason::kMask
-                       : filter.count_indexed(0, kv.kv_len) < 256 ? DenseReason::kNoIndex
-                                                                  : DenseReason::kNone;
+  DenseReason reason = options.select == Select::kDense                       ? DenseReason::kAsked
+                       : query.bias != nullptr                                ? DenseReason::kMask
+                       : filter.count_indexed(0, kv.kv_len) < kMinIndexedRows ? DenseReason::kNoIndex
+                                                                              : DenseReason::kNone;
   std::vector<double> out(static_cast<size_t>(query.num_q_heads) * kv.v_head_dim), lse(query.num_q_heads);
   const auto out_of = [&](int32_t head) { return &out[static_cast<size_t>(head * group_size) * kv.v_head_dim]; };
   const StepStats before = stats;

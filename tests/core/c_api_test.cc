@@ -112,7 +112,10 @@ TEST(CInterface, OtherSizesAreNamed) {
     EXPECT_EQ(tactic_attention_run(step.attention, &query, 1, nullptr), -1);
     EXPECT_NE(std::strstr(tactic_last_error(), ("struct_size (" + std::to_string(size) + ")").c_str()), nullptr)
         << tactic_last_error();
+    EXPECT_NE(std::strstr(tactic_last_error(), "a multiple of 8"), nullptr);
   }
+  tactic_index_options_init(nullptr);
+  tactic_decode_options_init(nullptr);
   std::vector<tactic_query> two(2, step.query);
   two[1].struct_size = offsetof(tactic_query, likely_rows);
   EXPECT_EQ(tactic_attention_run(step.attention, two.data(), 2, nullptr), -1);

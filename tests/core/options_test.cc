@@ -26,7 +26,7 @@ TEST(Options, IndexOptionsOutOfRangeNameValue) {
   expect_rejected(IndexOptions{.clustering = static_cast<Clustering>(2)}, "clustering", "2");
   expect_rejected(IndexOptions{.segment_tokens = 63}, "segment_tokens", "63");
   expect_rejected(IndexOptions{.segment_tokens = 65536}, "segment_tokens", "65536");
-  expect_rejected(IndexOptions{.provisional_tokens = 300}, "provisional_tokens", "300");
+  expect_rejected(IndexOptions{.provisional_tokens = 300}, "provisional_tokens (300)", "segment_tokens (2048)");
   expect_rejected(IndexOptions{.provisional_tokens = 8}, "provisional_tokens", "8");
   expect_rejected(IndexOptions{.segment_tokens = 128, .provisional_tokens = 256}, "provisional_tokens", "256");
   expect_rejected(IndexOptions{.cluster_tokens = -1}, "cluster_tokens", "-1");
@@ -35,6 +35,7 @@ TEST(Options, IndexOptionsOutOfRangeNameValue) {
   expect_rejected(IndexOptions{.iterations = 0}, "iterations", "0");
   expect_rejected(IndexOptions{.sink_tokens = -1}, "sink_tokens", "-1");
   expect_rejected(IndexOptions{.outlier_fraction = -0.5f}, "outlier_fraction", "-0.5");
+  expect_rejected(IndexOptions{.outlier_fraction = 0.2500001f}, "outlier_fraction (0.2500001)", "in 0..0.25");
   expect_rejected(IndexOptions{.outlier_fraction = std::nanf("")}, "outlier_fraction", "nan");
 }
 
@@ -56,6 +57,7 @@ TEST(Options, DecodeOptionsOutOfRangeNameValue) {
   expect_rejected(DecodeOptions{.select = static_cast<Select>(9)}, "select", "9");
   expect_rejected(DecodeOptions{.target_error = 0}, "target_error", "0");
   expect_rejected(DecodeOptions{.target_error = std::nanf("")}, "target_error", "nan");
+  expect_rejected(DecodeOptions{.target_error = 1e-20f}, "target_error (1e-20)", "must be in 1e-6..1");
   expect_rejected(DecodeOptions{.tau = -1}, "tau", "-1");
   expect_rejected(DecodeOptions{.tau = 0.5f}, "tau", "0.5");
   expect_rejected(DecodeOptions{.refine = 0}, "refine", "0");

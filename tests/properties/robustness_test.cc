@@ -381,7 +381,7 @@ TEST(Robustness, MistakesAreNamed) {
   };
   DecodeQuery query = sound;
   query.num_q_heads = 3;
-  expect_error(query, "num_q_heads (3) must be a multiple of num_kv_heads (2)");
+  expect_error(query, "num_q_heads (3) must be a positive multiple of num_kv_heads (2)");
   query = sound;
   query.kv.num_kv_heads = 0;
   expect_error(query, "num_kv_heads (0)");

@@ -54,7 +54,7 @@ refuses 1 "does not exist" run -m "$model" --prompt x --plugin "$work/none.so"
 refuses 1 "error=0.02 and tau=1000 say one thing in two ways; give one" run -m "$model" --prompt x --tactic sample,error=0.02,tau=1000
 refuses 1 "--select names no mode" eval trace --traces "$work/none" --select ';'
 refuses 1 "--select 'sampel,error=0.02|0.04': sampel is none of" eval trace --traces "$work/none" --select 'sampel,error=0.02|0.04'
-refuses 1 "--select 'sample,error=2': error (2.000000) must be in (0, 1]" eval trace --traces "$work/none" --select 'sample,error=2'
+refuses 1 "--select 'sample,error=2': error (2) must be in 1e-6..1" eval trace --traces "$work/none" --select 'sample,error=2'
 refuses 1 "inspect shows the plug-in's work; 'stock' has none" inspect -m "$model" --file "$0" --tactic select=off,seed=1
 refuses 1 "inspect shows which rows are chosen; 'quality=exact' reads all" inspect -m "$model" --file "$0" --tactic quality=exact
 refuses 1 "depth 500 and 32 steps are below min_context (1024)" inspect -m "$model" --file "$0" -d 500
