@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -9,6 +10,7 @@
 #include <limits>
 #include <mutex>
 #include <set>
+#include <span>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -131,23 +133,25 @@ class AccelBackend {
     share_rows(num_threads, rows, node->ne[0], [&](int64_t first, int64_t last) { store_rows(node, first, last); });
     shared().stats.add_write(now_ns() - begin);
     try {
-      index_rows(node, rows, options);
+      index_rows(node, options);
     } catch (const std::exception& error) {  // most likely memory; the rows are there, and are read densely
       log_error("%s is not indexed: %s", node->name, error.what());
       shared().watch.clear();
     }
   }
 
-  void index_rows(const ggml_tensor* node, int64_t rows, const PluginOptions& options) {
+  void index_rows(const ggml_tensor* node, const PluginOptions& options) {
     const std::shared_ptr<CacheLayer> layer = shared().watch.note_write(node, options);
-    if (layer != nullptr) layer->owner = this;
-    // Prefill pays for its clusters as it goes; decode steps have their own budget.
-    if (layer == nullptr || rows <= options.max_rows * static_cast<int64_t>(layer->streams.size())) return;
+    if (layer == nullptr) return;
+    shared().watch.set_owner(*layer, this);
     if (!options.enabled || options.decode.select == Select::kDense || options.index.clustering == Clustering::kWhole)
       return;
     const int64_t begin = now_ns();
     for (size_t s = 0; s < layer->streams.size(); ++s) {
-      if (!layer->streams[s]->stays_short()) maintain(*layer, s, -1);
+      // Prefill pays for its clusters as it goes; decode steps have their own budget.
+      const StreamIndex& stream = *layer->streams[s];
+      if (static_cast<int64_t>(stream.written.size()) > options.max_rows && !stream.stays_short())
+        maintain(*layer, s, -1);
     }
     shared().stats.add_clustering(now_ns() - begin);
   }
@@ -180,14 +184,21 @@ class AccelBackend {
     queries_.assign(static_cast<size_t>(num_queries), {});
     stats_.resize(static_cast<size_t>(num_queries));
     if (masks_.size() < static_cast<size_t>(num_queries)) masks_.resize(static_cast<size_t>(num_queries));
-    if (layer != nullptr) layer->owner = this;
+    if (layer != nullptr) shared().watch.set_owner(*layer, this);
     const int64_t cluster_begin = now_ns();
     for (int64_t stream = 0; stream < match->streams(); ++stream) {
+      const auto first = static_cast<size_t>(stream * match->rows());
       for (int64_t row = 0; row < match->rows(); ++row) {
-        const auto at = static_cast<size_t>(stream * match->rows() + row);
         const ggml_fp16_t* mask = options.faults.ignore_mask ? nullptr : match->mask_row(row, stream);
-        MaskRow& bits = masks_[at];
+        MaskRow& bits = masks_[first + static_cast<size_t>(row)];
         mask != nullptr ? bits.set(mask, match->k->ne[1]) : bits.set_all(match->k->ne[1]);
+      }
+      const size_t of_cache = layer != nullptr ? layer->first_stream(*match) + static_cast<size_t>(stream) : 0;
+      const std::span rows(masks_.data() + first, static_cast<size_t>(match->rows()));
+      const bool ready = indexed && layer != nullptr && prepare(*layer, of_cache, rows, options);
+      for (int64_t row = 0; row < match->rows(); ++row) {
+        const size_t at = first + static_cast<size_t>(row);
+        const MaskRow& bits = masks_[at];
         DecodeQuery& query = queries_[at];
         query.q = match->query(row, stream);
         query.q_head_stride = static_cast<int64_t>(match->q->nb[2] / sizeof(float));
@@ -201,8 +212,7 @@ class AccelBackend {
         query.out = match->output(row, stream);
         query.out_head_stride = static_cast<int64_t>(match->out->nb[1] / sizeof(float));
         if (layer != nullptr) query.layer = layer->layer;
-        if (indexed && layer != nullptr)
-          use_index(*layer, layer->first_stream(*match) + static_cast<size_t>(stream), row, options, bits, query);
+        if (ready) use_index(*layer, of_cache, row, options, bits, query);
       }
     }
     const int64_t attend_begin = now_ns();
@@ -239,18 +249,35 @@ class AccelBackend {
     }
   }
 
+  // Makes the index of a stream fit what the node's rows show of it, which may be of several sequences. Returns whether
+  // one of them is long enough to use it.
+  bool prepare(CacheLayer& layer, size_t stream, std::span<const MaskRow> rows, const PluginOptions& options) {
+    if (stream >= layer.streams.size()) return false;
+    StreamIndex& entry = *layer.streams[stream];
+    try {
+      int64_t longest = 0;
+      for (const MaskRow& row : rows) {
+        const bool begins = &row == rows.data() && entry.begin_step(row.visible, row.num_visible, options.max_rows);
+        shared().watch.before_step(layer, stream, row.visible, begins, options.faults);
+        longest = std::max(longest, row.num_visible);
+      }
+      entry.note_length(longest < options.min_context);
+      if (longest < options.min_context) return false;
+      maintain(layer, stream, budget_of(layer, entry));
+      return true;
+    } catch (const std::exception& error) {
+      log_error("layer %d is read densely: %s", layer.layer, error.what());
+      entry.index.clear();
+      return false;
+    }
+  }
+
   void use_index(CacheLayer& layer, size_t stream, int64_t row, const PluginOptions& options, const MaskRow& bits,
                  DecodeQuery& query) {
-    if (stream >= layer.streams.size()) return;
     query.stream_id += stream * 64;
+    if (bits.num_visible < options.min_context) return;
     try {
       StreamIndex& entry = *layer.streams[stream];
-      const bool begins = row == 0 && entry.begin_step(bits.visible, bits.num_visible, options.max_rows);
-      shared().watch.before_step(layer, stream, bits.visible, begins, options.faults);
-      const bool too_short = bits.num_visible < options.min_context;
-      if (row == 0) entry.note_length(too_short);
-      if (too_short) return;
-      if (row == 0) maintain(layer, stream, budget_of(layer, entry));
       query.index = &entry.index;
       query.tau_factor = entry.tau_factor();
       if (options.decode.select == Select::kSample) name_likely_rows(layer, stream, options.places, bits, query);

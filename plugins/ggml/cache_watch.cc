@@ -61,6 +61,8 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
   const auto row_k = static_cast<int64_t>(k->nb[1]), row_v = static_cast<int64_t>(v->nb[1]);
   if (static_cast<int64_t>(match.k->nb[1]) != row_k || static_cast<int64_t>(match.v->nb[1]) != row_v) return nullptr;
   if (k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || k->ne[3] != 1 || k->ne[1] < match.k->ne[1]) return nullptr;
+  // The node's last dimension may be another than the cache's streams (KV heads, in MiniMax-M3's).
+  if (match.streams() > 1 && (match.k->nb[3] != k->nb[2] || match.v->nb[3] != v->nb[2])) return nullptr;
   CacheLayer fresh;
   fresh.k_cache = k->data;
   fresh.v_cache = v->data;
@@ -71,9 +73,11 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
   fresh.cells = k->ne[1];
   fresh.k_stream_bytes = static_cast<int64_t>(k->nb[2]);
   fresh.v_stream_bytes = static_cast<int64_t>(v->nb[2]);
-  // Views that start inside a row (several models in one tensor) are none of ours.
-  const int64_t offset = static_cast<const char*>(match.k->data) - static_cast<const char*>(k->data);
-  if (offset < 0 || (fresh.k_stream_bytes > 0 && offset % fresh.k_stream_bytes != 0)) return nullptr;
+  // Views that start inside a row (several models in one tensor), or show other streams of V, are none of ours.
+  const int64_t k_offset = static_cast<const char*>(match.k->data) - static_cast<const char*>(k->data),
+                v_offset = static_cast<const char*>(match.v->data) - static_cast<const char*>(v->data);
+  const auto stream = static_cast<int64_t>(fresh.first_stream(match));
+  if (k_offset != stream * fresh.k_stream_bytes || v_offset != stream * fresh.v_stream_bytes) return nullptr;
 
   const std::lock_guard lock(mutex_);
   const auto at = layers_.find(k->data);
@@ -86,7 +90,8 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
            a.v_head_dim == b.v_head_dim && a.kv_len == b.kv_len;
   };
   if (at != layers_.end() && same(at->second->view, fresh.view) &&
-      at->second->streams.size() == static_cast<size_t>(k->ne[2])) {
+      at->second->streams.size() == static_cast<size_t>(k->ne[2]) &&
+      at->second->streams.front()->index.options() == resolved(options, fresh.view.head_dim, fresh.view.v_head_dim)) {
     at->second->last_used = ++clock_;
     return at->second;
   }
@@ -112,6 +117,11 @@ void CacheWatch::note_empty(const AttentionMatch& match) {
   const size_t first = layer.first_stream(match);
   const size_t end = std::min(layer.streams.size(), first + static_cast<size_t>(match.streams()));
   for (size_t s = first; s < end; ++s) layer.streams[s]->index.clear();
+}
+
+void CacheWatch::set_owner(CacheLayer& layer, const void* owner) {
+  const std::lock_guard lock(mutex_);
+  layer.owner = owner;
 }
 
 void CacheWatch::forget(const void* owner) {

@@ -85,7 +85,8 @@ class CacheWatch {
   /// The streams that `match` shows are empty: whatever was known of their memory is of an earlier cache.
   void note_empty(const AttentionMatch& match);
 
-  /// A SET_ROWS node was computed. Returns the layer if its K was written and its geometry is known.
+  /// A SET_ROWS node was computed. Returns the layer if its V was written, K having been before, and its geometry is
+  /// known.
   std::shared_ptr<CacheLayer> note_write(const ggml_tensor* node, const PluginOptions& options);
 
   /// Makes the index fit what the query sees: unseen cells count as written and, if anything may have changed unseen,
@@ -98,6 +99,9 @@ class CacheWatch {
 
   /// Bytes of all indexes, and of the K and V rows they describe.
   void memory(int64_t& index_bytes, int64_t& kv_bytes);
+
+  /// The backend that computes with a layer.
+  void set_owner(CacheLayer& layer, const void* owner);
 
   /// The backend is gone, and its context with it: so are the layers that were its own.
   void forget(const void* owner);

@@ -79,6 +79,67 @@ TEST_F(Graph, ShortWindowIsReadDensely) {
   EXPECT_GT(totals.index_memory_bytes, before);
 }
 
+// Two sequences in one cache, a short one in the first row.
+TEST_F(Graph, AShortRowLeavesTheOthersSparse) {
+  configure("segment=256,provisional=64,error=0.03");
+  constexpr int64_t kCells = 1536;
+  for (const size_t long_row : {0, 1}) {
+    Layer layer(kCells);
+    Rows rows(18);
+    std::vector<float> mask(2 * kCells, kHidden);
+    std::fill_n(mask.begin() + static_cast<int64_t>(1 - long_row) * kCells, 100, 0.0f);
+    std::fill_n(mask.begin() + static_cast<int64_t>(long_row) * kCells + 100, 1300, 0.0f);
+    layer.write(0, rows.keys(kCells), rows.values(kCells));
+    take_totals();
+    for (int step = 0; step < 20; ++step) EXPECT_LT(layer.error(rows.query(2), mask, 2), kBound);
+    tactic_totals totals = take_totals();
+    EXPECT_EQ(totals.queries, 40);
+    EXPECT_EQ(totals.sparse_queries, 20) << "long row " << long_row;
+    layer.write(100, rows.keys(1300), rows.values(1300));  // another prompt
+    EXPECT_LT(layer.error(rows.query(2), mask, 2), kBound);
+    EXPECT_EQ(take_totals().sparse_queries, 1);
+  }
+}
+
+// KV heads on the dimension where streams are: no index is theirs.
+TEST_F(Graph, HeadsOnTheLastDimensionAreExact) {
+  configure(kSparse + ",check=0");
+  constexpr int64_t kCells = 1024;
+  Layer layer(kCells, 2);
+  Rows rows(19), others(20);
+  layer.use_stream(1);
+  layer.write(0, others.keys(kCells), others.values(kCells));
+  layer.use_stream(0);
+  layer.write(0, rows.keys(kCells), rows.values(kCells));
+  const std::vector<float> q = rows.query(), visible(kCells, 0.0f);
+  ContextPtr context = make_context();
+  ggml_context* c = context.get();
+  ggml_tensor *query = ggml_new_tensor_4d(c, GGML_TYPE_F32, kDim, 1, kQueryHeads / kKvHeads, kKvHeads),
+              *mask = ggml_new_tensor_4d(c, GGML_TYPE_F16, kCells, 1, 1, kKvHeads);
+  const auto view = [&](ggml_tensor* cache) {
+    ggml_tensor* of_stream = ggml_view_4d(c, cache, kDim, kKvHeads, kCells, 1, ggml_row_size(cache->type, kDim),
+                                          cache->nb[1], cache->nb[2], 0);
+    return ggml_permute(c, of_stream, 0, 3, 1, 2);
+  };
+  ggml_tensor* out = ggml_flash_attn_ext(c, query, view(layer.k()), view(layer.v()), mask, kScale, 0, 0);
+  const BufferPtr buffer(ggml_backend_alloc_ctx_tensors_from_buft(c, ggml_backend_cpu_buffer_type()));
+  std::memcpy(query->data, q.data(), ggml_nbytes(query));
+  std::memset(mask->data, 0, ggml_nbytes(mask));
+  ASSERT_TRUE(ggml_backend_dev_supports_op(Host::plugin_device(), out));
+  ggml_cgraph* graph = ggml_new_graph(c);
+  ggml_build_forward_expand(graph, out);
+  const BackendPtr backend(ggml_backend_dev_init(Host::plugin_device(), nullptr));
+  for (int step = 0; step < 4; ++step) ASSERT_EQ(ggml_backend_graph_compute(backend.get(), graph), GGML_STATUS_SUCCESS);
+  const std::vector<double> expected = layer.reference(q, visible);
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double d = static_cast<const float*>(out->data)[i] - expected[i];
+    difference += d * d;
+    norm += expected[i] * expected[i];
+  }
+  EXPECT_LT(std::sqrt(difference / norm), 1e-3);
+}
+
 TEST_F(Graph, MaskWithOtherValuesIsExact) {
   Layer layer(1024);
   Rows rows(8);
