@@ -14,6 +14,7 @@
 #include "core/index_state.h"
 #include "core/steps.h"
 #include "tactic/attention.h"
+#include "tactic/error.h"
 
 namespace tactic::test {
 
@@ -116,6 +117,17 @@ std::vector<uint64_t> random_bits(int64_t rows, double probability, uint64_t see
 double relative_error(const std::vector<float>& a, const std::vector<float>& b);
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b);
+
+/// What fn's Error says, or "no error".
+template <class Fn>
+std::string message_of(Fn fn) {
+  try {
+    fn();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "no error";
+}
 
 /// The instruction sets of this machine that the library was built for.
 std::vector<int64_t> highway_targets();

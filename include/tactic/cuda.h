@@ -25,7 +25,8 @@ namespace tactic::cuda {
 using Stream = void*;
 
 /// Rows [num_sequences, num_kv_heads, kv_len, head_dim] of K or V in device memory. Addresses and strides are multiples
-/// of 16 bytes for f16 and bf16, of 8 for f8_e4m3, of 2 for q8_0 and q4_0, whose head_dim is a multiple of 32 (not 80).
+/// of 16 bytes for f16 and bf16, of 8 for f8_e4m3, of 2 for q8_0 and q4_0, whose head_dim is a multiple of 32 (not 80)
+/// and whose numbers lie within f16's range.
 struct DeviceRows {
   const void* data = nullptr;
   DType dtype = DType::kF16;
@@ -39,7 +40,9 @@ struct DeviceRows {
 
 /// Sequence i of a batch is sequence i of the index. One of no rows gets zeros, and minus infinity as its lse; one
 /// whose index holds rows from its kv_len on is read whole, as if it had no index (slower, and StepRecord::dense says
-/// so), until LayerIndex::truncate().
+/// so), until LayerIndex::truncate(). Short sequences are sampled too, where the CPU is dense below 256 indexed rows.
+/// The bits of an answer depend on the number of sequences (blocks per sequence and so the order of sums), not on what
+/// the others hold.
 struct DecodeBatch {
   int32_t num_sequences = 0;
   int32_t num_q_heads = 0, num_kv_heads = 0;  // up to 8 query heads per KV head
@@ -90,8 +93,7 @@ struct StepRecord {
   int32_t segments;          // of those
   float tau, beta;           // sample: the ones used
   float certain_mass;        // share that certain rows have of the output's weights, mean over the group's heads; 1 for
-                             // fit and topk, which measure none, and where every row was read;
-                             // after reading on for target_mass it may lie below the truth (docs/method.md)
+                             // fit and topk, which measure none, and where every row was read
   float mass_std_error;      // of that, root mean square over the heads: with DecodeBatch::learn or target_mass as the
                              // draw measures it (as on the CPU), else that of independent draws, which is larger
   DenseReason dense;         // why every row was read, if so: asked for; a row that was read is not the one that was
@@ -115,10 +117,11 @@ class LayerIndex {
   LayerIndex& operator=(LayerIndex&&) noexcept;
 
   /// Takes over an index made on the CPU, of the same rows stored in the same bytes (else check_rows finds every row
-  /// changed). From the first segment on that holds rows which are gone or were rewritten since, it takes over none:
-  /// steps read these rows exactly until build(). Throws Error, and changes nothing, when options or shape are others
-  /// than this index's, or the segments do not follow one another from row 0 on, full ones before as many provisional
-  /// ones as make a full one at most. Synchronizes the stream.
+  /// changed), and its calibration; not the rows that steps found heavy or expect. From the first segment on that holds
+  /// rows which are gone or were rewritten since, it takes over none: steps read these rows exactly until build().
+  /// Throws Error, and changes nothing, when options or shape are others than this index's, or the segments do not
+  /// follow one another from row 0 on, full ones before as many provisional ones as make a full one at most.
+  /// Synchronizes the stream.
   void upload(int32_t sequence, const KvIndex& index, Stream stream);
 
   /// Clusters the rows [0, kv_len) of a sequence of the batch that are in no segment yet: what fills a segment becomes

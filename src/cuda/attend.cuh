@@ -66,10 +66,10 @@ struct RowTile {
   float log_weight;
 };
 
-/// Asks for a tile's rows: two lanes a row, each a half.
+/// Asks for a tile's rows: two lanes a row, 128 bytes each; of longer rows the rest comes with the loads.
 template <DType kDType, int kDim>
 __device__ __forceinline__ void prefetch_tile(const std::byte* k, const std::byte* v, const RowTile& tile) {
-  constexpr int kBytes = kDType == DType::kF8E4M3 ? kDim : 2 * kDim;
+  constexpr auto kBytes = static_cast<int>(stored_bytes<kDType>(kDim));
   const int half = static_cast<int>(threadIdx.x & 16) * 8;
   if (half < kBytes) {
     prefetch(k + tile.k_offset + half);
@@ -77,18 +77,6 @@ __device__ __forceinline__ void prefetch_tile(const std::byte* k, const std::byt
   }
 }
 
-/// Not 0 when a tile's row is not the one that was clustered: the lower half of the warp looks at its key, the upper
-/// one at its value. checks: [rows] of the head.
-template <DType kDType, int kDim>
-__device__ __forceinline__ uint32_t mismatch(const uint8_t* checks, int32_t row, const std::byte* k, const std::byte* v,
-                                             const RowTile& tile) {
-  const bool value = (threadIdx.x & 16) != 0;
-  const uint32_t stored = __ldg(checks + row);
-  const uint32_t found = check_row(value ? v + tile.v_offset : k + tile.k_offset, stored_bytes<kDType>(kDim), row);
-  return found ^ (value ? stored >> 4 : stored & 15);
-}
-
-/// scores[j], lane (g, t): log2 score of head g and row 2 t + (j & 1) + 8 (j >> 1). `scale` includes log2(e).
 template <DType kDType, int kDim>
 __device__ __forceinline__ void load_keys(const std::byte* k, const RowTile& tile,
                                           uint4 (&low)[QueryFragments<kDim>::kLoads],
@@ -110,7 +98,7 @@ __device__ __forceinline__ void load_values(const std::byte* v, const RowTile& t
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const std::byte* row = v + shuffle(tile.v_offset, 2 * t + (j & 1) + 8 * (j >> 1));
+    const std::byte* row = v + shuffle(tile.v_offset, row_in_tile(t, j));
 #pragma unroll
     for (int p = 0; p < AttendState<kDim>::kParts; ++p) {
       const bool real = kDim % 64 == 0 || 64 * p + 8 * g < kDim;
@@ -119,6 +107,7 @@ __device__ __forceinline__ void load_values(const std::byte* v, const RowTile& t
   }
 }
 
+/// scores[j], lane (g, t): log2 score of head g and row_in_tile(t, j). `scale` includes log2(e).
 /// kApart: each is rounded by itself, so that a row has the same score wherever it is read, and is not part of a sum.
 template <DType kDType, int kDim, bool kApart, class Fragments>
 __device__ __forceinline__ void score_rows(const Fragments& q, const uint4 (&low)[QueryFragments<kDim>::kLoads],
@@ -139,6 +128,15 @@ __device__ __forceinline__ void score_rows(const Fragments& q, const uint4 (&low
   scores[1] = scaled(c_low[1]);
   scores[2] = scaled(c_high[0]);
   scores[3] = scaled(c_high[1]);
+}
+
+/// The scores alone of a tile's rows, as where their values are read too. k_offset: the row of lane & 15.
+template <DType kDType, int kDim, class Fragments>
+__device__ __forceinline__ void score_keys(const Fragments& q, const std::byte* k, int64_t k_offset, float scale,
+                                           float (&scores)[4]) {
+  uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads];
+  load_keys<kDType, kDim>(k, {k_offset, 0, 0}, low, high);
+  score_rows<kDType, kDim, true>(q, low, high, scale, scores);
 }
 
 /// acc += weights x values.
@@ -203,7 +201,7 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
   const int t = threadIdx.x & 3;
   float log_weights[4];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) log_weights[j] = shuffle(tile.log_weight, 2 * t + (j & 1) + 8 * (j >> 1));
+  for (int j = 0; j < 4; ++j) log_weights[j] = shuffle(tile.log_weight, row_in_tile(t, j));
   scored(x, log_weights);
 #pragma unroll
   for (int j = 0; j < 4; ++j) x[j] += log_weights[j];
@@ -217,7 +215,7 @@ __device__ __forceinline__ uint32_t attend_tile(AttendState<kDim>& state, const 
     if (log_weights[j] > 0) {
       state.sampled_sum += weights[j];
       state.sampled_variance += weights[j] * weights[j] * (1 - exp2_fast(-log_weights[j]));
-      if (x[j] > limit) heavy |= 1u << (2 * t + (j & 1) + 8 * (j >> 1));
+      if (x[j] > limit) heavy |= 1u << row_in_tile(t, j);
     }
   }
   add_values<Chunk<kDType>::kBf16, kDim>(state, values, weights);
@@ -238,7 +236,7 @@ __device__ __forceinline__ void attend_rest(AttendState<kDim>& state, const std:
   score_rows<kDType, kDim, true>(q, low, high, scale, x);
   const int t = threadIdx.x & 3;
   const uint32_t insiders = __ballot_sync(kAllLanes, inside) >> 2 * t, drawn = __ballot_sync(kAllLanes, taken);
-  const auto bit = [](uint32_t rows, int j) { return (rows >> ((j & 1) + 8 * (j >> 1)) & 1) != 0; };
+  const auto bit = [](uint32_t rows, int j) { return (rows >> row_in_tile(0, j) & 1) != 0; };
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if (!bit(insiders, j)) x[j] = kLowest;

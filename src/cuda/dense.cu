@@ -3,6 +3,7 @@
 // same order.
 #include "cuda/launch.h"
 #include "cuda/merge.cuh"
+#include "cuda/row_checks.cuh"
 
 namespace tactic::cuda {
 
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
     float x[4];
     score_rows<kDType, kDim, false>(fragments, low, high, scale, x);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] += shuffle(now.log_weight, 2 * (lane & 3) + (j & 1) + 8 * (j >> 1));
+    for (int j = 0; j < 4; ++j) x[j] += shuffle(now.log_weight, row_in_tile(lane & 3, j));
     if (tile + step < tiles) {
       row = row_at(tile + step);
       now = tile_of_rows(tile + step, row);

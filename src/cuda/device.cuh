@@ -166,4 +166,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+/// Of the scores of 16 rows that two products leave (attend.cuh): the row of lane (g, t)'s j-th.
+__device__ __forceinline__ int row_in_tile(int t, int j) { return 2 * t + (j & 1) + 8 * (j >> 1); }
+
 }  // namespace tactic::cuda

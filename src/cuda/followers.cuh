@@ -74,7 +74,7 @@ __device__ __forceinline__ void note(FollowerBuffers& buffers, int32_t row, cons
 #pragma unroll 1
   for (int j = 0; j < 4; ++j) {
     const float score = j == 0 ? scores[0] : j == 1 ? scores[1] : j == 2 ? scores[2] : scores[3];
-    const int32_t noted = shuffle(row, 2 * (lane & 3) + (j & 1) + 8 * (j >> 1));
+    const int32_t noted = shuffle(row, row_in_tile(lane & 3, j));
     if (!(score > floor)) continue;
     const int at = atomicAdd(&buffers.num_notes, 1);
     if (at < kMaxNotes)

@@ -241,8 +241,24 @@ void validate_rows(const DecodeBatch& batch) {
     }
     if (batch.page_tables != nullptr && rows.page_tokens < 1)
       fail((std::string(name) + " page_tokens").c_str(), rows.page_tokens, "at least 1");
+    const auto row = static_cast<int64_t>(row_bytes(rows.dtype, batch.head_dim));
+    const auto holds_row = [&](const char* what, int64_t stride) {
+      if (stride < row)
+        fail((std::string(name) + what).c_str(), stride, "at least a row's " + std::to_string(row) + " bytes");
+    };
+    if (batch.num_kv_heads > 1) holds_row(" head_stride_bytes", rows.head_stride_bytes);
+    if (batch.page_tables == nullptr || rows.page_tokens > 1) holds_row(" token_stride_bytes", rows.token_stride_bytes);
+    if (batch.page_tables != nullptr && batch.max_pages > 1) holds_row(" page_stride_bytes", rows.page_stride_bytes);
   }
   if (batch.page_tables != nullptr) in_range("max_pages", batch.max_pages, 1, 1 << 30);
+}
+
+int64_t check_pages(const std::string& name, const DecodeBatch& batch, int64_t kv_len) {
+  if (batch.page_tables == nullptr) return 0;
+  const int64_t page_tokens = std::min(batch.k.page_tokens, batch.v.page_tokens),
+                pages = (kv_len + page_tokens - 1) / page_tokens;
+  in_range(("pages of " + name).c_str(), pages, 0, batch.max_pages);
+  return pages;
 }
 
 void validate(const HostTables& tables, const DecodeBatch& batch, int32_t max_rows) {
@@ -253,13 +269,11 @@ void validate(const HostTables& tables, const DecodeBatch& batch, int32_t max_ro
   for (int64_t s = 0; s < batch.num_sequences; ++s) {
     const int64_t kv_len = tables.kv_lens[s];
     in_range(name_at("kv_lens", s).c_str(), kv_len, 0, max_rows);
-    if (tables.page_tables == nullptr) continue;
-    const int64_t page_tokens = std::min(batch.k.page_tokens, batch.v.page_tokens),
-                  pages = (kv_len + page_tokens - 1) / page_tokens;
-    in_range(("pages of " + name_at("kv_lens", s)).c_str(), pages, 0, batch.max_pages);
+    const int64_t pages = check_pages(name_at("kv_lens", s), batch, kv_len);
     for (int64_t i = 0; i < pages; ++i) {
-      const int64_t at = s * batch.max_pages + i;
-      in_range(name_at("page_tables", at).c_str(), tables.page_tables[at], 0, int64_t{tables.num_pages} - 1);
+      const int64_t at = s * batch.max_pages + i, page = tables.page_tables[at];
+      if (page < 0 || page >= tables.num_pages)  // its name only then: there are many
+        in_range(name_at("page_tables", at).c_str(), page, 0, int64_t{tables.num_pages} - 1);
     }
   }
 }

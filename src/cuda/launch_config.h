@@ -105,6 +105,8 @@ bool is_compiled(DType dtype, int32_t head_dim);
 void validate(const DecodeBatch& batch, const DecodeLimits& limits);
 /// What K and V alone must be, for whoever reads only those.
 void validate_rows(const DecodeBatch& batch);
+/// Throws Error unless a sequence's page table can hold kv_len rows, called `name`; returns how many pages they need.
+int64_t check_pages(const std::string& name, const DecodeBatch& batch, int64_t kv_len);
 /// Lengths in 0..max_rows, and every page that they use among those that exist.
 void validate(const HostTables& tables, const DecodeBatch& batch, int32_t max_rows);
 /// Throws Error for limits that no device serves.

@@ -136,7 +136,6 @@ LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_
   impl.max_sequences = max_sequences;
   impl.view.geometry = index_geometry(options, shape, max_rows);
   impl.view.num_kv_heads = shape.num_kv_heads;
-  impl.view.head_dim = shape.head_dim;
   impl.states.resize(static_cast<size_t>(max_sequences));
   impl.bytes = lay_out(impl.view, max_sequences, nullptr);
   check(cudaMalloc(reinterpret_cast<void**>(&impl.memory), impl.bytes),
@@ -223,6 +222,7 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
   if (kv_len < 0 || kv_len > g.max_rows)
     throw Error("kv_len (" + std::to_string(kv_len) + ") must be in 0.." + std::to_string(g.max_rows));
   validate_rows(batch);
+  check_pages("kv_len", batch, kv_len);
   if (sequence >= batch.num_sequences) {
     throw Error("sequence (" + std::to_string(sequence) + ") must be in 0.." + std::to_string(batch.num_sequences - 1) +
                 ", the batch's");

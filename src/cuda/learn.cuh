@@ -59,9 +59,8 @@ struct WholeClusters {
   /// One warp, cluster number c of the block: the same in every lane.
   __device__ void add(int32_t c, LearnSums& sums) const {
     const int lane = threadIdx.x & 31;
-    const OwnSegment segment = own.at(own.segment_of(c));
-    const int32_t cluster = segment.cluster + c - segment.local_cluster;
-    const int32_t size = tables.places[c] & 0xFFFFu, first = segment.first_row + (tables.places[c] >> 16);
+    const ClusterMembers rows(tables, own, members, c);
+    const int32_t cluster = rows.segment.cluster + c - rows.segment.local_cluster, size = rows.size;
     const TileView tile = tile_of(p.index, pair, cluster);
     float dots[kHeads] = {}, weights[kHeads] = {};  // of the centroid; relative to the centroid's
     for (int d = lane; d < kDim; d += 32) {
@@ -74,7 +73,7 @@ struct WholeClusters {
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) dots[h] = warp_sum(dots[h]);
     for (int32_t m = lane; m < size; m += 32) {  // a lane a row
-      const std::byte* row = k + row_offset(p.batch.k, pages, segment.first_row + __ldg(members + first + m));
+      const std::byte* row = k + row_offset(p.batch.k, pages, rows.row(m));
       float scores[kHeads] = {};
 #pragma unroll 4
       for (int chunk = 0; chunk < kDim / 8; ++chunk) {
@@ -96,7 +95,7 @@ struct WholeClusters {
       if (h >= group) continue;
       const float x = growth(tile.facts(cluster).spread * norms2[h], static_cast<float>(size)),
                   y = kLn2 * log2_fast(weight / static_cast<float>(size));
-      if (!isfinite(y)) continue;
+      if (!isfinite(y) || !(x < static_cast<float>(kMaxTerm))) continue;
       sums.xx += x * x;
       sums.xy += x * y;
     }

@@ -67,7 +67,7 @@ struct HeavyRows {
 
 struct IndexView {
   IndexGeometry geometry;
-  int32_t num_kv_heads = 0, head_dim = 0;
+  int32_t num_kv_heads = 0;
   std::byte* tiles = nullptr;              // [sequences, heads, max_clusters / 16, tile_bytes()]
   uint16_t* members = nullptr;             // [sequences, heads, max_rows] rows relative to the segment's first
   uint16_t* num_not_finite = nullptr;      // [sequences, heads, all segments] rows that are read by every step

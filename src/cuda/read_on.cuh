@@ -186,15 +186,12 @@ struct ReadOn {
       const bool drawn = i < rows && speaks(taken.local_cluster, alone) && !is_follower(followers, taken.row);
       const uint32_t all = __ballot_sync(kAllLanes, drawn) & 0xFFFFu;
       if (all == 0) continue;
-      const RowTile tile{row_offset(p.batch.k, pages, taken.row), 0, taken.log_weight};
-      uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads];
-      load_keys<kDType, kDim>(k, tile, low, high);
       float scores[4];
-      score_rows<kDType, kDim, true>(fragments, low, high, key_scale, scores);
+      score_keys<kDType, kDim>(fragments, k, row_offset(p.batch.k, pages, taken.row), key_scale, scores);
       const float estimate = followers.estimate(g);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int row = 2 * t + (j & 1) + 8 * (j >> 1);
+        const int row = row_in_tile(t, j);
         const float log_weight = shuffle(taken.log_weight, row);
         if (g < kHeads) weights[g][row] = exp2_fast(fminf(scores[j] + log_weight - estimate, 24.0f));
       }
@@ -230,20 +227,16 @@ struct ReadOn {
     int number = 0;
     for_marked(tables.refined, own.clusters() / 32 + 1, [&](int32_t c) {
       if (!speaks(c, false)) return;
-      const OwnSegment segment = own.at(own.segment_of(c));
-      const int32_t size = tables.places[c] & 0xFFFFu, first = segment.first_row + (tables.places[c] >> 16);
-      for (int32_t at = 0; at < size; at += 16) {
+      const ClusterMembers cluster(tables, own, members, c);
+      for (int32_t at = 0; at < cluster.size; at += 16) {
         if (number++ % kWarps != warp) continue;
-        const int32_t member = at + (lane & 15),
-                      row = segment.first_row + __ldg(members + first + min(member, size - 1));
-        const uint32_t inside = __ballot_sync(kAllLanes, member < size && !is_follower(followers, row));
-        uint4 low[QueryFragments<kDim>::kLoads], high[QueryFragments<kDim>::kLoads];
-        load_keys<kDType, kDim>(k, {row_offset(p.batch.k, pages, row), 0, 0}, low, high);
+        const int32_t member = at + (lane & 15), row = cluster.row(member);
+        const uint32_t inside = __ballot_sync(kAllLanes, member < cluster.size && !is_follower(followers, row));
         float scores[4];
-        score_rows<kDType, kDim, true>(fragments, low, high, key_scale, scores);
+        score_keys<kDType, kDim>(fragments, k, row_offset(p.batch.k, pages, row), key_scale, scores);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if ((inside >> (2 * (lane & 3) + (j & 1) + 8 * (j >> 1)) & 1) == 0) scores[j] = kLowest;
+          if ((inside >> row_in_tile(lane & 3, j) & 1) == 0) scores[j] = kLowest;
         }
         sums.add_refined(scores, followers.estimate(lane >> 2));
       }
@@ -382,8 +375,8 @@ struct ReadOn {
       scales[h] = shuffle(scale, h);
       needs[h] = shuffle(need, h);
     }
-    // A radix search for the largest limit of a row's worth from which on the shares suffice. One loop, so that a worth
-    // is rounded alike each time.
+    // A radix search for the largest limit of a row's worth from which on the shares suffice. A worth
+    // is rounded alike each time (no product is part of a sum), so that the limit that was found marks a cluster.
     uint32_t limit = 0;
 #pragma unroll 1
     for (int shift = 8;; shift -= 8) {
@@ -395,7 +388,7 @@ struct ReadOn {
         if (!is_ranked(c) || (!marks && is_refined(c))) continue;
         float shares[kHeads], worth = 0;
 #pragma unroll
-        for (int h = 0; h < kHeads; ++h) worth += shares[h] = scales[h] * mean_weight(h, c, log_totals[h]);
+        for (int h = 0; h < kHeads; ++h) worth += shares[h] = __fmul_rn(scales[h], mean_weight(h, c, log_totals[h]));
         const uint32_t key = key_of(worth);
         if (marks) {
           if (key < limit) continue;

@@ -28,8 +28,7 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
   const BlockSums sums = cluster_sums<kHeads>(buffers, p.splits, lane % kHeads, [](int, float) {});
   if (p.batch.lse != nullptr && lane < group)
     p.batch.lse[pair * group + lane] = kv_len > 0 ? (sums.max + log2f(sums.sum)) * kLn2 : -INFINITY;
-  if (p.records == nullptr) return;
-  const int32_t refined_clusters = count(kRefinedClusters);
+  if (p.records == nullptr && verified == nullptr) return;  // blocks have sent no counts then
   float mass = 1, variance = 0;
   if (sums.sum > 0) {
     mass = 1 - sums.sampled / sums.sum;
@@ -46,8 +45,8 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
     const float unit = exp2_fast(sums.max - followers.estimate(lane));
     const MeasuredMass found =
         measure(draw, (sums.sum - sums.sampled) * unit, sums.variance * unit * unit,
-                draw.clusters == static_cast<float>(refined_clusters), tau * rsqrtf(sqrtf(followers.besides[lane])),
-                p.index.calibration[pair].usual_variance[lane]);
+                draw.clusters == static_cast<float>(count(kRefinedClusters)),
+                tau * rsqrtf(sqrtf(followers.besides[lane])), p.index.calibration[pair].usual_variance[lane]);
     mass = found.mass;
     variance = found.variance;
     relative = found.relative;
@@ -56,6 +55,7 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
     float& usual = p.index.calibration[pair].usual_variance[lane];
     usual += (usual > 0 ? kUsualRate : 1.0f) * (relative - usual);
   }
+  if (p.records == nullptr) return;
   if (lane >= group) mass = variance = 0;
 #pragma unroll
   for (int step = 1; step < 8; step *= 2) {
@@ -76,7 +76,7 @@ __device__ __forceinline__ void report(const DecodeParams& p, const MergeBuffers
   if (!all) {
     record.tokens_selected = count(kSelected) - count(kLeftOut);
     record.tokens_sampled = count(kSampled);
-    record.clusters_refined = refined_clusters;
+    record.clusters_refined = count(kRefinedClusters);
     record.tokens_refined = count(kRefinedRows);
     record.mass_std_error = sqrtf(variance / group);
   }

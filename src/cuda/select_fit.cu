@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(kProbeThreads) probe_kernel(const __grid_const
   float most = -INFINITY;  // of the rows read anyway that this lane had
   double total = 0;
   const auto add = [&](float x) {
+    if (x == -INFINITY) return;  // no weight, and no difference to what is there
     const float top = greater(x, most);
     total = total * expf(most - top) + expf(x - top);
     most = top;

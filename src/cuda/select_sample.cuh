@@ -41,6 +41,23 @@ struct SelectTables {
   }
 };
 
+/// The rows of a block's cluster c.
+struct ClusterMembers {
+  OwnSegment segment;
+  int32_t size;
+  const uint16_t* members;  // of the cluster
+
+  __device__ __forceinline__ ClusterMembers(const SelectTables& tables, const OwnSegments& own,
+                                            const uint16_t* of_sequence, int32_t c)
+      : segment(own.at(own.segment_of(c))),
+        size(static_cast<int32_t>(tables.places[c] & 0xFFFFu)),
+        members(of_sequence + segment.first_row + (tables.places[c] >> 16)) {}
+  /// The m-th; the last one for an m beyond it.
+  __device__ __forceinline__ int32_t row(int32_t m) const {
+    return segment.first_row + __ldg(members + min(m, size - 1));
+  }
+};
+
 /// As core's tau_of where tau is not given, before the query's factor.
 __device__ __forceinline__ float tau_for_error(float target_error, float variance_ratio) {
   return sqrt_fast(variance_ratio) / (target_error * target_error);

@@ -5,7 +5,6 @@
 #include "cuda/launch_config.h"
 #include "cuda/segments.h"
 #include "support.h"
-#include "tactic/error.h"
 
 namespace tactic::test {
 namespace {
@@ -27,17 +26,6 @@ constexpr DeviceFacts hopper() {
   return facts;
 }
 constexpr DeviceFacts kHopper = hopper(), kAmpere{108, 166912, false, {}};
-
-// What fn's error says.
-template <class Fn>
-std::string message_of(Fn fn) {
-  try {
-    fn();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "no error";
-}
 
 IndexGeometry geometry(int32_t max_rows, const IndexOptions& options = {}) {
   return cuda::index_geometry(options, {8, 128, 128}, max_rows);
@@ -196,6 +184,23 @@ TEST(Batch, NamesWhatDoesNotFit) {
   EXPECT_EQ(message([](DecodeBatch& b) { b.num_q_heads = 16; }), "num_q_heads (16) must be the limits' 32");
   EXPECT_EQ(message([](DecodeBatch& b) { b.k.token_stride_bytes = 2050; }),
             "k token_stride_bytes (2050) must be a multiple of 16");
+  EXPECT_EQ(message([](DecodeBatch& b) { b.k.token_stride_bytes = 0; }),
+            "k token_stride_bytes (0) must be at least a row's 256 bytes");
+  EXPECT_EQ(message([](DecodeBatch& b) { b.v.head_stride_bytes = 240; }),
+            "v head_stride_bytes (240) must be at least a row's 256 bytes");
+  const auto paged = [](DecodeBatch& b, int32_t page_tokens) {
+    b.page_tables = b.kv_lens;
+    b.max_pages = 2;
+    b.k.page_tokens = b.v.page_tokens = page_tokens;
+  };
+  EXPECT_EQ(message([&](DecodeBatch& b) { paged(b, 16); }),
+            "k page_stride_bytes (0) must be at least a row's 256 bytes");
+  EXPECT_EQ(message([&](DecodeBatch& b) {
+              paged(b, 1);
+              b.k.token_stride_bytes = b.v.token_stride_bytes = 0;  // says nothing then
+              b.k.page_stride_bytes = b.v.page_stride_bytes = 2048;
+            }),
+            "no error");
   EXPECT_EQ(message([](DecodeBatch& b) { b.v.dtype = DType::kBF16; }), "v's type (bf16) must be k's f16");
   EXPECT_EQ(message([](DecodeBatch& b) { b.k.dtype = b.v.dtype = DType::kF32; }),
             std::string("k's type (f32) must be ") +

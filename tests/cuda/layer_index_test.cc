@@ -114,5 +114,15 @@ TEST(Build, TheBatchMustHaveTheSequence) {
   EXPECT_THROW(index.build(1, device.batch, 300, nullptr), Error);
 }
 
+TEST(Build, ThePageTableMustHaveThePages) {
+  Problem problem(spec_of(DType::kF16, 64, 300), 1);
+  DeviceBatch device({&problem}, DeviceLayout::kPages16);
+  cuda::LayerIndex index({}, {2, 64, 64}, 1, 300);
+  device.batch.max_pages = 18;
+  EXPECT_EQ(message_of([&] { index.build(0, device.batch, 300, nullptr); }), "pages of kv_len (19) must be in 0..18");
+  device.batch.max_pages = 19;
+  index.build(0, device.batch, 300, nullptr);
+}
+
 }  // namespace
 }  // namespace tactic::test

@@ -321,6 +321,40 @@ TEST(ReadOn, ChangedRowsAreNoticed) {
   }
 }
 
+// Whether anybody asks for records or not.
+TEST(ReadOn, RecordsChangeNothing) {
+  Problem problem(spec_of(DType::kF16, 64, kLen), 4, 7, 0.4f);
+  round_queries(problem);
+  problem.build_index();
+  std::vector<float> outs[2];
+  std::vector<cuda::HeadCalibration> known[2];
+  for (const bool asked : {true, false}) {
+    DeviceBatch device({&problem}, DeviceLayout::kTokenMajor);
+    device.batch.learn = true;
+    cuda::LayerIndex index({}, {2, 64, 64}, 1, kLen);
+    index.upload(0, *problem.index, nullptr);
+    cuda::Decode decode({.tau = 300, .target_mass = 0.9f}, device.limits);
+    const Device<cuda::StepRecord> records(2);
+    for (const uint64_t id : {1, 2, 3, 4, 5, 6}) {
+      const Device<uint64_t> ids(std::vector<uint64_t>{id});
+      device.batch.stream_ids = ids.get();
+      decode.run(device.batch, &index, nullptr, asked ? records.get() : nullptr);
+      const std::vector<float> out = device.out(0);
+      outs[asked].insert(outs[asked].end(), out.begin(), out.end());
+    }
+    known[asked].resize(2);
+    cudaMemcpy(known[asked].data(), index.impl().view.calibration, 2 * sizeof(cuda::HeadCalibration),
+               cudaMemcpyDeviceToHost);
+  }
+  EXPECT_TRUE(same_bits(outs[0], outs[1]));
+  for (size_t h = 0; h < 2; ++h) {
+    for (int g = 0; g < 4; ++g) {
+      EXPECT_GT(known[1][h].usual_variance[g], 0);
+      EXPECT_EQ(known[0][h].usual_variance[g], known[1][h].usual_variance[g]);
+    }
+  }
+}
+
 // What a step learns is of its draw, whatever it reads on for.
 TEST(ReadOn, LearnsWhatOtherStepsLearn) {
   for (const float refine : {1.0f, 0.02f}) {

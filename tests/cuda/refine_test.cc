@@ -1,4 +1,7 @@
 // On a GPU: clusters that are read whole because a row that was drawn from them weighs too much.
+#include <algorithm>
+
+#include "core/index_state.h"
 #include "cuda/device.h"
 
 namespace tactic::test {
@@ -79,6 +82,49 @@ TEST(Refine, WhatADrawStoodForGoesAgain) {
       EXPECT_LT(relative_error(device.out(0), problem.out), 0.03) << "id " << id;
     }
     EXPECT_GT(steps, 1) << "the case is too easy";
+  }
+}
+
+// Rows that refinement adds are looked at like those that were drawn.
+TEST(Refine, ChangedRowsAreNoticed) {
+  Problem problem(noise(DType::kF16, 8192), 1);
+  see_first(problem, [](int64_t row) { return row == 3001 ? 0.8984375f : 0.0f; });
+  problem.build_index();
+  const Segment& segment = problem.index->state().segments[1];
+  const HeadClusters& clusters = segment.heads[0];
+  std::vector<int64_t> others;  // of the cluster that holds row 3001
+  auto member = clusters.members.begin();
+  for (const uint16_t size : clusters.sizes) {
+    const auto end = member + size;
+    if (std::find(member, end, uint16_t{3001 - 2048}) != end) others.assign(member, end);
+    member = end;
+  }
+  for (const int64_t place : others) {
+    if (place != 3001 - 2048) problem.cache.set_value(0, 2048 + place, problem.cache.value(0, 6000));
+  }
+  DeviceBatch device({&problem}, DeviceLayout::kPages16);
+  cuda::LayerIndex index({}, {1, 64, 64}, 1, 8192);
+  index.upload(0, *problem.index, nullptr);
+  const Device<cuda::StepRecord> records(1);
+  Device<uint64_t> stream_id(1);
+  const Device<int32_t> none(std::vector<int32_t>{-1});
+  device.batch.stream_ids = stream_id.get();
+  device.batch.max_likely_rows = 1;
+  for (const int32_t* likely :
+       {static_cast<int32_t*>(nullptr), none.get()}) {  // the second: the kernel of learning steps
+    device.batch.likely_rows = likely;
+    cuda::Decode unchecked({.tau = 40, .refine = 0.02f, .beta = 1e-3f, .check_rows = false}, device.limits),
+        checked({.tau = 40, .refine = 0.02f, .beta = 1e-3f}, device.limits);
+    int refined = 0;
+    for (uint64_t id = 0; id < 400; ++id) {
+      stream_id.put({id});
+      unchecked.run(device.batch, &index, nullptr, records.get());
+      if (records.values()[0].clusters_refined == 0) continue;
+      ++refined;
+      checked.run(device.batch, &index, nullptr, records.get());
+      EXPECT_EQ(records.values()[0].dense, DenseReason::kRowChanged) << "id " << id;
+    }
+    EXPECT_GT(refined, 1) << "the case is too easy";
   }
 }
 
