@@ -13,6 +13,7 @@
 #include <random>
 #include <thread>
 
+#include "commit.h"
 #include "host.h"
 #include "text.h"
 
