@@ -1,0 +1,118 @@
+// What the command says of distributions, means and reading, against values from paper.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "kl.h"
+#include "report.h"
+
+namespace tactic::tool {
+namespace {
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+TEST(CompareLogits, IsTheDivergenceOfTheExactDistribution) {
+  const float exact[] = {5, 5 + std::log(3.0f)}, other[] = {-2, -2};  // 1/4, 3/4 and 1/2, 1/2
+  const TokenComparison token = compare_logits(exact, other, 2, 0);
+  EXPECT_NEAR(token.kl, 0.25 * std::log(0.5) + 0.75 * std::log(1.5), 1e-6);
+  EXPECT_NEAR(compare_logits(other, exact, 2, 0).kl, 0.5 * std::log(2) + 0.5 * std::log(2.0 / 3), 1e-6);
+  EXPECT_NEAR(token.exact_nll, std::log(4), 1e-6);
+  EXPECT_NEAR(token.nll, std::log(2), 1e-6);
+  EXPECT_EQ(token.exact_top, 1);
+  EXPECT_EQ(token.top, 0);  // the first of equal ones
+}
+
+TEST(CompareLogits, KnowsTokensThatCannotCome) {
+  const float exact[] = {kNever, 0, 0}, other[] = {0, 0, 0};
+  EXPECT_NEAR(compare_logits(exact, other, 3, 1).kl, std::log(1.5), 1e-6);
+  EXPECT_EQ(compare_logits(exact, exact, 3, 1).kl, 0);
+  EXPECT_TRUE(std::isinf(compare_logits(other, exact, 3, 1).kl));
+  EXPECT_TRUE(std::isinf(compare_logits(exact, other, 3, 0).exact_nll));
+}
+
+TEST(Quantile, IsLinearBetweenRanks) {
+  const double values[] = {3, 1, 2, 5};
+  EXPECT_EQ(quantile(values, 0), 1);
+  EXPECT_EQ(quantile(values, 0.5), 2.5);
+  EXPECT_EQ(quantile(values, 0.9), 3 + 0.7 * 2);
+  EXPECT_EQ(quantile(values, 1), 5);
+  EXPECT_TRUE(std::isnan(quantile({}, 0.5)));
+  EXPECT_EQ(mean(values), 2.75);
+  EXPECT_TRUE(std::isnan(mean({})));
+}
+
+// Of 16 blocks that are all 0 or all 1 as often, a resample's mean is a binomial variable over 16: at most 3 of
+// them 1.1% of the time, at most 4 3.8%.
+TEST(BootstrapMean, HoldsTheMiddle95PercentOfTheResamples) {
+  std::vector<double> values(16 * 16);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = i / 16 % 2 == 0 ? 0 : 1;
+  const std::optional<Interval> interval = bootstrap_mean(values, values.size(), 16);
+  ASSERT_TRUE(interval);
+  EXPECT_EQ(interval->low, 4 / 16.0);
+  EXPECT_EQ(interval->high, 12 / 16.0);
+}
+
+TEST(BootstrapMean, TakesEightBlocksAndNoneOverTheEndOfASeries) {
+  const std::vector<double> values(4 * 24, 0.5);
+  EXPECT_FALSE(bootstrap_mean(values, values.size(), 16));                  // 6 blocks
+  const std::optional<Interval> interval = bootstrap_mean(values, 24, 16);  // 16 and 8 of each of 4
+  ASSERT_TRUE(interval);
+  EXPECT_EQ(interval->low, 0.5);
+  EXPECT_EQ(interval->high, 0.5);
+  EXPECT_FALSE(bootstrap_mean(std::span(values).first(3 * 24 + 16), 24, 16));  // 7
+}
+
+// A short block counts as many values as it has: blocks of 15 ones and one 0 have a mean of 15/16, not of 1/2.
+TEST(BootstrapMean, WeighsBlocksByTheirValues) {
+  std::vector<double> values(64 * 16);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = i % 16 < 15 ? 1 : 0;
+  const std::optional<Interval> interval = bootstrap_mean(values, 16, 15);
+  ASSERT_TRUE(interval);
+  EXPECT_NEAR(interval->low, 15 / 16.0, 0.03);
+  EXPECT_NEAR(interval->high, 15 / 16.0, 0.03);
+}
+
+TEST(Wilson, HasTheValuesOfTheTables) {
+  const Interval most = wilson(8, 10), none = wilson(0, 10), all = wilson(10, 10), nothing = wilson(0, 0);
+  EXPECT_NEAR(most.low, 0.4902, 1e-4);
+  EXPECT_NEAR(most.high, 0.9433, 1e-4);
+  EXPECT_NEAR(none.low, 0, 1e-12);
+  EXPECT_NEAR(none.high, 0.2775, 1e-4);
+  EXPECT_NEAR(all.low, 0.7225, 1e-4);
+  EXPECT_NEAR(all.high, 1, 1e-12);
+  EXPECT_EQ(nothing.low, 0);
+  EXPECT_EQ(nothing.high, 1);
+}
+
+TEST(ReadFigures, CountTheIndexAndEveryRow) {
+  tactic_totals totals = {};
+  totals.queries = 4;
+  totals.dense_queries = 1;
+  totals.sparse_queries = 3;
+  totals.kv_heads = 6;
+  totals.tokens_certain = 300;
+  totals.tokens_sampled = 60;
+  totals.index_bytes = 100;
+  totals.kv_bytes = 300;
+  totals.kv_bytes_present = 1600;
+  totals.mass_variance = 0.27;
+  const ReadFigures read(totals, 1000);
+  EXPECT_EQ(read.tokens_per_kv_head, 60);
+  EXPECT_EQ(read.read_fraction, 0.25);
+  EXPECT_NEAR(read.mass_std_error, 0.3, 1e-12);
+  EXPECT_EQ(read.dense_share, 0.25);
+  EXPECT_TRUE(read.taken);
+}
+
+TEST(ReadFigures, OfAModeThatTookNothingAreThoseOfAllRows) {
+  const ReadFigures read({}, 1000);
+  EXPECT_EQ(read.tokens_per_kv_head, 1000);
+  EXPECT_EQ(read.read_fraction, 1);
+  EXPECT_EQ(read.dense_share, 1);
+  EXPECT_FALSE(read.taken);
+}
+
+}  // namespace
+}  // namespace tactic::tool
