@@ -6,14 +6,14 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <filesystem>
+#include <optional>
 
+#include "part_file.h"
 #include "tactic/error.h"
 
 namespace tactic::eval {
@@ -292,67 +292,28 @@ TraceLayer Trace::layer(int32_t i) const {
   return view;
 }
 
-namespace {
-
-// The name under which the last TraceWriter writes until it is done. A signal handler may read no string.
-std::atomic<const char*> unfinished{nullptr};
-
-}  // namespace
-
-void remove_unfinished_trace() {
-  if (const char* part = unfinished) unlink(part);
-}
-
 struct TraceWriter::Impl {
-  std::string path, part;
+  Impl(const std::string& the_path, const TraceInfo& the_info) : path(the_path), info(the_info) {
+    validate(info, path);
+    file.emplace(path);
+  }
+
+  std::string path;
   TraceInfo info;
+  std::optional<PartFile> file;
   std::vector<LayerEntry> entries;
   std::vector<char> written;
   uint64_t file_bytes = 0;
-  std::FILE* file = nullptr;
-
-  ~Impl() {
-    if (file != nullptr) {
-      std::fclose(file);
-      std::remove(part.c_str());
-    }
-    const char* name = part.c_str();
-    unfinished.compare_exchange_strong(name, nullptr);
-  }
 
   void write(uint64_t offset, const void* data, size_t bytes) {
-    if (fseeko(file, static_cast<off_t>(offset), SEEK_SET) != 0 || std::fwrite(data, 1, bytes, file) != bytes) {
-      fail(part, std::string("cannot be written: ") + std::strerror(errno));
-    }
+    if (fseeko(file->get(), static_cast<off_t>(offset), SEEK_SET) != 0 ||
+        std::fwrite(data, 1, bytes, file->get()) != bytes)
+      file->fail();
   }
 };
 
-namespace {
-
-// A trace is written beside its place and then put there. Of a link that place is where it leads; what is no file (a
-// device, a pipe, a directory) is not to be replaced.
-std::string place_of(const std::string& path) {
-  namespace fs = std::filesystem;
-  std::error_code error;
-  fs::path place = path;
-  for (int links = 0; fs::is_symlink(fs::symlink_status(place, error)); ++links) {
-    if (links == 40) fail(path, "cannot be written: it is a circle of links");
-    place = place.parent_path() / fs::read_symlink(place, error);
-  }
-  const fs::file_status status = fs::status(place, error);
-  if (fs::exists(status) && !fs::is_regular_file(status))
-    fail(path, "cannot be written: it is there and no regular file");
-  return place.string();
-}
-
-}  // namespace
-
-TraceWriter::TraceWriter(const std::string& path, const TraceInfo& info) : impl_(std::make_unique<Impl>()) {
+TraceWriter::TraceWriter(const std::string& path, const TraceInfo& info) : impl_(std::make_unique<Impl>(path, info)) {
   Impl& s = *impl_;
-  validate(info, path);
-  s.path = place_of(path);
-  s.part = s.path + ".part";
-  s.info = info;
   uint64_t at = aligned(header_bytes(info));
   const auto place = [&](uint64_t bytes) {
     const uint64_t offset = at;
@@ -370,9 +331,6 @@ TraceWriter::TraceWriter(const std::string& path, const TraceInfo& info) : impl_
   }
   s.file_bytes = at;
   s.written.assign(info.layers.size(), 0);
-  unfinished = s.part.c_str();
-  s.file = std::fopen(s.part.c_str(), "wb");
-  if (s.file == nullptr) fail(s.part, std::string("cannot be written: ") + std::strerror(errno));
 }
 
 TraceWriter::~TraceWriter() = default;
@@ -420,14 +378,9 @@ void TraceWriter::finish() {
   put(s.info.kinds.data(), s.info.kinds.size());
   put(s.info.model.data(), s.info.model.size());
   put(s.info.text.data(), s.info.text.size());
-  const bool flushed = std::fflush(s.file) == 0 && ftruncate(fileno(s.file), static_cast<off_t>(s.file_bytes)) == 0;
-  const bool closed = std::fclose(s.file) == 0;
-  s.file = nullptr;
-  if (!flushed || !closed || std::rename(s.part.c_str(), s.path.c_str()) != 0) {
-    const std::string reason = std::strerror(errno);
-    std::remove(s.part.c_str());
-    fail(s.path, "cannot be written: " + reason);
-  }
+  if (std::fflush(s.file->get()) != 0 || ftruncate(fileno(s.file->get()), static_cast<off_t>(s.file_bytes)) != 0)
+    s.file->fail();
+  s.file->finish();
 }
 
 }  // namespace tactic::eval

@@ -112,8 +112,4 @@ class TraceWriter {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Removes what the last TraceWriter has written if it is not done. May be called by a signal handler that ends the
-/// process.
-void remove_unfinished_trace();
-
 }  // namespace tactic::eval

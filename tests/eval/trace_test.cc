@@ -1,6 +1,7 @@
 // Traces: what is written is read back bit for bit, and damage is named.
 #include "trace.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -9,6 +10,7 @@
 #include <fstream>
 #include <limits>
 
+#include "part_file.h"
 #include "support.h"
 #include "tactic/error.h"
 
@@ -22,7 +24,9 @@ using ::testing::HasSubstr;
 class TraceTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    path = (std::filesystem::temp_directory_path() / ("tactic_trace_test_" + std::to_string(getpid()))).string();
+    folder = std::filesystem::temp_directory_path() / ("tactic_trace_test_" + std::to_string(getpid()));
+    std::filesystem::create_directories(folder);
+    path = (folder / "trace").string();
     info.model = "model";
     info.text = "text \xC3\xA9";
     info.kv_len = 40;
@@ -33,7 +37,9 @@ class TraceTest : public ::testing::Test {
                    {1, 2, 1, 64, 64, DType::kQ8_0, DType::kBF16, 0.125f, 8},
                    {5, 1, 1, 16, 16, DType::kF32, DType::kF32, 1.0f, 0}};
   }
-  void TearDown() override { std::filesystem::remove(path), std::filesystem::remove(path + ".part"); }
+  void TearDown() override { std::filesystem::remove_all(folder); }
+
+  int64_t files() const { return std::distance(std::filesystem::directory_iterator(folder), {}); }
 
   // Rows of small values: every 16-bit pattern below 0x3C00 is a finite f16 and bf16.
   std::vector<std::byte> rows(DType dtype, int32_t heads, int32_t dim, uint64_t seed) const {
@@ -92,13 +98,14 @@ class TraceTest : public ::testing::Test {
     return "";
   }
 
+  std::filesystem::path folder;
   std::string path;
   TraceInfo info;
 };
 
 TEST_F(TraceTest, ReadsBackWhatWasWritten) {
   write();
-  EXPECT_FALSE(std::filesystem::exists(path + ".part"));
+  EXPECT_EQ(files(), 1);
   const Trace trace(path);
   EXPECT_EQ(trace.info().model, info.model);
   EXPECT_EQ(trace.info().text, info.text);
@@ -217,8 +224,28 @@ TEST_F(TraceTest, WriterRefusesWhatCannotBeRead) {
     EXPECT_THROW(writer.write_layer(1, d.k, d.v, d.q), Error);
     EXPECT_THROW(writer.finish(), Error);
   }
-  EXPECT_FALSE(std::filesystem::exists(path));
-  EXPECT_FALSE(std::filesystem::exists(path + ".part"));
+  EXPECT_EQ(files(), 0);
+}
+
+TEST_F(TraceTest, TwoWritersOfOnePathDoNotMeet) {
+  const mode_t mask = umask(027);
+  {
+    TraceWriter first(path, info), second(path, info);
+    for (const int32_t i : {0, 1, 2}) {
+      const Data d = data(static_cast<size_t>(i));
+      for (TraceWriter* writer : {&first, &second}) writer->write_layer(i, d.k, d.v, d.q);
+    }
+    first.finish();
+    EXPECT_EQ(Trace(path).num_layers(), 3);
+    EXPECT_EQ(files(), 2);
+    remove_unfinished_file();  // the second's
+    EXPECT_EQ(files(), 1);
+    EXPECT_THROW(second.finish(), Error);
+  }
+  umask(mask);
+  EXPECT_EQ(Trace(path).num_layers(), 3);
+  EXPECT_EQ(files(), 1);
+  EXPECT_EQ(static_cast<int>(std::filesystem::status(path).permissions()), 0640);
 }
 
 // Running as root, a rename would put a file in a device's place.

@@ -156,17 +156,18 @@ grep -q '"success":1.0' "$work/oracle.jsonl" || fail "an oracle of a mass of 0.5
 [ "$(grep -o '"cases":[0-9]*' "$work/layers.jsonl" | sort -u | wc -l)" = 1 ] || fail "a layer that is named twice counts twice"
 refuses 1 "no decode query lies within 0 rows" eval paper --traces "$work/small.trace" --within 0 -o "$work/paper"
 grep -q earlier "$work/paper/paper.jsonl" || fail "eval paper deleted the result of an earlier run and has no other"
+part_exists() { compgen -G "$work/cut.trace.part-*" > "$work/parts"; }
 for signal in INT TERM; do
   printf 'SIG%s\n' "$signal"
   set -m   # else what runs in the background ignores SIGINT
   "$tactic" trace --synthetic flat-128 -o "$work/cut.trace" > "$work/out" 2> "$work/err" &
   set +m
-  for _ in $(seq 3000); do [ -e "$work/cut.trace.part" ] || sleep 0.01; done
-  [ -e "$work/cut.trace.part" ] || fail "the trace was not begun, or written too fast to be interrupted"
+  for _ in $(seq 3000); do ! part_exists || break; sleep 0.01; done
+  part_exists || fail "the trace was not begun, or written too fast to be interrupted"
   got=0
   kill -"$signal" $! && wait $! 2> "$work/wait" || got=$?
   [ "$got" = $((128 + $(kill -l "$signal"))) ] || fail "status $got after SIG$signal"
-  [ ! -e "$work/cut.trace.part" ] && [ ! -e "$work/cut.trace" ] || fail "half a trace was left after SIG$signal"
+  ! part_exists && [ ! -e "$work/cut.trace" ] || fail "half a trace was left after SIG$signal"
 done
 
 printf 'a closed stdout\n'

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "paper/paper.h"
+#include "part_file.h"
 #include "report.h"
 #include "tactic/error.h"
 #include "text.h"
@@ -52,9 +53,7 @@ void eval_paper(const EvalPaperOptions& options) {
   const std::string path = options.directory + "/paper.jsonl";
   if (failure) throw CommandError("cannot make " + options.directory + ": " + failure.message());
   check_writable(path, true);  // a run replaces the last one, when it has something better
-  const std::string part = path + ".part";
-  std::filesystem::remove(part, failure);
-  JsonLines json(part);
+  std::string lines;
   for (const eval::Trace& trace : traces) {
     std::fprintf(stderr, "%s ...\n", trace.path().c_str());
     std::vector<Json> rows;
@@ -69,13 +68,12 @@ void eval_paper(const EvalPaperOptions& options) {
                    {"cluster_tokens", options.paper.cluster_tokens},
                    {"iterations", options.paper.iterations}});
       line.update(row);
-      json.write(line);
+      lines += to_line(line);
     }
     std::printf("\nTable 1, %s, %s; paper: Llama-3.1-8B\n", trace.info().model.c_str(), trace.info().text.c_str());
     print_table1(trace.info().text, rows);
   }
-  std::filesystem::rename(part, path, failure);
-  if (failure) throw CommandError("cannot write " + path + ": " + failure.message());
+  eval::replace_file(path, lines);
   std::printf("\n%s written; scripts/report.sh %s makes the report\n", path.c_str(), options.directory.c_str());
 }
 

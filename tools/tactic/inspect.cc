@@ -2,12 +2,12 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <fstream>
 #include <limits>
 #include <map>
 #include <memory>
 
 #include "inspect_page.h"
+#include "part_file.h"
 #include "report.h"
 #include "text.h"
 #include "verbs.h"
@@ -87,7 +87,7 @@ void inspect(const InspectOptions& options) {
   }
   mode.options += mode.options.empty() ? "inspect=1" : ",inspect=1";
   const ggml_type cache_type = parse_cache_type(options.cache_type);
-  check_writable(options.output);
+  check_writable(options.output, true);
   JsonLines json(options.json);
   Host host(options.host, {mode});
 
@@ -149,10 +149,7 @@ void inspect(const InspectOptions& options) {
                        static_cast<long long>(options.steps), options.cache_type.c_str())},
       {"date", header["date"].get<std::string>()},
       {"sources", header["commit"].get<std::string>()}};
-  std::ofstream output(options.output);
-  output << render_page(page);
-  output.close();
-  if (!output) throw CommandError("cannot write " + options.output);
+  eval::replace_file(options.output, render_page(page));
   std::printf("%s: %zu layers, %lld steps\n", options.output.c_str(), page.layers.size(),
               static_cast<long long>(options.steps));
 }

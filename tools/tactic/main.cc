@@ -10,8 +10,8 @@
 #include <new>
 #include <string>
 
+#include "part_file.h"
 #include "tactic/c_api.h"
-#include "trace.h"
 #include "verbs.h"
 
 namespace tactic::tool {
@@ -28,9 +28,9 @@ void add_host_options(CLI::App& verb, HostOptions& options) {
 
 namespace {
 
-// Half a trace is of no use. The signal then does what it does to every program, so that the caller sees it.
+// Half a file is of no use. The signal then does what it does to every program, so that the caller sees it.
 void end_by(int signal_number) {
-  eval::remove_unfinished_trace();
+  eval::remove_unfinished_file();
   std::signal(signal_number, SIG_DFL);
   std::raise(signal_number);
 }

@@ -183,6 +183,8 @@ void Table::print(std::FILE* file) const {
   std::fflush(file);
 }
 
+std::string to_line(const Json& object) { return object.dump(-1, ' ', false, Json::error_handler_t::replace) + '\n'; }
+
 JsonLines::JsonLines(const std::string& path) : path_(path) {
   if (is_wanted()) check_writable(path);
 }

@@ -58,6 +58,9 @@ class Table {
   std::vector<std::vector<std::string>> rows_;
 };
 
+/// One line, with its end; bytes that are no UTF-8 are replaced.
+std::string to_line(const Json& object);
+
 /// Appends one JSON object a line to a file; no path: does nothing. A new file is made with the first line, so that a
 /// run that ends before it leaves none. A last line that was cut short is closed first, so that it spoils no other.
 class JsonLines {
