@@ -178,8 +178,16 @@ timeout 120 "$tactic" eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes st
 
 # A full disk.
 printf 'a full disk\n'
-call 1 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes dense --json /dev/full
+shows() { grep -qF -- "$1" "$work/out" || fail "stdout does not show: $1"; }   # what was measured is not lost
+call 1 eval kl -m "$model" --records 0 -d 64 -n 2 -t 2 --modes 'dense;stock' --json /dev/full
 says "cannot write /dev/full"
+shows "stock"
+call 1 bench -m "$model" -d 64,80 -n 2 --rounds 1 --warmup 2 -t 2 --modes dense --json /dev/full
+says "cannot write /dev/full"
+shows "depth 80"
+call 1 eval trace --traces "$work/small.trace" --select topk,budget=8 --json /dev/full
+says "cannot write /dev/full"
+shows "topk,budget=8"
 call 1 inspect -m "$model" --file "$work/long" -d 1200 -n 2 -t 2 -o /dev/full
 says "cannot write /dev/full"
 got=0

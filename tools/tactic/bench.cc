@@ -322,6 +322,7 @@ void bench(const BenchOptions& options) {
       report_watched(host, plain, watched, type, json);
     }
   }
+  json.finish();
 }
 
 }  // namespace

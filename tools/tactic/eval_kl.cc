@@ -363,6 +363,7 @@ void eval_kl(const EvalOptions& options) {
     };
     report(host, options, modes, source, evaluate(host, options, modes, source, write));
   }
+  json.finish();
 }
 
 }  // namespace

@@ -314,6 +314,7 @@ void eval_tasks(const TasksOptions& options) {
       lines.push_back(result_line(header, item, run, mode, answer));
     }
     for (const Json& line : lines) out.write(line);
+    out.finish();
     progress.update(++finished);
   }
   progress.clear();

@@ -357,6 +357,7 @@ void eval_trace(const EvalTraceOptions& options) {
     for (size_t s = 0; s < settings.size(); ++s) all[s].append(cases[s]);
   }
   if (traces.size() > 1) report("all traces", nullptr, options, families, settings, all, json);
+  json.finish();
 }
 
 }  // namespace

@@ -152,6 +152,7 @@ void inspect(const InspectOptions& options) {
   eval::replace_file(options.output, render_page(page));
   std::printf("%s: %zu layers, %lld steps\n", options.output.c_str(), page.layers.size(),
               static_cast<long long>(options.steps));
+  json.finish();
 }
 
 }  // namespace

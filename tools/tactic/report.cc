@@ -192,7 +192,10 @@ JsonLines::JsonLines(const std::string& path) : path_(path) {
 void JsonLines::write(const Json& object) {
   if (!is_wanted()) return;
   if (!file_.is_open()) open();
-  file_ << object.dump(-1, ' ', false, Json::error_handler_t::replace) << std::endl;
+  file_ << to_line(object) << std::flush;
+}
+
+void JsonLines::finish() const {
   if (!file_) throw CommandError("cannot write " + path_);
 }
 

@@ -68,7 +68,10 @@ class JsonLines {
   /// Throws CommandError if the file could not be written.
   explicit JsonLines(const std::string& path);
   bool is_wanted() const { return !path_.empty(); }
+  /// What cannot be written is lost with all that follows; finish() says so, when everything was measured and shown.
   void write(const Json& object);
+  /// Throws CommandError if a line could not be written.
+  void finish() const;
 
  private:
   void open();
