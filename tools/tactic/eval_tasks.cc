@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <memory>
@@ -45,14 +46,31 @@ std::string fingerprint(const std::vector<std::string>& parts) {
   return format("%016llx", static_cast<unsigned long long>(hash));
 }
 
-Item parse_item(const std::string& line, const TasksOptions& options, const std::string& model) {
+std::string text_field(const Json& json, const char* name, bool is_needed) {
+  const auto found = json.find(name);
+  if (found == json.end() && !is_needed) return {};
+  if (found == json.end()) throw CommandError(std::string("no field ") + name);
+  if (!found->is_string()) throw CommandError(std::string(name) + " (" + found->dump() + ") must be a string");
+  return *found;
+}
+
+int64_t whole_field(const Json& json, const char* name) {
+  const auto found = json.find(name);
+  if (found == json.end()) throw CommandError(std::string("no field ") + name);
+  if (!found->is_number_integer())
+    throw CommandError(std::string(name) + " (" + found->dump() + ") must be a whole number");
+  return *found;
+}
+
+Item parse_item(const std::string& line, const TasksOptions& options) {
   const Json json = Json::parse(line);
-  Item item{.id = json.at("id"),
-            .task = json.at("task"),
-            .prompt = json.at("prompt"),
-            .prefix = json.value("prefix", ""),
-            .target = json.value("target", ""),
-            .max_tokens = json.at("max_tokens"),
+  if (!json.is_object()) throw CommandError("not a JSON object");
+  Item item{.id = text_field(json, "id", true),
+            .task = text_field(json, "task", true),
+            .prompt = text_field(json, "prompt", true),
+            .prefix = text_field(json, "prefix", false),
+            .target = text_field(json, "target", false),
+            .max_tokens = whole_field(json, "max_tokens"),
             .fingerprint = {}};
   for (std::string* text : {&item.prompt, &item.prefix, &item.target}) {
     if (repair_utf8(*text, nullptr) > 0)
@@ -64,6 +82,16 @@ Item parse_item(const std::string& line, const TasksOptions& options, const std:
         format("max_tokens (%lld) must lie between 1 and 65536", static_cast<long long>(item.max_tokens)));
   }
   if (options.max_tokens > 0) item.max_tokens = std::min(item.max_tokens, options.max_tokens);
+  return item;
+}
+
+/// Name, size and kind of the model: two models may have one file name.
+std::vector<std::string> model_parts(const Host& host) {
+  const std::filesystem::path path = host.options().model_path;
+  return {path.filename().string(), std::to_string(std::filesystem::file_size(path)), host.model_description()};
+}
+
+std::string fingerprint(const Item& item, const TasksOptions& options, const std::vector<std::string>& model) {
   std::vector<std::string> parts = {item.id,
                                     item.task,
                                     item.prompt,
@@ -71,15 +99,14 @@ Item parse_item(const std::string& line, const TasksOptions& options, const std:
                                     item.target,
                                     std::to_string(item.max_tokens),
                                     options.cache_type,
-                                    options.bare ? "bare" : "chat",
-                                    model};
+                                    options.bare ? "bare" : "chat"};
+  parts.insert(parts.end(), model.begin(), model.end());
   if (options.host.yarn != 1) parts.push_back(format("yarn %g", options.host.yarn));
-  item.fingerprint = fingerprint(parts);
-  return item;
+  return fingerprint(parts);
 }
 
 /// Broken lines are named on stderr, skipped and counted.
-std::vector<Item> read_items(const TasksOptions& options, const std::string& model, int64_t& broken) {
+std::vector<Item> read_items(const TasksOptions& options, int64_t& broken) {
   std::ifstream file = open_input(options.items, "the items ");
   std::vector<Item> items;
   std::set<std::string> ids;
@@ -87,7 +114,7 @@ std::vector<Item> read_items(const TasksOptions& options, const std::string& mod
   for (int64_t number = 1; std::getline(file, line); ++number) {
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
     try {
-      Item item = parse_item(line, options, model);
+      Item item = parse_item(line, options);
       if (!ids.insert(item.id).second) throw CommandError("the id " + item.id + " stands there twice");
       items.push_back(std::move(item));
     } catch (const std::exception& error) {
@@ -106,7 +133,6 @@ std::map<std::string, std::set<std::string>> read_done(const std::string& out, c
   std::map<std::string, std::string> fingerprints;
   for (const Item& item : items) fingerprints[item.id] = item.fingerprint;
   std::map<std::string, std::set<std::string>> done;
-  check_regular(out);
   std::ifstream file(out);
   std::string line;
   while (std::getline(file, line)) {
@@ -118,7 +144,8 @@ std::map<std::string, std::set<std::string>> read_done(const std::string& out, c
     const auto known = fingerprints.find(id);
     if (known == fingerprints.end()) continue;
     if (!json.contains("fingerprint") || json["fingerprint"] != known->second) {
-      throw CommandError(out + " has item " + id + " with another text, model or setting; give another --out");
+      throw CommandError(out + " has item " + id +
+                         " with another text, model or setting, or of an earlier version; give another --out");
     }
     done[id].insert(json["mode"].get<std::string>());
   }
@@ -270,14 +297,18 @@ void eval_tasks(const TasksOptions& options) {
   }
   parse_cache_type(options.cache_type);
   int64_t broken = 0, left = 0, unfit = 0;
-  const std::string model = options.host.model_path.substr(options.host.model_path.rfind('/') + 1);
-  const std::vector<Item> items = read_items(options, model, broken);
-  const auto done = read_done(options.out, items);
+  std::vector<Item> items = read_items(options, broken);
+  check_regular(options.out);
   JsonLines out(options.out);
   Host host(options.host, modes);
+  const std::vector<std::string> model = model_parts(host);
+  for (Item& item : items) item.fingerprint = fingerprint(item, options, model);
+  const auto done = read_done(options.out, items);
   const Json facts = record_header(host, "eval tasks");
-  const Json header = {
-      {"commit", facts["commit"]}, {"model", model}, {"cache_type", options.cache_type}, {"yarn", facts["yarn"]}};
+  const Json header = {{"commit", facts["commit"]},
+                       {"model", facts["model"]},
+                       {"cache_type", options.cache_type},
+                       {"yarn", facts["yarn"]}};
 
   Prefilled previous;
   std::vector<std::pair<const Item*, std::vector<Mode>>> todo;

@@ -198,6 +198,12 @@ Host::~Host() {
   llama_backend_free();
 }
 
+std::string Host::model_description() const {
+  char text[128] = "";
+  llama_model_desc(model_, text, sizeof text);
+  return text;
+}
+
 int64_t Host::context_tokens() const { return static_cast<int64_t>(options_.yarn * trained_tokens_); }
 
 void Host::load_plugin() {

@@ -68,6 +68,8 @@ class Host {
 
   llama_model* model() const { return model_; }
   const llama_vocab* vocab() const { return vocab_; }
+  /// llama.cpp's: architecture, size, quantization.
+  std::string model_description() const;
   /// Tokens the model was trained for, times what YaRN adds.
   int64_t context_tokens() const;
   /// What the model was trained on. Asked once: llama.cpp multiplies its own number with every context that YaRN

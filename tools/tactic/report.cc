@@ -217,12 +217,10 @@ Json record_header(const std::string& verb) {
 }
 
 Json record_header(const Host& host, const std::string& verb) {
-  char description[128] = "";
-  llama_model_desc(host.model(), description, sizeof description);
   Json header = record_header(verb);
   header.update({{"host", {{"llama", llama_version()}, {"ggml", ggml_version()}}},
                  {"model", std::filesystem::path(host.options().model_path).filename().string()},
-                 {"model_description", description},
+                 {"model_description", host.model_description()},
                  {"yarn", host.options().yarn}});
   return header;
 }
