@@ -32,8 +32,8 @@ struct Layer {
   int64_t prompt_len = 0;
   int32_t num_q_heads = 0;
   float sm_scale = 1;
-  std::span<const float> prompt_q;  // [n, num_q_heads, head_dim]: the last n prompt positions, oldest first
-  int32_t layer = 0, num_layers = 1;
+  std::span<const float> prompt_q;    // [n, num_q_heads, head_dim]: the last n prompt positions, oldest first
+  int32_t layer = 0, num_layers = 1;  // place and number among the layers that a method answers: those without a window
   uint64_t seed = 0;
   ClusterCache* clusterings = nullptr;  // shared by methods of this layer that are made one after the other, or nullptr
 

@@ -1,5 +1,6 @@
 #include "baselines/measure.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "baselines/common.h"
@@ -65,16 +66,19 @@ std::vector<SettingCases> measure_baselines(const TraceLayer& layer, int32_t lay
   rows.extend(layer.kv);
   const std::vector<float> prompt_q = prompt_queries(layer);
   ClusterCache clusterings;
-  const Layer setup = {.rows = &rows,
-                       .kv = layer.kv,
-                       .prompt_len = layer.trace->prompt_len,
-                       .num_q_heads = info.num_q_heads,
-                       .sm_scale = info.sm_scale,
-                       .prompt_q = prompt_q,
-                       .layer = layer_number,
-                       .num_layers = static_cast<int32_t>(layer.trace->layers.size()),
-                       .seed = seed,
-                       .clusterings = &clusterings};
+  const std::vector<TraceLayerInfo>& layers = layer.trace->layers;
+  const auto answered = [](const TraceLayerInfo& l) { return l.window == 0; };
+  const Layer setup = {
+      .rows = &rows,
+      .kv = layer.kv,
+      .prompt_len = layer.trace->prompt_len,
+      .num_q_heads = info.num_q_heads,
+      .sm_scale = info.sm_scale,
+      .prompt_q = prompt_q,
+      .layer = static_cast<int32_t>(std::count_if(layers.begin(), layers.begin() + layer_number, answered)),
+      .num_layers = static_cast<int32_t>(std::count_if(layers.begin(), layers.end(), answered)),
+      .seed = seed,
+      .clusterings = &clusterings};
   std::vector<std::unique_ptr<Baseline>> baselines;
   for (const BaselineSpec& spec : specs) baselines.push_back(make_baseline(spec, setup));
   std::vector<float> out(static_cast<size_t>(info.num_q_heads) * static_cast<size_t>(info.v_head_dim));

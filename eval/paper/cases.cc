@@ -37,6 +37,9 @@ std::vector<int32_t> full_layers(const Trace& trace) {
   for (int32_t i = 0; i < trace.num_layers(); ++i) {
     if (trace.info().layers[static_cast<size_t>(i)].window == 0) layers.push_back(i);
   }
+  if (layers.empty())
+    throw Error(trace.path() + ": none of its " + std::to_string(trace.num_layers()) +
+                " layers is without a sliding window, as a case for selection must be");
   return layers;
 }
 
@@ -47,8 +50,8 @@ Layer layer_of(const TraceLayer& traced, const Rows& rows, uint64_t seed) {
           .num_q_heads = traced.info->num_q_heads,
           .sm_scale = traced.info->sm_scale,
           .prompt_q = {},
-          .layer = traced.info->layer,
-          .num_layers = static_cast<int32_t>(traced.trace->layers.size()),
+          .layer = 0,
+          .num_layers = 1,
           .seed = seed};
 }
 

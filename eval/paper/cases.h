@@ -24,7 +24,7 @@ Range case_rows(int64_t prompt_len);
 /// At most `options.queries` decode queries, spread over those that lie at most `options.within` rows after the prompt.
 std::vector<int64_t> decode_queries(const TraceInfo& info, const PaperOptions& options);
 
-/// Layers of the file without a sliding window: the others are no case for selection.
+/// Layers of the file without a sliding window: the others are no case for selection. Throws Error when there are none.
 std::vector<int32_t> full_layers(const Trace& trace);
 
 Layer layer_of(const TraceLayer& traced, const Rows& rows, uint64_t seed);

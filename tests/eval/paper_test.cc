@@ -13,13 +13,20 @@ namespace tactic::eval {
 namespace {
 
 using test::Cache;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
 
-// Two layers of 2 KV heads and 6 query heads, 600 rows of prompt and 10 after it, a window on a layer between them.
+// Layers of 2 KV heads and 6 query heads, 600 rows of prompt and 10 after it; the one in the middle has a window.
 class PaperTest : public ::testing::Test {
  protected:
   static constexpr int64_t kRows = 610, kPrompt = 600;
 
-  void SetUp() override {
+  void SetUp() override { make({0, 100, 0}); }
+
+  // windows: one of each layer.
+  void make(const std::vector<int64_t>& windows) {
+    caches_.clear();
+    queries_.clear();
     path_ = (std::filesystem::temp_directory_path() / ("tactic_paper_test_" + std::to_string(getpid()))).string();
     TraceInfo info;
     info.model = "synthetic";
@@ -30,10 +37,11 @@ class PaperTest : public ::testing::Test {
       info.positions.push_back(p);
       info.kinds.push_back(p < kPrompt ? QueryKind::kPrompt : QueryKind::kDecode);
     }
-    for (int32_t l = 0; l < 3; ++l)
-      info.layers.push_back({l, 6, 2, 64, 64, DType::kF16, DType::kF16, 0.125f, l == 1 ? 100 : 0});
+    const auto layers = static_cast<int32_t>(windows.size());
+    for (int32_t l = 0; l < layers; ++l)
+      info.layers.push_back({l, 6, 2, 64, 64, DType::kF16, DType::kF16, 0.125f, windows[static_cast<size_t>(l)]});
     TraceWriter writer(path_, info);
-    for (int32_t l = 0; l < 3; ++l) {
+    for (int32_t l = 0; l < layers; ++l) {
       caches_.push_back(std::make_unique<Cache>(
           test::CacheSpec{.layout = test::Layout::kHeadMajor, .kv_len = kRows, .seed = static_cast<uint64_t>(l) + 3}));
       const KvView kv = caches_.back()->view();
@@ -179,6 +187,29 @@ TEST_F(PaperTest, BaselinesAreMeasuredInTheSameCases) {
   EXPECT_GT(cases[3].steps[0].tokens_sampled, 0);
   EXPECT_TRUE(
       measure_baselines(trace_->layer(1), 1, dense_layer(trace_->layer(1), queries), specs, 1)[0].heads.empty());
+}
+
+// pyramidkv shares the budget among the layers that it answers.
+TEST_F(PaperTest, WindowsAreNoLayersOfAPyramid) {
+  make({100, 0, 100, 0, 0});
+  const std::vector<int64_t> queries = {32};
+  const std::vector<BaselineSpec> specs = {parse_baseline("pyramidkv,budget=100,beta=4")};
+  std::vector<double> tokens;
+  for (const int32_t l : {1, 3, 4}) {
+    const TraceLayer layer = trace_->layer(l);
+    tokens.push_back(measure_baselines(layer, l, dense_layer(layer, queries), specs, 1)[0].steps[0].tokens);
+  }
+  EXPECT_EQ(tokens, (std::vector<double>{4 + 175 + 64 + 1, 4 + 100 + 64 + 1, 4 + 25 + 64 + 1}));
+}
+
+TEST_F(PaperTest, ATraceOfWindowsIsRefused) {
+  make({100, 100});
+  try {
+    paper_rows(*trace_, {.queries = 2});
+    ADD_FAILURE() << "rows of no layer";
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), AllOf(HasSubstr(path_), HasSubstr("none of its 2 layers is without a sliding window")));
+  }
 }
 
 }  // namespace

@@ -61,12 +61,13 @@ PY
 
 # Other methods, in a model of which most layers have a window: these stay exact and do not count.
 "$tactic" eval kl -m "$work/models/gemma3-dense.gguf" -t 1 --text "$work/text" -d 400 -n 8 --json "$work/window.jsonl" \
-  --modes 'quest,budget=64;oracle_topk,budget=100000' > "$work/out" 2> "$work/err" < /dev/null ||
+  --modes 'quest,budget=64;oracle_topk,budget=100000;pyramidkv,budget=64' > "$work/out" 2> "$work/err" < /dev/null ||
   fail "baselines do not run beside windows"
 python3 - "$work/window.jsonl" 2> "$work/err" << 'PY' || fail "baselines beside windows"
 import json, sys
-few, whole = map(json.loads, open(sys.argv[1]))
+few, whole, pyramid = map(json.loads, open(sys.argv[1]))
 assert few["read_fraction"] < 0.5 and few["dense_share"] == 0, few
 assert whole["read_fraction"] == 1 and whole["tokens_per_kv_head"] > 400 and whole["mean_kl"] < 1e-4, whole
+assert pyramid["tokens_per_kv_head"] == 4 + 64 + 64 + 4.5, pyramid  # the one full layer is the whole pyramid; 1 to 8 rows after the prompt
 PY
 [ "$failures" = 0 ]

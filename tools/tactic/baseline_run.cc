@@ -50,10 +50,11 @@ QueryRecorder::QueryRecorder(Host& host)
     : HostDecoder(host), queries_(static_cast<size_t>(llama_model_n_layer(host.model()))) {}
 
 bool QueryRecorder::answer(const tactic_query& query, tactic_step_stats&) {
-  std::vector<float>& layer = queries_.at(static_cast<size_t>(query.layer));
+  PromptLayer& layer = queries_.at(static_cast<size_t>(query.layer));
+  layer.sees_all = sees_all(query);
   for (int32_t h = 0; h < query.num_q_heads; ++h) {
     const float* q = query.q + h * query.q_head_stride;
-    layer.insert(layer.end(), q, q + query.kv.head_dim);
+    layer.q.insert(layer.q.end(), q, q + query.kv.head_dim);
   }
   return false;
 }
@@ -66,15 +67,18 @@ BaselineDecoder::LayerState& BaselineDecoder::prepare(const tactic_query& query,
   LayerState& layer = layers_.at(static_cast<size_t>(query.layer));
   layer.rows.extend(kv);
   if (layer.baseline == nullptr) {
-    layer.baseline = eval::make_baseline(spec_, {.rows = &layer.rows,
-                                                 .kv = kv,
-                                                 .prompt_len = prompt_len_,
-                                                 .num_q_heads = query.num_q_heads,
-                                                 .sm_scale = query.sm_scale,
-                                                 .prompt_q = prompt_[static_cast<size_t>(query.layer)],
-                                                 .layer = query.layer,
-                                                 .num_layers = static_cast<int32_t>(layers_.size()),
-                                                 .seed = seed_});
+    const auto answered = [](const PromptLayer& l) { return l.sees_all; };
+    const auto here = prompt_.begin() + query.layer;
+    layer.baseline = eval::make_baseline(
+        spec_, {.rows = &layer.rows,
+                .kv = kv,
+                .prompt_len = prompt_len_,
+                .num_q_heads = query.num_q_heads,
+                .sm_scale = query.sm_scale,
+                .prompt_q = here->q,
+                .layer = static_cast<int32_t>(std::count_if(prompt_.begin(), here, answered)),
+                .num_layers = static_cast<int32_t>(std::count_if(prompt_.begin(), prompt_.end(), answered)),
+                .seed = seed_});
   }
   return layer;
 }

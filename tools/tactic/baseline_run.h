@@ -9,8 +9,12 @@
 
 namespace tactic::tool {
 
-/// The queries of the last prompt positions, [num_layers][positions, num_q_heads, head_dim], oldest first.
-using PromptQueries = std::vector<std::vector<float>>;
+/// What one layer was asked at the last prompt positions.
+struct PromptLayer {
+  std::vector<float> q;   // [positions, num_q_heads, head_dim], oldest first; empty: the layer has no attention
+  bool sees_all = false;  // the last position saw every row before it: the layer has no window
+};
+using PromptQueries = std::vector<PromptLayer>;  // [num_layers]
 
 /// While it lives, the plug-in offers one-row attention to answer(). One at a time.
 class HostDecoder {
