@@ -75,15 +75,16 @@ def frontier(rows):
 
 def by_layer(rows):
     """Mean error by layer, of each method at the setting nearest to a tenth of the bytes."""
-    errors = [row for row in error_rows(rows) if row.get("error_by_layer")]
-    if not errors:
+    measured = [row for row in error_rows(rows) if row.get("error_by_layer")]
+    if not measured:
         return None
-    figure, axes = panels(len(texts(errors)))
-    for axis, text in zip(axes, texts(errors)):
-        own = [row for row in errors if row["text"] == text]
+    figure, axes = panels(len(texts(measured)))
+    for axis, text in zip(axes, texts(measured)):
+        own = [row for row in measured if row["text"] == text]
         for name in methods(own):
             row = min((r for r in own if method_of(r["setting"]) == name), key=lambda r: abs(math.log(r["read_fraction"] / 0.1)))
-            axis.plot(row["error_by_layer"], label=f"{row['setting']} ({row['read_fraction']:.3f})", **style(name))
+            errors = [error or math.nan for error in row["error_by_layer"]]  # null, in old rows 0: not measured
+            axis.plot(errors, label=f"{row['setting']} ({row['read_fraction']:.3f})", **style(name))
         axis.set(yscale="log", title=text, xlabel="layer", ylabel="mean error of attention")
         axis.grid(True, alpha=0.2)
         axis.legend(fontsize=6, bbox_to_anchor=(0.5, -0.15), loc="upper center", ncols=2)

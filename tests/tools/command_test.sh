@@ -153,6 +153,7 @@ done
 call 0 eval trace --traces "$work/small.trace" --select oracle_topp,mass=0.5,recent=1,sinks=1 --worst 1 --json "$work/oracle.jsonl"
 grep -q '"success":1.0' "$work/oracle.jsonl" || fail "an oracle of a mass of 0.5 is measured against another"
 ! grep -q -- ' -1 ' "$work/out" || fail "a row -1 is shown"
+grep -q '"error_by_layer":\[[0-9.e-]*,null' "$work/layers.jsonl" || fail "a layer that was not measured has an error"
 [ "$(grep -o '"cases":[0-9]*' "$work/layers.jsonl" | sort -u | wc -l)" = 1 ] || fail "a layer that is named twice counts twice"
 refuses 1 "no decode query lies within 0 rows" eval paper --traces "$work/small.trace" --within 0 -o "$work/paper"
 grep -q earlier "$work/paper/paper.jsonl" || fail "eval paper deleted the result of an earlier run and has no other"

@@ -171,12 +171,14 @@ std::vector<SettingCases> measure_settings(const eval::TraceLayer& layer, int32_
   return all;
 }
 
-std::vector<double> error_by_layer(const SettingCases& cases, const eval::Trace& trace) {
+// Null for layers that were not measured.
+Json error_by_layer(const SettingCases& cases, const eval::Trace& trace) {
   std::vector<double> sums(static_cast<size_t>(trace.num_layers())), counts(sums.size());
   for (const eval::HeadCase& one : cases.heads)
     sums[static_cast<size_t>(one.layer)] += one.error, counts[static_cast<size_t>(one.layer)] += 1;
-  for (size_t l = 0; l < sums.size(); ++l) sums[l] = counts[l] > 0 ? sums[l] / counts[l] : 0;
-  return sums;
+  Json means = Json::array();
+  for (size_t l = 0; l < sums.size(); ++l) means.push_back(counts[l] > 0 ? Json(sums[l] / counts[l]) : Json());
+  return means;
 }
 
 std::vector<SettingCases> measure(const EvalTraceOptions& options, const eval::Trace& trace,

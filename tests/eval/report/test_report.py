@@ -1,6 +1,7 @@
 """The report from rows as the command writes them."""
 
 import json
+import math
 import re
 
 import pytest
@@ -108,6 +109,12 @@ def test_cache_types_are_not_mixed():
 
 def test_a_method_that_was_not_measured_is_left_out(tmp_path):
     assert rows.error_rows([error_row("quest,budget=512", 0, 0)]) == []
+
+
+def test_layers_that_were_not_measured_are_left_out_of_the_picture():
+    row = error_row("quest,budget=512", 0.2, 0.2) | {"error_by_layer": [0.1, None, 0, 0.2]}  # null; 0 in old rows
+    line = pictures.by_layer([row]).axes[0].lines[0]
+    assert [y for y in line.get_ydata() if not math.isnan(y)] == [0.1, 0.2] and len(line.get_ydata()) == 4
 
 
 def test_a_repeated_run_replaces_its_rows():
