@@ -35,14 +35,16 @@ taken=0 declined=0
 for model in "$work"/models/*.gguf; do
   name=$(basename "$model" .gguf)
   case $name in gpt2-* | starcoder-* | mpt-*) continue ;; esac   # learned positions: llama.cpp stops beyond the 256 they are made for
-  if "$tactic" eval kl -m "$model" -t 1 --text "$work/text" -d 400 -n 8 --modes 'stock;quality=high' --json "$work/kl.jsonl" \
-       > "$work/out" 2> "$work/err" < /dev/null; then
+  status=0
+  "$tactic" eval kl -m "$model" -t 1 --text "$work/text" -d 400 -n 8 --modes 'stock;quality=high' --json "$work/kl.jsonl" \
+    > "$work/out" 2> "$work/err" < /dev/null || status=$?
+  if [ "$status" = 0 ]; then
     taken=$((taken + 1))
   elif grep -q "the plug-in did not take this model's attention" "$work/err"; then
     declined=$((declined + 1))
     echo "left to llama.cpp: $name"
   else
-    fail "$name: status $?"
+    fail "$name: status $status"
   fi
 done
 echo "decoded: $taken, left to llama.cpp: $declined"

@@ -37,10 +37,11 @@ head -c 20 "$model" > "$work/header.gguf"
 : > "$work/empty.gguf"
 { printf 'GGUF\003\0\0\0'; head -c 16 /dev/zero | tr '\0' '\377'; } > "$work/counts.gguf"   # 2^64 - 1 tensors
 for name in garbage truncated header empty counts; do
-  for verb in "run --prompt x" "bench -d 64" "eval kl --records 0" "inspect --file $0 -o $work/page.html"; do
-    # shellcheck disable=SC2086
-    refuses 1 "$work/$name.gguf" $verb -m "$work/$name.gguf"
-  done
+  broken() { refuses 1 "$work/$name.gguf" "$@" -m "$work/$name.gguf"; }
+  broken run --prompt x
+  broken bench -d 64
+  broken eval kl --records 0
+  broken inspect --file "$0" -o "$work/page.html"
 done
 refuses 1 "$work/none.gguf" run --prompt x -m "$work/none.gguf"
 refuses 1 "$work" run --prompt x -m "$work"
@@ -160,6 +161,8 @@ grep -q earlier "$work/paper/paper.jsonl" || fail "eval paper deleted the result
 part_exists() { compgen -G "$work/cut.trace.part-*" > "$work/parts"; }
 for signal in INT TERM; do
   printf 'SIG%s\n' "$signal"
+  [ -z "$(trap -p "$signal")" ] || { echo "ignored by the caller, and so by tactic"; continue; }
+  rm -f "$work/cut.trace"
   set -m   # else what runs in the background ignores SIGINT
   "$tactic" trace --synthetic flat-128 -o "$work/cut.trace" > "$work/out" 2> "$work/err" &
   set +m
