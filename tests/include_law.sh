@@ -2,7 +2,7 @@
 # include <- core <- {reference, cpu, cuda} <- {plugins, python, tools, eval, bench}; ggml headers only where ggml is; at most
 # 500 lines a file. Prints what breaks the law.
 set -euo pipefail
-cd "${1:-$(dirname "$0")/..}"
+CDPATH='' cd -- "${1:-$(dirname -- "$0")/..}"
 
 files() { find "$@" -type f -regex '.*\.\(h\|cc\|cu\|cuh\|cpp\|py\|sh\)' 2>/dev/null || true; }
 sources() { files include src plugins python tools eval bench tests scripts; }
