@@ -8,6 +8,8 @@ import html
 import os
 import sys
 
+from part_file import replacing
+
 from .pictures import PICTURES, png
 from .rows import label, read_rows
 from .tables import TABLES, markdown
@@ -23,7 +25,7 @@ def html_table(cells):
 
 
 def write(path, data):
-    with open(path, "wb") as file:
+    with replacing(path) as file:
         file.write(data)
 
 

@@ -1,6 +1,16 @@
 """Rows of JSON lines, and how methods are named."""
 
 import json
+import re
+
+# Fields of which figures are made, where a row has them. A row of task scores has null for what was not measured.
+FIGURE = re.compile(r"depth|steps|windows|read_fraction|tokens_per_kv_head|attention_error|(mean|median|p99|max)_(error|kl)")
+
+
+def _check_figures(row):
+    for name, value in row.items():
+        if FIGURE.fullmatch(name) and not (value is None and "task" in row) and type(value) not in (int, float):
+            raise ValueError(f"{name} ({json.dumps(value)}) must be a number")
 
 
 def read_rows(paths):
@@ -13,10 +23,12 @@ def read_rows(paths):
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: {error}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}:{number}: not an object")
+                    if not isinstance(row, dict):
+                        raise ValueError("not an object")
+                    _check_figures(row)
+                except (ValueError, RecursionError) as error:
+                    what = "nested too deeply" if isinstance(error, RecursionError) else error
+                    raise ValueError(f"{path}:{number}: {what}") from None
                 rows.append(row)
     return rows
 

@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from part_file import check_replaceable
+
 from . import client, files, results, ruler
 from .items import read_items, write_items
 from .tokens import ServerTokens, estimate
@@ -38,12 +40,14 @@ def read_form(path, read):
     """`read(path)`; what its form lacks is said with the file's name."""
     try:
         return read(path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"no field {error}" if isinstance(error, KeyError) else error
+        what = "nested too deeply" if isinstance(error, RecursionError) else what
         raise ValueError(f"{path} is not of the form that is asked for: {what}") from None
 
 
 def make(options):
+    check_replaceable(options.out)  # before minutes of counting tokens
     names = list(ruler.TASKS) if options.tasks == "all" else options.tasks.split(",")
     for name in names:
         if name not in ruler.TASKS:
@@ -65,6 +69,7 @@ def make(options):
 
 
 def load(options):
+    check_replaceable(options.out)
     count = counter(options.server, options.model)
     problems, items = [], []
     names = [os.path.splitext(os.path.basename(path))[0] for path in options.files]

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import httpx
+from part_file import check_replaceable
 from tqdm import tqdm
 
 from .items import Appender, read_lines
@@ -190,6 +191,7 @@ class _Lost:
 def ask_all(items, out, settings, sleep=time.sleep):
     """Appends a line for every item that `out` has no valid answer to. Returns a Report. Interrupted, it waits for the
     requests under way, writes their answers and asks nothing more."""
+    check_replaceable(out)  # a device would be read without end
     done = read_done(out, items, settings)
     todo = [item for item in items if item.id not in done]
     report = Report(had=len(items) - len(todo))

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from .items import Item, read_lines
+from .items import WHOLE_NUMBER, Item, read_lines
 from .scores import babilong_labels
 from .tokens import estimate, largest_size
 
@@ -90,14 +90,19 @@ def longeval(path, name, count=estimate, problems=None):
     """LongEval lines: prompt, expected_number, random_idx[0] = the line asked for."""
 
     def parse(record):
-        return _text(record, "prompt"), int(record["expected_number"]), str(record["random_idx"][0])
+        number, lines = str(record["expected_number"]), record["random_idx"]
+        if not WHOLE_NUMBER.fullmatch(number):
+            raise ValueError(f"expected_number ({number}) must be a whole number")
+        if not (isinstance(lines, list) and lines):
+            raise ValueError(f"random_idx ({lines!r}) must be a list of at least one line")
+        return _text(record, "prompt"), number, str(lines[0])
 
     items = []
     for i, (prompt, number, line) in enumerate(read_lines(path, parse, problems)):
         prefix = f"The <REGISTER_CONTENT> in line {line} is <"
         items.append(
             Item(
-                id=f"{name}-{i}", task=name, prompt=prompt, prefix=prefix, target=f"{number}>", answers=[str(number)],
+                id=f"{name}-{i}", task=name, prompt=prompt, prefix=prefix, target=f"{number}>", answers=[number],
                 metric="last_number", max_tokens=16, prompt_tokens=count(f"{prompt}\n{prefix}"),
             )
         )

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import sys
 import threading
 from dataclasses import asdict, dataclass, field
 
+from part_file import replacing
+
+WHOLE_NUMBER = re.compile("[0-9]+")
 METRICS = ("all", "any", "babilong", "last_number", "f1")
 
 
@@ -32,8 +36,17 @@ class Item:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name} must be a string that is not empty")
-        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            raise ValueError(f"max_tokens ({self.max_tokens}) must be a positive integer")
+        for name in ("prefix", "target", "haystack"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be a string")
+        if not (isinstance(self.labels, list) and all(isinstance(label, str) for label in self.labels)):
+            raise ValueError(f"labels ({self.labels!r}) must be a list of strings")
+        for name, least in (("max_tokens", 1), ("prompt_tokens", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} ({value!r}) must be a whole number of at least {least}")
+        if self.metric == "last_number" and not WHOLE_NUMBER.fullmatch(self.answers[0]):
+            raise ValueError(f"answers[0] ({self.answers[0]!r}) must be a whole number for last_number")
 
 
 def parse_item(record):
@@ -66,8 +79,9 @@ def read_lines(path, parse, problems=None):
                     raise ValueError("not a JSON object")
                 _require_unicode(record)
                 good.append(parse(record))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+                what = "nested too deeply" if isinstance(error, RecursionError) else what
                 problem = f"{path}:{number}: skipped: {what}"
                 print(problem, file=sys.stderr)
                 if problems is not None:
@@ -89,9 +103,10 @@ def read_items(path, problems=None):
 
 
 def write_items(items, path):
-    with open(path, "w", encoding="utf-8") as file:
+    """Replaces `path` when all of them are written."""
+    with replacing(path) as file:
         for item in items:
-            file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
+            file.write((json.dumps(asdict(item), ensure_ascii=False) + "\n").encode())
 
 
 class Appender:

@@ -1,6 +1,7 @@
 """Sums up result lines: scores with Wilson's intervals, and each mode against the baseline on the same items."""
 
 import json
+import math
 from dataclasses import dataclass
 
 from . import stats
@@ -21,8 +22,8 @@ class Answer:
 
 def _number(record, name):
     value = record.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise ValueError(f"{name} ({value!r}) must be a number")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+        raise ValueError(f"{name} ({value!r}) must be a finite number")
     return value
 
 

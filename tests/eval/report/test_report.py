@@ -136,10 +136,12 @@ def test_presets_are_points_of_sample_and_other_options_make_another_method():
     assert rows.method_of("quest,budget=512") == "quest"
 
 
-@pytest.mark.parametrize("line", ["{\"table\": ", "[1]"])
-def test_a_broken_line_is_named(tmp_path, line):
-    (tmp_path / "x.jsonl").write_text("{}\n" + line + "\n")
-    with pytest.raises(ValueError, match=r"x\.jsonl:2: "):
+@pytest.mark.parametrize("line, what", [("{\"table\": ", ""), ("[1]", "not an object"), ("[" * 100000, "nested too deeply"),
+                                        ('{"read_fraction": "0.2"}', r'read_fraction \("0.2"\) must be a number'),
+                                        ('{"mean_kl": null}', r"mean_kl \(null\) must be a number")])
+def test_a_broken_line_is_named(tmp_path, line, what):
+    (tmp_path / "x.jsonl").write_text('{"task": "t", "read_fraction": null}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: " + what):
         make(str(tmp_path), [])
 
 

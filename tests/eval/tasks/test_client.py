@@ -188,6 +188,13 @@ def test_workers_lose_nothing(tmp_path):
     assert summary(tmp_path, tmp_path / "out", 30) == (30, 0, 1.0)
 
 
+def test_a_device_is_no_place_for_results(tmp_path):
+    with FakeServer() as server:
+        with pytest.raises(OSError, match="/dev/zero: it is there and no regular file"):
+            run(server, "/dev/zero")
+        assert not server.requests
+
+
 def test_results_of_another_setting_are_not_mixed(tmp_path):
     with FakeServer() as server:
         run(server, tmp_path / "out")

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from tasks import files
@@ -116,11 +117,51 @@ def test_a_line_cut_short_spoils_no_other(tmp_path):
     assert path.read_text() == '{"a": 1}\n{"a": \n{"a": 2}\n'
 
 
-@pytest.mark.parametrize("bad", [{"prompt": ""}, {"max_tokens": 0}, {"answers": "a"}, {"answers": [1]}])
+@pytest.mark.parametrize("bad", [
+    {"prompt": ""}, {"max_tokens": 0}, {"max_tokens": True}, {"answers": "a"}, {"answers": [1]}, {"labels": None}, {"labels": [1]}, {"haystack": []},
+    {"prefix": None}, {"target": 1}, {"prompt_tokens": "9"},
+])  # fmt: skip
 def test_bad_items_are_refused(bad):
     good = {"id": "i", "task": "t", "prompt": "p", "answers": ["a"], "metric": "any", "max_tokens": 4}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=next(iter(bad))):
         Item(**{**good, **bad})
+
+
+def test_the_last_number_is_compared_with_a_number(capsys, tmp_path):
+    good = {"id": "i", "task": "t", "prompt": "p", "answers": ["24"], "metric": "last_number", "max_tokens": 4}
+    (item,) = read_items(lines(tmp_path, good, {**good, "id": "j", "answers": ["<24>"]}))
+    assert item.id == "i" and "answers[0] ('<24>') must be a whole number" in capsys.readouterr().err
+
+
+def test_numbers_and_lists_of_published_files_are_named(capsys, tmp_path):
+    record = {"random_idx": ["torpid-kid", 7], "expected_number": 2416, "prompt": "lines"}
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(line + "\n" for line in (
+        json.dumps(record).replace("2416", "1e400"), json.dumps(record | {"random_idx": []}), '{"a":' * 100000, json.dumps(record))))  # fmt: skip
+    assert len(files.longeval(path, "longeval")) == 1
+    shown = capsys.readouterr().err
+    for number, what in enumerate(("expected_number (inf) must be a whole number", "random_idx ([]) must be a list", "nested too deeply"), 1):
+        assert f"set.jsonl:{number}: skipped: {what}" in shown
+
+
+def test_items_replace_a_file_when_they_are_whole(tmp_path):
+    path, link = tmp_path / "items", tmp_path / "link"
+    path.write_text("earlier")
+    link.symlink_to(path)
+    item = Item(id="i", task="t", prompt="p", answers=["a"], metric="any", max_tokens=4)
+
+    def broken():
+        yield item
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_items(broken(), path)
+    assert path.read_text() == "earlier" and sorted(os.listdir(tmp_path)) == ["items", "link"]
+    mask = os.umask(0o027)
+    write_items([item], link)
+    os.umask(mask)
+    assert read_items(path) == [item] and link.is_symlink() and path.stat().st_mode & 0o777 == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["items", "link"]
 
 
 def test_bad_files_and_numbers_are_named(tmp_path, capsys):
@@ -144,6 +185,10 @@ def test_bad_files_and_numbers_are_named(tmp_path, capsys):
     refused(1, f"{binary} is not of the form", *make, "niah_single_2", "--haystack", str(binary))
     refused(1, "no connection to http://127.0.0.1:9/v1", *make, "vt", "--server", "http://127.0.0.1:9/v1")
     refused(1, f"no items in {lines(tmp_path, 'broken')}", "load", "babilong", str(tmp_path / "set.jsonl"))
+    bad.write_text("[" * 100000)
+    refused(1, f"{bad} is not of the form that is asked for: nested too deeply", *make, "qa_1", "--squad", str(bad))
     refused(2, "0 must be at least 1", *make, "vt", "-n", "0")
+    for device, what in (("/dev/full", "no regular file"), (str(tmp_path), "is a directory"), (str(tmp_path / "no" / "items"), "no folder")):
+        assert main([*make, "vt", "-o", device]) == 1 and what in capsys.readouterr().err
     refused(2, "0 must be at least 1", *make, "vt", "--questions", "0")
     refused(2, "-2 must be at least 0", "load", "babilong", str(bad), "-n", "-2")

@@ -145,3 +145,15 @@ def test_the_worst_task_is_named(tmp_path):
                     file.write(json.dumps({"id": f"{task}{n}", "mode": mode, "output": output, "answer_logprob": logprob}) + "\n")
     (note,) = summarize([tmp_path / "items"], [tmp_path / "results"], "dense").notes
     assert note == "sparse: worst score b -0.800, 1 of 2 intervals without 0; worst log-probability a -0.500, 1 of 2 intervals without 0"
+
+
+def test_a_figure_that_is_no_number_is_named(tmp_path, capsys):
+    table = write(tmp_path, 1, [line(0, "dense", "yes", read_fraction="0.2"), '{"id": "i0", "mode": "dense", "output": "yes", "kl": 1e400}'])
+    shown = capsys.readouterr().err
+    assert "read_fraction ('0.2') must be a finite number" in shown and "kl (inf) must be a finite number" in shown
+    assert table.rows == []
+
+
+def test_thousands_of_digits_are_a_wrong_answer(tmp_path):
+    (row,) = write(tmp_path, 2, [line(0, "dense", "9" * 5000), line(1, "dense", "7")], metric="last_number", right=("7",)).rows
+    assert row["score"] == 0.5

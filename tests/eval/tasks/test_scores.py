@@ -67,7 +67,7 @@ def test_babilong_several_targets():
 
 
 @pytest.mark.parametrize(
-    "output, value", [("<2416>", 1), ("I said 7, but it is 2416", 1), ("2416 or 7", 0), ("none", 0), ("02416", 1), ("24160", 0)]
+    "output, value", [("<2416>", 1), ("I said 7, but it is 2416", 1), ("2416 or 7", 0), ("none", 0), ("02416", 1), ("24160", 0), ("9" * 5000, 0)]
 )
 def test_last_number(output, value):
     assert score(output, item("last_number", "2416")) == value
