@@ -52,7 +52,9 @@ def label(rows):
 def method_of(setting):
     """'quest,budget=512' -> 'quest', 'magicpig,k=8,l=75' -> 'magicpig,k=8'; presets are points of 'sample'."""
     first, *options = setting.split(",")
-    return ",".join(["sample" if first.startswith("quality=") else first] + [o for o in options if o.split("=")[0] not in KNOBS])
+    name = "sample" if first.startswith("quality=") else first
+    knobs = KNOBS - {"mass"} if name == "sample" else KNOBS  # beside an error, a mass that is verified is another method
+    return ",".join([name] + [o for o in options if o.split("=")[0] not in knobs])
 
 
 def table(rows, name):
@@ -88,6 +90,12 @@ def kl_rows(rows):
     several = len({row.get("cache_type") for row in found}) > 1
     found = [row | {"setting": row["mode"], "place": _place(row, several)} for row in found]
     return latest(found, ("model", "place", "mode"))
+
+
+def kl_interval(row):
+    """Of the mean KL, if the row has at least eight blocks of 16 tokens; older rows have intervals of fewer."""
+    blocks = row.get("windows", 1) * -(-row["steps"] // 16) if "steps" in row else 8
+    return row.get("mean_kl_95") if blocks >= 8 else None
 
 
 def _place(row, name_cache_type):

@@ -3,7 +3,7 @@
 import math
 
 from .pictures import methods
-from .rows import error_rows, kl_rows, method_of, places, table, task_rows
+from .rows import error_rows, kl_interval, kl_rows, method_of, places, table, task_rows
 
 
 def markdown(cells):
@@ -35,7 +35,7 @@ def kl(rows):
     cells = [["text", "depth", "method and setting", "rows per KV head", "read fraction", "mean KL", "95% interval", "p99", "worst step",
               "same top token"]]
     for row in by_method(kl_rows(rows)):
-        interval = "{:.4f}-{:.4f}".format(*row["mean_kl_95"]) if "mean_kl_95" in row else "-"
+        interval = "{:.4f}-{:.4f}".format(*found) if (found := kl_interval(row)) else "-"
         cells.append([row["text"], str(row["depth"]), row["setting"], f"{row['tokens_per_kv_head']:.0f}", f"{row['read_fraction']:.3f}",
                       f"{row['mean_kl']:.4f}", interval, f"{row['p99_kl']:.3f}", f"{row['max_kl']:.3f}", percent(row["same_top"])])
     return cells

@@ -88,6 +88,8 @@ def test_depths_are_not_mixed():
 
 def test_a_row_of_too_few_tokens_has_no_interval():
     row = kl_row("topk,budget=1", 0.1, 0.04)
+    assert tables.kl([row | {"steps": 24, "windows": 4}])[1][6] == "0.0200-0.0800"
+    assert tables.kl([row | {"steps": 112, "windows": 1}])[1][6] == "-"  # 7 blocks of 16, in an old row
     del row["mean_kl_95"]
     assert tables.kl([row])[1][6] == "-"
 
@@ -134,6 +136,8 @@ def test_presets_are_points_of_sample_and_other_options_make_another_method():
     assert rows.method_of("quality=high") == "sample"
     assert rows.method_of("sample,error=0.02") == "sample"
     assert rows.method_of("quest,budget=512") == "quest"
+    assert rows.method_of("sample,mass=0.9,error=0.02") == rows.method_of("quality=high,mass=0.9") == "sample,mass=0.9"
+    assert rows.method_of("fit,mass=0.9") == "fit"
 
 
 @pytest.mark.parametrize("line, what", [("{\"table\": ", ""), ("[1]", "not an object"), ("[" * 100000, "nested too deeply"),
