@@ -60,6 +60,11 @@ class MagicPig : public Baseline {
       }
     }
     marks.write(out);
+    for (HeadSelection& head : out.selection.heads) {
+      const auto is_exact = [&](int32_t row) { return row < open_.begin || row >= open_.end; };
+      const auto drawn = std::stable_partition(head.tokens.begin(), head.tokens.end(), is_exact);
+      head.num_certain = drawn - head.tokens.begin();
+    }
     for (int32_t h = 0; h < step.num_q_heads(); ++h) {
       out.head_log_weights.emplace_back();
       for (const int32_t row : out.selection.heads[static_cast<size_t>(h / group)].tokens)

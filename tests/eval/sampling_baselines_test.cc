@@ -31,6 +31,8 @@ TEST(MagicPig, RowsAreReadWithTheProbabilityTheyAreDividedBy) {
     c.layer.seed = seed;
     const Choice choice = c.select("magicpig,k=4,l=12");
     const HeadSelection& head = choice.selection.heads[0];
+    EXPECT_EQ(head.num_certain, 68 + 4);
+    EXPECT_EQ(choice.sampled(), choice.tokens() - 2 * (68 + 4));
     summary += static_cast<double>(choice.summary_bytes) / kSeeds;
     union_rows += static_cast<double>(choice.tokens() - 2 * (68 + 4)) / kSeeds;
     for (size_t i = 0; i < head.tokens.size(); ++i) {
