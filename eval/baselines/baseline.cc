@@ -155,9 +155,7 @@ int64_t Choice::sampled() const {
   return sum;
 }
 
-int64_t Choice::bytes(const Rows& rows) const {
-  return tokens() * (rows.k_bytes() + rows.v_bytes()) + summary_bytes + probe_bytes;
-}
+int64_t Choice::bytes(const Rows& rows) const { return tokens() * (rows.k_bytes() + rows.v_bytes()) + summary_bytes; }
 
 namespace {
 

@@ -77,7 +77,6 @@ struct Choice {
       head_log_weights;             // [num_q_heads][rows]: instead of the selection's; -infinity: not for this head
   std::vector<Estimate> estimates;  // [num_q_heads] or empty
   int64_t summary_bytes = 0;        // centroids, page bounds, codes, tables, row lists
-  int64_t probe_bytes = 0;          // rows read in order to choose that are not in the selection
 
   int64_t tokens() const;   // rows over all KV heads
   int64_t sampled() const;  // of those, rows with a weight of their own

@@ -25,7 +25,7 @@ void add_case(const TraceLayer& layer, int32_t number, const DenseQuery& answer,
   const double heads = layer.info->num_kv_heads,
                row_bytes = static_cast<double>(step.rows().k_bytes() + step.rows().v_bytes());
   const auto sampled = static_cast<double>(choice.sampled()), tokens = static_cast<double>(choice.tokens());
-  cases.steps.push_back({.tokens = tokens / heads + static_cast<double>(choice.probe_bytes) / row_bytes / heads,
+  cases.steps.push_back({.tokens = tokens / heads,
                          .tokens_certain = (tokens - sampled) / heads,
                          .tokens_sampled = sampled / heads,
                          .read_fraction = static_cast<double>(choice.bytes(step.rows())) /

@@ -8,7 +8,7 @@
 
 namespace tactic::eval {
 
-double quantile(std::vector<double> values, double q) {
+double nearest_rank(std::vector<double> values, double q) {
   if (values.empty()) return 0;
   std::sort(values.begin(), values.end());
   return values[static_cast<size_t>(std::lround(q * static_cast<double>(values.size() - 1)))];

@@ -15,8 +15,8 @@ struct Mean {
   double get() const { return count > 0 ? sum / count : 0; }
 };
 
-/// Nearest rank; 0 of no values.
-double quantile(std::vector<double> values, double q);
+/// The value whose rank is nearest to the quantile q; 0 of no values.
+double nearest_rank(std::vector<double> values, double q);
 
 /// Rows of the prompt that a case chooses from: all but 4 sinks and the newest 64.
 Range case_rows(int64_t prompt_len);

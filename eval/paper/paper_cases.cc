@@ -73,7 +73,7 @@ struct LayerSums {
   Mean oracle[std::size(kMasses)], ordered[std::size(kMasses)];
   std::vector<std::vector<double>> head_tokens;  // [num_q_heads][queries] of the oracle at 0.9
   Mean own_rows, union_rows, own_error, union_error, loads_per_row;
-  Mean distance[3][kBins];  // oracle, Quest, fit
+  Mean distance[3][kBins];  // oracle, Quest, cluster order
 };
 
 void add_union(const Step& step, Range open, const std::vector<CaseWeights>& cases, const std::vector<float>& exact,
@@ -205,7 +205,7 @@ void write_sparsity(const Trace& trace, const std::vector<LayerSums>& layers, co
            {"layer", trace.info().layers[static_cast<size_t>(traced[l])].layer},
            {"head", h},
            {"tokens", std::accumulate(tokens.begin(), tokens.end(), 0.0) / static_cast<double>(tokens.size())},
-           {"median", quantile(tokens, 0.5)}});
+           {"median", nearest_rank(tokens, 0.5)}});
     }
   }
   for (size_t q = 0; q < queries.size(); ++q) {

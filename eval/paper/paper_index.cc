@@ -19,11 +19,11 @@ std::vector<Json> paper_value_norms(const Trace& trace) {
       std::vector<double> own;
       for (int64_t row = 0; row < trace.info().prompt_len; ++row)
         own.push_back(std::sqrt(dot(rows.v(head, row), rows.v(head, row), rows.v_head_dim())));
-      const double median = quantile(own, 0.5);
+      const double median = nearest_rank(own, 0.5);
       for (const double norm : own) norms.push_back(norm / median);
     }
     out[l] = {{"table", "value_norms"}, {"layer", traced[l].info->layer}};
-    for (const double q : kQuantiles) out[l]["quantiles"].push_back({q, quantile(norms, q)});
+    for (const double q : kQuantiles) out[l]["quantiles"].push_back({q, nearest_rank(norms, q)});
   }
   return out;
 }
