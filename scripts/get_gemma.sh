@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetches Gemma 3 270M (Q4_K_M, 253 MB), the second model of docs/results.md, into the cache and prints its path. Not
+# Fetches Gemma 3 270M (Q4_K_M, 253 MB), the other model of docs/results.md, into the cache and prints its path. Not
 # part of setup: no test or demo needs it. Its use is subject to the Gemma Terms of Use, ai.google.dev/gemma/terms.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
