@@ -160,6 +160,7 @@ LayerSums measure(const TraceLayer& traced, const PaperOptions& options, const s
   rows.extend(traced.kv);
   const Layer layer = layer_of(traced, rows, options.seed);
   std::vector<Clusters> clusters;
+  clusters.reserve(static_cast<size_t>(traced.info->num_kv_heads));
   for (int32_t head = 0; head < traced.info->num_kv_heads; ++head)
     clusters.push_back(cluster_keys(layer, head, case_rows(prompt), options.cluster_tokens, options.iterations, 65536));
   sums.head_tokens.resize(static_cast<size_t>(traced.info->num_q_heads));
@@ -225,6 +226,7 @@ std::vector<Json> paper_cases(const Trace& trace, const PaperOptions& options) {
   const std::vector<int64_t> queries = decode_queries(trace.info(), options);
   const std::vector<int32_t> numbers = full_layers(trace);
   std::vector<TraceLayer> traced;
+  traced.reserve(numbers.size());
   for (const int32_t number : numbers) traced.push_back(trace.layer(number));
   std::vector<LayerSums> layers(traced.size());
 #pragma omp parallel for schedule(dynamic)

@@ -9,6 +9,7 @@ std::vector<Json> paper_value_norms(const Trace& trace) {
   constexpr double kQuantiles[] = {0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1};
   std::vector<Json> out(static_cast<size_t>(trace.num_layers()));
   std::vector<TraceLayer> traced;
+  traced.reserve(out.size());
   for (int32_t l = 0; l < trace.num_layers(); ++l) traced.push_back(trace.layer(l));
 #pragma omp parallel for schedule(dynamic)
   for (size_t l = 0; l < out.size(); ++l) {
@@ -48,6 +49,7 @@ std::vector<Json> paper_clusters(const Trace& trace, const PaperOptions& options
     rows.extend(traced[l].kv);
     const Layer layer = layer_of(traced[l], rows, options.seed);
     std::vector<Step> steps;
+    steps.reserve(queries.size());
     for (const int64_t query : queries)
       steps.emplace_back(rows, traced[l].query(query), rows.head_dim(), layer.num_q_heads, layer.sm_scale,
                          traced[l].visible(query).end);

@@ -95,7 +95,7 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
     at->second->last_used = ++clock_;
     return at->second;
   }
-  const auto made = std::make_shared<CacheLayer>(std::move(fresh));
+  auto made = std::make_shared<CacheLayer>(std::move(fresh));
   for (int64_t s = 0; s < k->ne[2]; ++s) {
     made->streams.push_back(std::make_unique<StreamIndex>(
         options, KvShape{made->view.num_kv_heads, made->view.head_dim, made->view.v_head_dim}));
