@@ -49,6 +49,13 @@ PartFile::PartFile(const std::string& path) : path_(place_of(path)), part_(path_
   umask(mask);
   fchmod(file, 0666 & ~mask);
   file_ = fdopen(file, "wb");
+  if (file_ == nullptr) {
+    const int reason = errno;
+    close(file);
+    unlink(part_.c_str());
+    unfinished = nullptr;
+    refuse(path_, std::strerror(reason));
+  }
 }
 
 PartFile::~PartFile() {

@@ -12,15 +12,6 @@ constexpr int32_t kMaxHeads = 65536;
 
 std::string value_of(int64_t value) { return " (" + std::to_string(value) + ")"; }
 
-// As many bytes as 2^31 rows, or the heads, may lie apart before an offset leaves 64 bits.
-constexpr int64_t kMaxTokenStride = int64_t{1} << 31, kMaxHeadStride = int64_t{1} << 46;
-
-void check_stride(const std::string& name, const char* which, int64_t stride, size_t row, int64_t limit) {
-  if (stride < static_cast<int64_t>(row))
-    throw Error(name + " " + which + value_of(stride) + " must be at least a row's " + std::to_string(row) + " bytes");
-  if (stride > limit) throw Error(name + " " + which + value_of(stride) + " must be at most " + std::to_string(limit));
-}
-
 void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int64_t kv_len) {
   if (rows.dtype > DType::kQ4_0)
     throw Error(name + " dtype" + value_of(static_cast<int64_t>(rows.dtype)) + " must be in 0..4");
@@ -45,6 +36,12 @@ void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int6
 }
 
 }  // namespace
+
+void check_stride(const std::string& name, const char* which, int64_t stride, size_t row, int64_t limit) {
+  if (stride < static_cast<int64_t>(row))
+    throw Error(name + " " + which + value_of(stride) + " must be at least a row's " + std::to_string(row) + " bytes");
+  if (stride > limit) throw Error(name + " " + which + value_of(stride) + " must be at most " + std::to_string(limit));
+}
 
 void check_view(const KvView& kv) {
   if (kv.num_kv_heads < 1 || kv.num_kv_heads > kMaxHeads) {

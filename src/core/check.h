@@ -1,6 +1,8 @@
 // What a caller may get wrong about a cache, checked once for every entry.
 #pragma once
 
+#include <string>
+
 #include "tactic/kv_view.h"
 
 namespace tactic {
@@ -10,6 +12,13 @@ inline constexpr int32_t kMaxThreads = 1024;
 
 /// Throws Error if the view's shape, element types, pointers or pages cannot be read, naming the value and the limit.
 void check_view(const KvView& kv);
+
+/// As many bytes as 2^31 rows or pages, or the heads, may lie apart before an offset leaves 64 bits.
+inline constexpr int64_t kMaxTokenStride = int64_t{1} << 31, kMaxHeadStride = int64_t{1} << 46;
+
+/// Throws Error unless a row of so many bytes fits into the stride `which` of the rows `name`, and that is no more than
+/// `limit`.
+void check_stride(const std::string& name, const char* which, int64_t stride, size_t row, int64_t limit);
 
 /// Strides are at least a row, and small enough for 64-bit offsets. For a view that is check_view()ed.
 void check_strides(const KvView& kv);

@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "core/check.h"
 #include "core/index_state.h"
 #include "cuda/segments.h"
 #include "tactic/error.h"
@@ -241,14 +242,12 @@ void validate_rows(const DecodeBatch& batch) {
     }
     if (batch.page_tables != nullptr && rows.page_tokens < 1)
       fail((std::string(name) + " page_tokens").c_str(), rows.page_tokens, "at least 1");
-    const auto row = static_cast<int64_t>(row_bytes(rows.dtype, batch.head_dim));
-    const auto holds_row = [&](const char* what, int64_t stride) {
-      if (stride < row)
-        fail((std::string(name) + what).c_str(), stride, "at least a row's " + std::to_string(row) + " bytes");
-    };
-    if (batch.num_kv_heads > 1) holds_row(" head_stride_bytes", rows.head_stride_bytes);
-    if (batch.page_tables == nullptr || rows.page_tokens > 1) holds_row(" token_stride_bytes", rows.token_stride_bytes);
-    if (batch.page_tables != nullptr && batch.max_pages > 1) holds_row(" page_stride_bytes", rows.page_stride_bytes);
+    const size_t row = row_bytes(rows.dtype, batch.head_dim);
+    if (batch.num_kv_heads > 1) check_stride(name, "head_stride_bytes", rows.head_stride_bytes, row, kMaxHeadStride);
+    if (batch.page_tables == nullptr || rows.page_tokens > 1)
+      check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row, kMaxTokenStride);
+    if (batch.page_tables != nullptr && batch.max_pages > 1)
+      check_stride(name, "page_stride_bytes", rows.page_stride_bytes, row, kMaxTokenStride);
   }
   if (batch.page_tables != nullptr) in_range("max_pages", batch.max_pages, 1, 1 << 30);
 }

@@ -375,8 +375,8 @@ struct ReadOn {
       scales[h] = shuffle(scale, h);
       needs[h] = shuffle(need, h);
     }
-    // A radix search for the largest limit of a row's worth from which on the shares suffice. A worth
-    // is rounded alike each time (no product is part of a sum), so that the limit that was found marks a cluster.
+    // A radix search for the largest limit of a row's worth from which on the shares suffice. A worth is
+    // rounded alike each time (no product is part of a sum), so that the limit that was found marks a cluster.
     uint32_t limit = 0;
 #pragma unroll 1
     for (int shift = 8;; shift -= 8) {
