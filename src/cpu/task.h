@@ -95,6 +95,24 @@ int64_t next_heavy(const Task& task, int64_t begin, int64_t end);
 /// state and the mass. A row that outweighs every estimate beyond the range of f32 counts as not finite.
 void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums);
 
+/// Head g's state from the sums of weights. Returns the total, or 0 when it is out of range.
+double settle_head(Task& task, int32_t g, const WeightSums& sum);
+
+/// Reads the clusters of which a sampled row speaks for too large a share in any head: they were underestimated.
+void refine(Task& task);
+
+/// Clusters of these numbers, ascending, are read whole: those of their rows that were drawn lose their weights, the
+/// others are added.
+void read_whole(Task& task, const std::vector<int32_t>& numbers);
+
+/// The masses as the draws that speak measure them, and how sure they are. `alone`: as in speaks(), to decide by, for
+/// which what is usual stays as it is (docs/method.md, verified mass). `first`: what steps find usual is to learn of
+/// it.
+std::vector<HeadMass> measure(Task& task, bool alone, bool first);
+
+/// Reads on until every head has the mass for certain, by what the draws of clusters not read whole say of the rest.
+void reach_mass(Task& task, float target_mass);
+
 /// Compares the check values of rows [begin, end) of a list of rows that stand in clusters.
 bool rows_unchanged(const Task& task, const RowList& list, int64_t begin, int64_t end);
 

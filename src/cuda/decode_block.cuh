@@ -337,7 +337,7 @@ class DecodeBlock {
       const auto meanwhile = [&] {
         if constexpr (kChecked) {
           if (phase == Phase::kSelected && (!kLearns || p.check_rows) &&
-              mismatch<kDType, kDim>(row_checks(), taken.row, k, v, now) != 0)
+              row_changed<kDType, kDim>(row_checks(), taken.row, k, v, now) != 0)
             buffers.found_changed = 1;
         }
         more = advance(phase, score_warps, at);
@@ -390,7 +390,7 @@ class DecodeBlock {
     });
     // Apart, since read_rest has no register left for it (where reading on has spilled them anyway it looks itself).
     if (kChecked && !kVerified && (!kLearns || p.check_rows) &&
-        marked_changed<kDType, kDim>(marked, p.batch, tables, own, members, row_checks(), pages, k, v))
+        marked_rows_changed<kDType, kDim>(marked, p.batch, tables, own, members, row_checks(), pages, k, v))
       buffers.found_changed = 1;
   }
 
@@ -410,7 +410,7 @@ class DecodeBlock {
       atomicSub(&buffers.counts[kSampled], __popc(drawn));
     }
     const RowTile tile = row_tile(row, 0);
-    if (kVerified && p.check_rows && mismatch<kDType, kDim>(row_checks(), row, k, v, tile) != 0)
+    if (kVerified && p.check_rows && row_changed<kDType, kDim>(row_checks(), row, k, v, tile) != 0)
       buffers.found_changed = 1;
     attend_rest<kDType, kDim>(state, k, v, tile, inside, taken, log_weight, fragments, key_scale,
                               [&](const float(&scores)[4]) {

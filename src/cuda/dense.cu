@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   for (; tile < tiles; tile += step) {
     load_values<kDType, kDim>(v, now, values);
     if (kChecked && min(tile * 16 + (lane & 15), kv_len - 1) >= first_checked)
-      changed |= mismatch<kDType, kDim>(checks, row, k, v, now) != 0;
+      changed |= row_changed<kDType, kDim>(checks, row, k, v, now) != 0;
     float x[4];
     score_rows<kDType, kDim, false>(fragments, low, high, scale, x);
 #pragma unroll

@@ -3,10 +3,8 @@
 #include <cmath>
 
 #include "core/backend.h"
-#include "core/drawn_variance.h"
 #include "core/expected_rows.h"
 #include "core/random.h"
-#include "core/read_on.h"
 #include "reference/steps.h"
 
 namespace tactic {
@@ -27,62 +25,6 @@ HeadSelection rows_read_anyway(const IndexState& index, int32_t head, const RowF
   }
   rows.log_weights.assign(rows.tokens.size(), 0.0f);
   return rows;
-}
-
-bool unchanged(const IndexState& index, const KvView& kv, int32_t head, const HeadSelection& selection) {
-  const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
-  return std::all_of(selection.tokens.begin(), selection.tokens.end(), [&](int64_t row) {
-    const auto holds = [&](const Segment& s) { return row < s.row_begin + s.num_rows; };
-    const Segment& segment = *std::find_if(index.segments.begin(), index.segments.end(), holds);
-    return segment.row_checks[static_cast<size_t>(head) * segment.num_rows + row - segment.row_begin] ==
-           (check_row(kv.k.row(head, row), k_bytes, row) | check_row(kv.v.row(head, row), v_bytes, row) << 4);
-  });
-}
-
-// What the draw says of the mass read with certainty. `anyway`: rows read anyway. `drawn`: the selection before any
-// cluster was read whole because of it. `readings`: of every cluster by now. `alone`: as in speaks(), to
-// decide by, for which what is usual stays as it is.
-void measure(const IndexState& index, const RowsView& k, int32_t head, const HeadSelection& anyway,
-             const HeadSelection& drawn, const HeadSelection& selection, const Inclusion& inclusion,
-             const std::vector<Reading>& readings, bool alone, const std::vector<float>& sizes, const float* q,
-             int32_t dim, std::vector<HeadMass>& masses) {
-  const bool read = all_read(sizes, readings);
-  const Undrawn undrawn = undrawn_rows(index, sizes, inclusion.probability, readings, alone);
-  for (size_t g = 0; g < masses.size(); ++g) {
-    const auto score = [&](int32_t row) { return dot_row(k, head, row, q + g * dim, dim); };
-    std::vector<double> certain;
-    for (const int32_t row : anyway.tokens) certain.push_back(score(row));
-    for (int64_t i = 0; i < selection.num_certain; ++i) certain.push_back(score(selection.tokens[i]));
-    double max = -HUGE_VAL, sum = 0, rest = 0;
-    for (const double s : certain) max = std::max(max, s);
-    for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i)
-      max = std::max(max, score(drawn.tokens[i]) + drawn.log_weights[i]);
-    for (const double s : certain) sum += std::exp(s - max);
-    // Rows of clusters read whole because of the draw are certain now; what they were drawn to speak for is still
-    // missing.
-    DrawnVariance variance;
-    for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i) {
-      const int32_t c = drawn.clusters[i];
-      if (!speaks(readings[c], alone)) continue;
-      const double weight = std::exp(score(drawn.tokens[i]) + drawn.log_weights[i] - max);
-      variance.add(weight, inclusion.probability[c]);
-      rest += weight;
-    }
-    for (int64_t i = 0; i < selection.num_certain; ++i) {
-      if (readings[selection.clusters[i]] == Reading::kRefined && !alone)
-        rest -= std::exp(score(selection.tokens[i]) - max);
-    }
-    const double total = sum + (read ? 0.0 : std::max(0.0, rest)), mass = sum / total,
-                 of_all = index.calibration[head].usual_of(g, masses.size()),
-                 usual = alone ? of_all : variance.for_draws(of_all, drawn.tokens.size() - drawn.num_certain);
-    const double tau = unseen_tau(inclusion, g);
-    if (!(total > 0)) continue;
-    masses[g] = {mass,
-                 undrawn.any && !read
-                     ? mass * std::sqrt(variance.variance(total, tau, undrawn.count_variance, usual)) / total
-                     : 0,
-                 variance.freedom(usual), max + std::log(total)};
-  }
 }
 
 // Adds to `stats` (mass_std_error as a variance). Returns why the head cannot be answered so, if it cannot.
@@ -137,7 +79,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
                         selection);
   }
   leave_out(expected, selection);
-  if (options.check_rows && !unchanged(index, kv, head, selection)) return DenseReason::kRowChanged;
+  if (options.check_rows && !rows_unchanged(index, kv, head, selection)) return DenseReason::kRowChanged;
   std::vector<HeadMass> masses(group_size);
   if (options.select == Select::kSample) {
     const HeadSelection drawn = selection;
@@ -164,7 +106,7 @@ DenseReason sparse(const DecodeQuery& query, int32_t head, const RowFilter& filt
       leave_out(expected, selection);
     }
     masses = measured(false);
-    if (options.check_rows && !unchanged(index, kv, head, selection))
+    if (options.check_rows && !rows_unchanged(index, kv, head, selection))
       return DenseReason::kRowChanged;  // added ones too
   }
   const size_t num_sampled = selection.tokens.size() - selection.num_certain, num_selected = selection.tokens.size();

@@ -1,6 +1,7 @@
 // The specification in code: the same steps in double precision, plain loops, one thread.
 #pragma once
 
+#include "core/read_on.h"
 #include "core/steps.h"
 
 namespace tactic::reference {
@@ -62,6 +63,17 @@ int64_t refine(const IndexState& index, int32_t head, const RowFilter& filter, c
 /// Those clusters are read whole: as in refine.
 void read_whole(const IndexState& index, int32_t head, const RowFilter& filter, const std::vector<int32_t>& clusters,
                 HeadSelection& selection);
+
+/// Whether all rows of a selection are those that were clustered, by their check values.
+bool rows_unchanged(const IndexState& index, const KvView& kv, int32_t head, const HeadSelection& selection);
+
+/// What the draw says of the mass read with certainty, masses [group_size]. `anyway`: rows read anyway. `drawn`: the
+/// selection before any cluster was read whole because of it. `readings`: of every cluster by now. `alone`: as in
+/// speaks(), to decide by, for which what is usual stays as it is.
+void measure(const IndexState& index, const RowsView& k, int32_t head, const HeadSelection& anyway,
+             const HeadSelection& drawn, const HeadSelection& selection, const Inclusion& inclusion,
+             const std::vector<Reading>& readings, bool alone, const std::vector<float>& sizes, const float* q,
+             int32_t dim, std::vector<HeadMass>& masses);
 
 /// Attention of one KV head's group over `selection`: out [group_size, v_head_dim], lse [group_size] (natural log).
 /// q: [group_size, head_dim] scaled by sm_scale.
