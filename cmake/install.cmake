@@ -22,7 +22,7 @@ if(TACTIC_BUILD_TOOLS)
   # With the llama.cpp it was built for, so that it goes on working when the cache is emptied.
   install(DIRECTORY ${TACTIC_LLAMA_DIR}/build/bin/ DESTINATION lib/tactic
     FILES_MATCHING PATTERN "libllama.so*" PATTERN "libggml*.so*")
-  install(FILES ${TACTIC_LLAMA_DIR}/source/LICENSE DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/tactic RENAME LICENSE.llama.cpp)
+  install(FILES ${TACTIC_LLAMA_SOURCE}/LICENSE DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/tactic RENAME LICENSE.llama.cpp)
   set_target_properties(tactic_command PROPERTIES INSTALL_RPATH "$ORIGIN/../lib/tactic")
   install(TARGETS tactic_command RUNTIME DESTINATION bin)
 endif()

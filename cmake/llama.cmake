@@ -1,12 +1,24 @@
-# The host: an unpatched llama.cpp tree with its shared libraries in build/bin.
+# The host: an unpatched llama.cpp tree, in `source` or as cloned, with its shared libraries in build/bin.
+set(TACTIC_LLAMA_SOURCE ${TACTIC_LLAMA_DIR}/source)
+if(NOT EXISTS ${TACTIC_LLAMA_SOURCE} AND EXISTS ${TACTIC_LLAMA_DIR}/ggml/include/ggml.h)
+  set(TACTIC_LLAMA_SOURCE ${TACTIC_LLAMA_DIR})
+endif()
+set(interface ${TACTIC_LLAMA_SOURCE}/ggml/src/ggml-backend-impl.h)
+if(NOT EXISTS ${interface})
+  message(FATAL_ERROR "TACTIC_LLAMA_DIR=${TACTIC_LLAMA_DIR} holds no sources of llama.cpp (source/ggml or ggml): an installed llama.cpp or its released binaries are not enough")
+endif()
+file(STRINGS ${interface} interface REGEX "define GGML_BACKEND_API_VERSION 2$")
+if(TACTIC_BUILD_PLUGIN AND NOT interface)
+  message(FATAL_ERROR "The llama.cpp in ${TACTIC_LLAMA_SOURCE} has another version of ggml's backend interface than 2, for which the plug-in is written")
+endif()
 foreach(name llama ggml ggml-base)
   set(library ${TACTIC_LLAMA_DIR}/build/bin/lib${name}.so)
   if(NOT EXISTS ${library})
-    message(FATAL_ERROR "TACTIC_LLAMA_DIR=${TACTIC_LLAMA_DIR} holds no build/bin/lib${name}.so; scripts/setup.sh makes a tree that does")
+    message(FATAL_ERROR "TACTIC_LLAMA_DIR=${TACTIC_LLAMA_DIR} holds no build/bin/lib${name}.so: build llama.cpp there with -DBUILD_SHARED_LIBS=ON -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF (scripts/setup.sh does)")
   endif()
   add_library(${name} SHARED IMPORTED)
   set_target_properties(${name} PROPERTIES
     IMPORTED_LOCATION ${library}
-    INTERFACE_INCLUDE_DIRECTORIES "${TACTIC_LLAMA_DIR}/source/include;${TACTIC_LLAMA_DIR}/source/ggml/include")
+    INTERFACE_INCLUDE_DIRECTORIES "${TACTIC_LLAMA_SOURCE}/include;${TACTIC_LLAMA_SOURCE}/ggml/include")
 endforeach()
 set_target_properties(llama PROPERTIES INTERFACE_LINK_LIBRARIES "ggml;ggml-base")

@@ -351,12 +351,18 @@ const char* device_description(ggml_backend_dev_t) {
 void device_memory(ggml_backend_dev_t, size_t* free, size_t* total) { *free = *total = 0; }
 enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
 
+// Tensors mapped from a file are host memory like any other. Older versions of ggml have no such field and do not ask.
+template <class Caps>
+void allow_mmap(Caps& caps) {
+  if constexpr (requires { caps.mmap_support; }) caps.mmap_support = true;
+}
+
 void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
   *props = {};
   props->name = device_name(device);
   props->description = device_description(device);
   props->type = device_type(device);
-  props->caps.mmap_support = true;  // tensors mapped from a file are host memory like any other
+  allow_mmap(props->caps);
 }
 
 ggml_guid_t backend_guid() {

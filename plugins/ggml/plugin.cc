@@ -72,11 +72,30 @@ void* reg_proc_address(ggml_backend_reg_t, const char* name) {
   return nullptr;
 }
 
-// ggml promises no stable ABI. What we rely on, and a program can ask: the size of a tensor, and the numbers of the
-// operations and types we name.
+// Fields behind the tables of functions lie elsewhere when a function has been added, with the interface's version the
+// same. The host is asked for those of objects of ours, which stand in room to look further back in.
+bool tables_have_our_size() {
+  struct {
+    ggml_backend backend;
+    char room[512];
+  } of_backend{};
+  struct {
+    ggml_backend_device device;
+    char room[512];
+  } of_device{};
+  ggml_backend_reg reg{};
+  of_device.device.reg = &reg;
+  of_backend.backend.device = &of_device.device;
+  return ggml_backend_get_device(&of_backend.backend) == &of_device.device &&
+         ggml_backend_dev_backend_reg(&of_device.device) == &reg;
+}
+
+// ggml promises no stable ABI. What we rely on, and a program can ask: the size of a tensor, the sizes of the tables of
+// functions, and the numbers of the operations and types we name.
 const char* abi_mismatch() {
   constexpr size_t kObjectBytes = 32;  // struct ggml_object, in ggml.c alone
   if (ggml_tensor_overhead() != sizeof(ggml_tensor) + kObjectBytes) return "tensors have another size";
+  if (!tables_have_our_size()) return "backends have other functions";
   const struct {
     ggml_op op;
     const char* name;
@@ -98,12 +117,19 @@ const char* abi_mismatch() {
 }
 
 bool fits_this_ggml() {
+  if (ggml_backend_reg_count() == 0) {  // a host with ggml inside it has brought its libraries a second time
+    log_error(
+        "the CPU backend is not to be seen: plug-ins need a llama.cpp with shared libraries that loads the CPU backend "
+        "first; "
+        "going on without sparse decode");
+    return false;
+  }
   const char* pretend = std::getenv("TACTIC_TEST_ABI_MISMATCH");  // for the test of the refusal
   const char* problem = pretend != nullptr ? pretend : abi_mismatch();
   if (problem == nullptr) return true;
   log_error(
       "built for ggml %s, this is %s (%s). Rebuild with TACTIC_LLAMA_DIR set to this llama.cpp's tree "
-      "(its source/ and build/bin/); going on without sparse decode",
+      "(its sources and build/bin/); going on without sparse decode",
       TACTIC_GGML_VERSION, ggml_version(), problem);
   return false;
 }

@@ -36,7 +36,7 @@ require "FLASH_ATTN_EXT without a mask" 'FLASH_ATTN_EXT\(.*nb=1,mask=0,'
 
 run SET_ROWS
 for type in f32 f16 bf16 q8_0 q4_0; do
-  require "SET_ROWS into $type" "SET_ROWS\(type_src=f32,type_dst=$type,"
+  require "SET_ROWS into $type" "SET_ROWS\((type_src=f32,type_dst|type)=$type,"  # older versions write the latter
 done
 
 [ "$failures" = 0 ]
