@@ -6,9 +6,11 @@
 #include <cstddef>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "support.h"
+#include "tactic/attention.h"
 
 namespace tactic::test {
 namespace {
@@ -163,6 +165,175 @@ TEST(CInterface, MassesAreOfTheHeads) {
     mean += mass.mass / static_cast<double>(masses.size());
   }
   EXPECT_NEAR(mean, step.stats.estimated_mass, 1e-9);
+}
+
+// The same through C++: what a caller sets must arrive, or the answers part.
+struct Settings {
+  IndexOptions index;
+  DecodeOptions decode;
+  bool masked = false, biased = false;
+  float change = 0;  // added to every value once the rows are clustered
+};
+
+struct Answer {
+  std::vector<float> out, lse;
+  StepStats stats;
+  bool operator==(const Answer& other) const {
+    const auto figures = [](const StepStats& s) {
+      return std::tuple(s.kv_len, s.tokens_certain, s.tokens_sampled, s.refined_clusters, s.index_bytes, s.kv_bytes,
+                        s.kv_bytes_present, s.estimated_mass, s.mass_std_error, s.dense);
+    };
+    return out == other.out && lse == other.lse && figures(stats) == figures(other.stats);
+  }
+};
+
+// Rows in pages of 16 in falling order; half of the rows masked, if any are.
+struct Inputs {
+  Step step;
+  std::vector<int32_t> pages;
+  std::vector<uint64_t> visible = std::vector<uint64_t>((kRows + 63) / 64, 0xFFFFFFFF0000FFFFu);
+  std::vector<float> bias = std::vector<float>(kRows);
+
+  Inputs() {
+    for (int32_t page = kRows / 16; page-- > 0;) pages.push_back(page);
+    for (size_t i = 0; i < bias.size(); i += 3) bias[i] = -2;
+  }
+};
+
+Answer through_c(const Settings& set) {
+  Inputs in;
+  tactic_index_options index_options;
+  tactic_index_options_init(&index_options);
+  index_options.whole_clustering = set.index.clustering == Clustering::kWhole;
+  index_options.cluster_tokens = set.index.cluster_tokens;
+  index_options.segment_tokens = set.index.segment_tokens;
+  index_options.provisional_tokens = set.index.provisional_tokens;
+  index_options.provisional_cluster_tokens = set.index.provisional_cluster_tokens;
+  index_options.iterations = set.index.iterations;
+  index_options.sink_tokens = set.index.sink_tokens;
+  index_options.outlier_fraction = set.index.outlier_fraction;
+  index_options.seed = set.index.seed;
+  tactic_index* index = tactic_index_create(&index_options, kHeads, kDim, kDim);
+  tactic_decode_options options;
+  tactic_decode_options_init(&options);
+  options.select = static_cast<tactic_select>(set.decode.select);
+  options.target_error = set.decode.target_error;
+  options.tau = set.decode.tau;
+  options.refine = set.decode.refine;
+  options.target_mass = set.decode.target_mass;
+  options.budget = set.decode.budget;
+  options.beta = set.decode.beta;
+  options.check_rows = set.decode.check_rows;
+  options.seed = set.decode.seed;
+  tactic_attention* attention = tactic_attention_create(&options, 1);
+  Answer answer{in.step.out, std::vector<float>(kHeads * kGroup), {}};
+  tactic_query query = in.step.query;
+  for (tactic_rows* rows : {&query.kv.k, &query.kv.v}) {
+    rows->page_table = in.pages.data();
+    rows->page_tokens = 16;
+    rows->page_stride_bytes = 16 * rows->token_stride_bytes;
+    rows->num_pages = kRows / 16;
+  }
+  query.index = index;
+  query.visible = set.masked ? in.visible.data() : nullptr;
+  query.bias = set.biased ? in.bias.data() : nullptr;
+  query.stream_id = 5;
+  query.layer = 3;
+  query.position = 77;
+  query.out = answer.out.data();
+  query.lse = answer.lse.data();
+  tactic_step_stats stats;
+  EXPECT_EQ(tactic_index_write(index, 0, kRows), 0);
+  EXPECT_EQ(tactic_index_maintain(index, &query.kv, -1), 0);
+  for (float& x : in.step.v) x += set.change;
+  EXPECT_EQ(tactic_attention_run(attention, &query, 1, &stats), 0) << tactic_last_error();
+  answer.stats.kv_len = stats.kv_len;
+  answer.stats.tokens_certain = stats.tokens_certain;
+  answer.stats.tokens_sampled = stats.tokens_sampled;
+  answer.stats.refined_clusters = stats.refined_clusters;
+  answer.stats.index_bytes = stats.index_bytes;
+  answer.stats.kv_bytes = stats.kv_bytes;
+  answer.stats.kv_bytes_present = stats.kv_bytes_present;
+  answer.stats.estimated_mass = stats.estimated_mass;
+  answer.stats.mass_std_error = stats.mass_std_error;
+  answer.stats.dense = static_cast<DenseReason>(stats.dense);
+  tactic_attention_free(attention);
+  tactic_index_free(index);
+  return answer;
+}
+
+Answer through_cpp(const Settings& set) {
+  Inputs in;
+  const auto rows = [&](const std::vector<float>& data) {
+    return RowsView{data.data(),     DType::kF32, kHeads * kDim * 4,      kDim * 4,
+                    in.pages.data(), 16,          16 * kHeads * kDim * 4, kRows / 16};
+  };
+  Answer answer{in.step.out, std::vector<float>(kHeads * kGroup), {}};
+  KvIndex index(set.index, {kHeads, kDim, kDim});
+  DecodeQuery query;
+  query.q = in.step.q.data();
+  query.q_head_stride = query.out_head_stride = kDim;
+  query.num_q_heads = kHeads * kGroup;
+  query.sm_scale = 0.3f;
+  query.kv = {rows(in.step.k), rows(in.step.v), kHeads, kDim, kDim, kRows};
+  query.index = &index;
+  query.visible = set.masked ? in.visible.data() : nullptr;
+  query.bias = set.biased ? in.bias.data() : nullptr;
+  query.stream_id = 5;
+  query.layer = 3;
+  query.position = 77;
+  query.out = answer.out.data();
+  query.lse = answer.lse.data();
+  index.write(0, kRows);
+  index.maintain(query.kv);
+  for (float& x : in.step.v) x += set.change;
+  Attention(set.decode, Backend::kCpu, 1).run({&query, 1}, &answer.stats);
+  return answer;
+}
+
+TEST(CInterface, WhatIsSetArrivesAsThroughCpp) {
+  Settings sample;
+  sample.index = {Clustering::kIncremental, 8, 512, 128, 2, 2, 9, 0.02f, 11};
+  sample.decode.target_error = 0.09f;
+  sample.decode.refine = 0.3f;
+  sample.decode.beta = 0.4f;
+  sample.decode.seed = 12;
+  std::vector<Settings> cases(7, sample);
+  cases[1].masked = true;
+  cases[2].biased = true;
+  cases[3].decode.target_mass = 0.8f;
+  cases[4].change = 1;  // found by row checks
+  cases[5].change = 1;
+  cases[5].decode.check_rows = false;
+  cases[6].decode.tau = 60;
+  for (const Select select : {Select::kTopK, Select::kFit, Select::kDense}) {
+    Settings other = sample;
+    other.index.clustering = Clustering::kWhole;
+    other.decode.select = select;
+    other.decode.budget = 200;
+    other.decode.target_mass = 0.6f;
+    cases.push_back(other);
+  }
+  std::vector<Answer> answers;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const Answer answer = through_c(cases[i]);
+    EXPECT_TRUE(answer == through_cpp(cases[i])) << "case " << i;
+    for (size_t j = 0; j < answers.size(); ++j) EXPECT_FALSE(answer == answers[j]) << "cases " << i << " and " << j;
+    answers.push_back(answer);
+  }
+  EXPECT_EQ(answers[4].stats.dense, DenseReason::kRowChanged);
+  EXPECT_EQ(answers[5].stats.dense, DenseReason::kNone);
+}
+
+TEST(CInterface, PagesBeyondTheTableAreNamed) {
+  Inputs in;
+  tactic_query query = in.step.query;
+  query.kv.k.page_table = in.pages.data();
+  query.kv.k.page_tokens = 16;
+  query.kv.k.page_stride_bytes = 16 * query.kv.k.token_stride_bytes;
+  query.kv.k.num_pages = kRows / 16 - 1;
+  EXPECT_EQ(tactic_attention_run(in.step.attention, &query, 1, nullptr), -1);
+  EXPECT_NE(std::strstr(tactic_last_error(), "page_table"), nullptr) << tactic_last_error();
 }
 
 TEST(CInterface, RemovedRowsLeaveTheIndex) {
