@@ -1,5 +1,6 @@
 // What steps learn stays sound whatever they are asked.
 #include <algorithm>
+#include <cmath>
 
 #include "support.h"
 
@@ -67,6 +68,66 @@ TEST(Learn, OneOddQueryIsForgotten) {
     problem.q[95] = usual;
     EXPECT_NEAR(problem.index->state().calibration[0].beta(), beta, 0.1);
     EXPECT_LT(step(3024), 2 * std::max(rows, after_usual));
+  }
+}
+
+TEST(Learn, TheVarianceRatioGoesWhereMeasurementsAre) {
+  for (const double before : {0.12, 9.0}) {
+    Problem problem(spec_of(4000), 1);
+    problem.build_index();
+    problem.index->state().calibration[0].variance_ratio = before;
+    for (problem.query.position = 4001; problem.query.position < 4101; ++problem.query.position)
+      problem.run({.tau = 300, .beta = 0.75f});
+    EXPECT_GT(problem.index->state().calibration[0].variance_ratio, 0.4);
+    EXPECT_LT(problem.index->state().calibration[0].variance_ratio, 2.5);
+  }
+}
+
+// Keys without structure: some rows weigh more than 1% in clusters that promise little.
+TEST(Learn, HeavyRowsOfPoorClustersAreRemembered) {
+  CacheSpec spec = spec_of(4000);
+  spec.topic_scale = 0;
+  Problem problem(spec, 2, 5);
+  problem.query.sm_scale = 0.3f;
+  problem.build_index();
+  const DecodeOptions options{.target_error = 0.05f};
+  for (problem.query.position = 4001; problem.query.position < 4041; ++problem.query.position) problem.run(options);
+  const Calibration& known = problem.index->state().calibration[0];
+  ASSERT_FALSE(known.heavy.empty());
+  problem.run({.select = Select::kDense});
+  for (const int32_t row : known.heavy) {
+    const std::vector<float> key = problem.cache.key(0, row);
+    double most = 0;
+    for (size_t g = 0; g < 2; ++g) {
+      double score = 0;
+      for (size_t d = 0; d < key.size(); ++d) score += problem.q[64 * g + d] * key[d] * problem.query.sm_scale;
+      most = std::max(most, std::exp(score - problem.lse[g]));
+    }
+    EXPECT_GT(most, 0.008) << "row " << row << ": 1% as the step estimated it";
+  }
+  ASSERT_EQ(known.usual_variance.size(), 2U);
+  for (const double variance : known.usual_variance) EXPECT_GT(variance, 0);
+}
+
+TEST(Learn, AStepThatMeetsAChangedRowTeachesNothing) {
+  CacheSpec spec = spec_of(3000);
+  spec.num_kv_heads = 2;
+  Problem problem(spec, 1);
+  problem.build_index();
+  problem.query.position = 8;
+  const DecodeOptions options{.target_error = 0.05f};
+  problem.run(options);
+  const std::vector<Calibration> before = problem.index->state().calibration;
+  EXPECT_GT(before[0].sum_xx, 0);
+  for (int64_t row = 4; row < 3000; ++row) problem.cache.set_value(1, row, std::vector<float>(64, 1.0f));
+  problem.query.position = 16;
+  EXPECT_EQ(problem.run(options).dense, DenseReason::kRowChanged);
+  for (size_t head = 0; head < 2; ++head) {
+    const Calibration& after = problem.index->state().calibration[head];
+    EXPECT_EQ(after.sum_xx, before[head].sum_xx) << head;
+    EXPECT_EQ(after.variance_ratio, before[head].variance_ratio) << head;
+    EXPECT_EQ(after.usual_variance, before[head].usual_variance) << head;
+    EXPECT_EQ(after.expected, before[head].expected) << head;
   }
 }
 
