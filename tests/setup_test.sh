@@ -31,5 +31,22 @@ begun 'lock_setup; get_model' asked
 begun 'source() { :; }; . scripts/get_gemma.sh' packages
 begun 'source() { :; }; . scripts/get_gemma.sh' asked
 begun 'say() { exit 1; }; get_python' packages
+begun 'setup' packages
+begun 'unset TACTIC_LLAMA_DIR; lock_setup; (add_processor_flags; mkdir -p "$TACTIC_CACHE/llama.cpp-0.3.36-$(llama_key)"); get_llama' asked   # half a build
+
+holds() {  # CODE
+  rm -rf "$tree/cache"; mkdir -p "$tree/cache"
+  run "$1" || fail "$1: $(cat "$work/err")"
+}
+# Only what has the right sum is kept, and what was downloaded is held to its sum by pip.
+holds 'echo right > file; keep_model file "$(sha256sum file | cut -c1-64)" "$TACTIC_CACHE/models/m"; [ "$(cat "$TACTIC_CACHE/models/m")" = right ]'
+holds 'echo wrong > file; ! (keep_model file "$MODEL_SHA256" "$TACTIC_CACHE/models/m") && [ ! -e "$TACTIC_CACHE/models/m" ]'
+grep -q "does not have the sha256" "$work/err" || fail "a wrong file is not named: $(cat "$work/err")"
+holds 'source scripts/setup.sh; mkdir -p "$TACTIC_CACHE/venv-download/bin"; touch "$TACTIC_CACHE/venv-download/ok"
+  printf "#!/bin/sh\necho \"\$@\" > \"%s/asked\"\n" "$TACTIC_CACHE" > "$TACTIC_CACHE/venv-download/bin/pip"; chmod +x "$TACTIC_CACHE/venv-download/bin/pip"
+  pip_download a==1 123 "$TACTIC_CACHE/x"; grep -q -- --require-hashes "$TACTIC_CACHE/asked"; grep -qx "a==1 --hash=sha256:123" "$TACTIC_CACHE/x/requirements.txt"'
+# Other flags are another build; a second set-up waits for the first.
+holds '[ "$(llama_key)" != "$(LLAMA_FLAGS+=(-DOTHER=ON); llama_key)" ]'
+holds '(flock 8; sleep 1; touch "$TACTIC_CACHE/done") 8> "$TACTIC_CACHE/lock" & sleep 0.3; lock_setup; [ -e "$TACTIC_CACHE/done" ]'
 
 [ "$failures" = 0 ]

@@ -94,6 +94,8 @@ def load(options):
 def ask(options):
     problems = []
     items = read_items(options.items, problems)
+    if os.path.exists(options.out) and os.path.samefile(options.items, options.out):
+        raise ValueError(f"cannot write {options.out}: it is the file of items")
     settings = client.Settings(
         server=options.server, model=options.model, mode=options.mode, api=options.api, seed=options.seed,
         timeout_s=options.timeout, attempts=options.attempts, workers=options.workers, max_tokens=options.max_tokens,

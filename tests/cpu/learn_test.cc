@@ -131,5 +131,36 @@ TEST(Learn, AStepThatMeetsAChangedRowTeachesNothing) {
   }
 }
 
+// What was measured long ago weighs next to nothing: the sums settle.
+TEST(Learn, PairsAreForgotten) {
+  Problem problem(spec_of(1500), 1);
+  problem.build_index();
+  double sum[2];
+  for (int64_t step = 0; step < 600; ++step) {
+    problem.query.position = 8 * step;  // a step that learns
+    problem.run({.tau = 1000, .check_rows = false});
+    sum[step / 300] = problem.index->state().calibration[0].sum_xx;
+  }
+  EXPECT_GT(sum[0], 0);
+  EXPECT_NEAR(sum[1] / sum[0], 1, 0.2);
+}
+
+// Sixty rows of more than 1% each, and no more than 32 rows after them are named.
+TEST(Learn, FollowersAreFew) {
+  Problem problem(spec_of(1500), 1);
+  double norm2 = 0;
+  for (const float x : problem.q) norm2 += double{x} * x;
+  for (int64_t row = 100; row < 700; row += 10) {
+    std::vector<float> key(problem.q);
+    for (float& x : key) x *= static_cast<float>(20 / (norm2 * problem.query.sm_scale));
+    problem.cache.set_key(0, row, key);
+  }
+  problem.build_index();
+  problem.run({.tau = 1e6f});
+  const std::vector<int32_t>& expected = problem.index->state().calibration[0].expected;
+  ASSERT_EQ(expected.size(), 32u);
+  for (size_t i = 0; i < expected.size(); ++i) EXPECT_EQ(expected[i], 101 + 10 * static_cast<int32_t>(i));
+}
+
 }  // namespace
 }  // namespace tactic::test

@@ -366,7 +366,9 @@ TEST_P(DecodeSelect, ReportsWhatItDid) {
     problem.query.masses = masses.data();
     const StepStats stats = problem.run(options_of(GetParam()), backend);
     ASSERT_EQ(selection.heads.size(), 2u);
-    int64_t certain = 0, sampled = 0;
+    int64_t certain = 0, sampled = 0, index_bytes = 0;
+    for (const Segment& segment : problem.index->state().segments)
+      index_bytes += 2 * (segment.num_clusters * (64 + 10) + 64 * 4);
     double mass = 0, variance = 0;
     for (const MassEstimate& m : masses) {
       mass += m.mass / 6;
@@ -383,6 +385,7 @@ TEST_P(DecodeSelect, ReportsWhatItDid) {
       ASSERT_EQ(rows.clusters.size(), n);
       certain += rows.num_certain;
       sampled += static_cast<int64_t>(n) - rows.num_certain;
+      index_bytes += 3 * std::count_if(rows.clusters.begin(), rows.clusters.end(), [](int32_t c) { return c >= 0; });
       std::vector<int32_t> sorted = rows.tokens;
       std::sort(sorted.begin(), sorted.end());
       EXPECT_EQ(std::adjacent_find(sorted.begin(), sorted.end()), sorted.end());
@@ -408,6 +411,9 @@ TEST_P(DecodeSelect, ReportsWhatItDid) {
     }
     EXPECT_EQ(certain, stats.tokens_certain);
     EXPECT_EQ(sampled, stats.tokens_sampled);
+    if (backend == Backend::kCpu && stats.dense == DenseReason::kNone) {
+      EXPECT_EQ(index_bytes, stats.index_bytes) << "centroids, and the numbers and check values of rows";
+    }
   }
 }
 

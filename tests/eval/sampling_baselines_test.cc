@@ -60,6 +60,10 @@ TEST(MagicPig, RowsAreReadWithTheProbabilityTheyAreDividedBy) {
     }
   }
   EXPECT_NEAR(summary, 8.0 * 12 * 6 + 4 * listed + 4 * union_rows, 0.1 * summary);  // bounds, lists, norms
+  const Choice nothing_open = c.select("magicpig,k=4,l=12,recent=400"), choice = c.select("magicpig,k=4,l=12");
+  EXPECT_EQ(nothing_open.summary_bytes, 8 * 12 * 6);
+  EXPECT_GT(choice.sampled(), 0);
+  EXPECT_EQ(choice.bytes(c.rows), choice.tokens() * 2 * kRowBytes + choice.summary_bytes);
 }
 
 TEST(RetroInfer, UnreadClustersEnterWithSizeAndValueSum) {

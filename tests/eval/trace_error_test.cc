@@ -115,6 +115,16 @@ TEST_F(TraceErrorTest, SettingsAreMeasuredAsTheLibraryRunsThem) {
     EXPECT_GE(s.worst_mean, s.mean);
   }
   EXPECT_GT(sample.sampled_cases, 0);
+  EXPECT_GT(sample.tokens, sample.tokens_certain);
+  for (size_t s = 1; s < cases.size(); ++s) {
+    for (size_t i = 0; i < answers.size(); ++i) {
+      const StepCase& step = cases[s].steps[i];
+      const auto rows = static_cast<double>(answers[i].rows.end);
+      const double of_both = s == 1 ? step.tokens_certain + step.tokens_sampled : step.tokens;
+      EXPECT_NEAR(step.tokens, of_both, 1e-9);
+      EXPECT_GT(step.read_fraction, step.tokens / rows + 0.02) << "the index is read too";
+    }
+  }
   EXPECT_GT(more.tokens, fit.tokens);
   EXPECT_GT(more.achieved_mass, fit.achieved_mass);
   // Settings do not disturb one another.

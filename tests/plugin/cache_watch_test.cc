@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <random>
+
 namespace tactic::plugin {
 namespace {
 
@@ -59,6 +61,124 @@ TEST_F(Steps, RowsTakenBackLeaveTheIndexAndThoseOfAnotherSequenceDoNot) {
   EXPECT_EQ(entry_.index.rows_written(), kCells - 50);
   step(0, 451, 450);
   EXPECT_EQ(entry_.index.rows_written(), kCells - 50);
+}
+
+TEST_F(Steps, FewerCellsThanBeforeBeginAPassage) {
+  for (int64_t i = 0; i < 10; ++i) step(0, 500 + i, 499 + i);
+  step(0, 505, 504);  // a draft of which four tokens were rejected
+  EXPECT_EQ(entry_.steps, 1u);
+}
+
+// Two layers of which the first 960 cells are in the index and known.
+class Nets : public ::testing::Test {
+ protected:
+  static constexpr int64_t kDim = 64, kShown = 960;
+
+  struct Cache {
+    std::vector<float> k = std::vector<float>(kCells * kDim), v = k;
+    CacheLayer layer;
+  };
+
+  Nets() {
+    std::mt19937 random(1);
+    std::normal_distribution<float> normal;
+    for (Cache& cache : caches_) {
+      for (std::vector<float>* rows : {&cache.k, &cache.v}) {
+        for (float& x : *rows) x = normal(random);
+      }
+      KvView& kv = cache.layer.view;
+      kv.num_kv_heads = 1;
+      kv.head_dim = kv.v_head_dim = kDim;
+      kv.kv_len = cache.layer.cells = kCells;
+      for (RowsView* rows : {&kv.k, &kv.v}) {
+        *rows = {.data = rows == &kv.k ? cache.k.data() : cache.v.data(), .dtype = DType::kF32};
+        rows->token_stride_bytes = rows->head_stride_bytes = kDim * 4;
+      }
+      cache.layer.streams.push_back(std::make_unique<StreamIndex>(
+          IndexOptions{.segment_tokens = 512, .provisional_tokens = 64}, KvShape{1, kDim, kDim}));
+      KvIndex& index = cache.layer.streams[0]->index;
+      index.write(0, kShown);
+      index.maintain(kv);
+      show(cache, kShown);
+      EXPECT_EQ(index.rows_indexed(), kShown - index.options().sink_tokens);
+    }
+  }
+
+  // A step that shows `cells` cells but [hidden, hidden_end).
+  void show(Cache& cache, int64_t cells, int64_t hidden = 0, int64_t hidden_end = 0) {
+    std::vector<uint64_t> visible(kCells / 64);
+    for (int64_t i = 0; i < cells; ++i) {
+      if (i < hidden || i >= hidden_end) visible[static_cast<size_t>(i / 64)] |= uint64_t{1} << (i % 64);
+    }
+    StreamIndex& entry = *cache.layer.streams[0];
+    ++entry.steps;
+    watch_.before_step(cache.layer, 0, visible, true, {});
+  }
+  static void change(Cache& cache, int64_t begin, int64_t count) {
+    for (std::vector<float>* rows : {&cache.k, &cache.v}) {
+      for (int64_t i = begin * kDim; i < (begin + count) * kDim; ++i) (*rows)[static_cast<size_t>(i)] += 1;
+    }
+  }
+  static int64_t indexed(const Cache& cache, int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i)
+      count += (cache.layer.streams[0]->index.indexed_word(i / 64) >> (i % 64) & 1) != 0;
+    return count;
+  }
+
+  CacheWatch watch_;
+  Cache caches_[2];
+};
+
+TEST_F(Nets, ACellNeverSeenWrittenHasAllRowsCompared) {
+  for (Cache& cache : caches_) change(cache, 600, 4);
+  show(caches_[0], kShown);
+  EXPECT_EQ(indexed(caches_[0], 600, 604), 4) << "nothing has told";
+  show(caches_[0], kShown + 1);
+  EXPECT_EQ(indexed(caches_[0], 600, 604), 0);
+  EXPECT_EQ(indexed(caches_[0], 576, 640), 60) << "and no others go";
+  show(caches_[1], kShown);
+  EXPECT_EQ(indexed(caches_[1], 600, 604), 0) << "in any other layer too";
+}
+
+TEST_F(Nets, ARowThatAStepFoundChangedHasAllRowsCompared) {
+  for (Cache& cache : caches_) change(cache, 600, 4);
+  watch_.note_changed_row();
+  for (Cache& cache : caches_) {
+    show(cache, kShown);
+    EXPECT_EQ(indexed(cache, 600, 604), 0);
+  }
+}
+
+TEST_F(Nets, WhatCameBackIsRewrittenIfAnyOfItChanged) {
+  show(caches_[0], kShown, 300, 364);
+  show(caches_[0], kShown, 300, 364);
+  change(caches_[0], 310, 2);
+  change(caches_[1], 700, 4);
+  show(caches_[0], kShown);
+  EXPECT_EQ(indexed(caches_[0], 300, 364), 0) << "one row in 256 slips through a check";
+  EXPECT_EQ(indexed(caches_[0], 364, kShown), kShown - 364);
+  show(caches_[1], kShown);
+  EXPECT_EQ(indexed(caches_[1], 700, 704), 0) << "in any other layer too";
+}
+
+TEST_F(Nets, TokensOfCellsThatChangedUnseenAreLookedAtAgain) {
+  Cache& cache = caches_[0];
+  StreamIndex& entry = *cache.layer.streams[0];
+  std::vector<uint64_t> visible(kCells / 64, ~uint64_t{0});
+  const auto put = [&](int64_t cell, int64_t token) {
+    std::copy_n(cache.v.begin() + token * kDim, kDim, cache.v.begin() + cell * kDim);
+  };
+  put(100, kCells - 1);
+  std::vector<int32_t> rows;
+  entry.earlier_places.find(cache.layer.view, visible, {}, 8, rows);
+  EXPECT_EQ(rows, (std::vector<int32_t>{99, 100, 101, 102}));
+  put(100, 5);
+  put(200, kCells - 1);
+  watch_.note_changed_row();
+  show(cache, kShown);
+  entry.earlier_places.find(cache.layer.view, visible, {}, 8, rows);
+  EXPECT_EQ(rows, (std::vector<int32_t>{199, 200, 201, 202}));
 }
 
 }  // namespace

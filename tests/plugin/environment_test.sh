@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a user can get wrong, through the host's own programs: environment_test.sh PLUGIN LLAMA_BIN_DIR
+# What a user can get wrong, through the host's own programs: environment_test.sh PLUGIN LLAMA_BIN_DIR OTHER_GGML
 set -euo pipefail
 plugin=$1 bin=$2
 test_name=environment_test
@@ -40,6 +40,11 @@ ask "an option of the tests" TACTIC=fault=mask
 ask "another ggml" TACTIC_TEST_ABI_MISMATCH="tensors have another size"
 log_has "tensors have another size"
 log_has "TACTIC_LLAMA_DIR"
+answer_is_normal
+
+ask "a ggml of other types" LD_PRELOAD="$3" TACTIC=min_context=0,quality=exact TACTIC_STATS="$work/stats_other"
+log_has "types have other numbers"
+[ ! -e "$work/stats_other" ] || fail "the plug-in was loaded"
 answer_is_normal
 
 sparse=TACTIC=min_context=0,segment=512,provisional=64

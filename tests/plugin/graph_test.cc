@@ -82,20 +82,20 @@ TEST_F(Graph, ShortWindowIsReadDensely) {
 // Two sequences in one cache, a short one in the first row.
 TEST_F(Graph, AShortRowLeavesTheOthersSparse) {
   configure("segment=256,provisional=64,error=0.03");
-  constexpr int64_t kCells = 1536;
+  constexpr int64_t kCells = 1536, kShort = 400;
   for (const size_t long_row : {0, 1}) {
     Layer layer(kCells);
     Rows rows(18);
     std::vector<float> mask(2 * kCells, kHidden);
-    std::fill_n(mask.begin() + static_cast<int64_t>(1 - long_row) * kCells, 100, 0.0f);
-    std::fill_n(mask.begin() + static_cast<int64_t>(long_row) * kCells + 100, 1300, 0.0f);
+    std::fill_n(mask.begin() + static_cast<int64_t>(1 - long_row) * kCells, kShort, 0.0f);  // enough for a selection
+    std::fill_n(mask.begin() + static_cast<int64_t>(long_row) * kCells + kShort, kCells - kShort, 0.0f);
     layer.write(0, rows.keys(kCells), rows.values(kCells));
     take_totals();
     for (int step = 0; step < 20; ++step) EXPECT_LT(layer.error(rows.query(2), mask, 2), kBound);
     tactic_totals totals = take_totals();
     EXPECT_EQ(totals.queries, 40);
     EXPECT_EQ(totals.sparse_queries, 20) << "long row " << long_row;
-    layer.write(100, rows.keys(1300), rows.values(1300));  // another prompt
+    layer.write(kShort, rows.keys(kCells - kShort), rows.values(kCells - kShort));  // another prompt
     EXPECT_LT(layer.error(rows.query(2), mask, 2), kBound);
     EXPECT_EQ(take_totals().sparse_queries, 1);
   }
@@ -138,6 +138,35 @@ TEST_F(Graph, HeadsOnTheLastDimensionAreExact) {
     norm += expected[i] * expected[i];
   }
   EXPECT_LT(std::sqrt(difference / norm), 1e-3);
+}
+
+// ggml's own cases have scores so small that they hardly tell.
+TEST_F(Graph, WhatBendsScoresIsDeclined) {
+  constexpr int64_t kCells = 512;
+  Layer layer(kCells);
+  Rows rows(23);
+  layer.write(0, rows.keys(kCells), rows.values(kCells));
+  ContextPtr context = make_context();
+  ggml_context* c = context.get();
+  ggml_tensor *query = ggml_new_tensor_4d(c, GGML_TYPE_F32, kDim, 1, kQueryHeads, 1),
+              *mask = ggml_new_tensor_4d(c, GGML_TYPE_F16, kCells, 1, 1, 1),
+              *by_head = ggml_new_tensor_4d(c, GGML_TYPE_F16, kCells, 1, kQueryHeads, 1),
+              *sinks = ggml_new_tensor_1d(c, GGML_TYPE_F32, kQueryHeads);
+  const auto view = [&](ggml_tensor* cache) {
+    return ggml_view_4d(c, cache, kDim, kCells, kKvHeads, 1, cache->nb[1], ggml_row_size(cache->type, kDim),
+                        cache->nb[2], 0);
+  };
+  const auto taken = [&](ggml_tensor* shown, float max_bias, float softcap, ggml_tensor* added) {
+    ggml_tensor* out =
+        ggml_flash_attn_ext(c, query, view(layer.k()), view(layer.v()), shown, kScale, max_bias, softcap);
+    ggml_flash_attn_ext_add_sinks(out, added);
+    return ggml_backend_dev_supports_op(Host::plugin_device(), out);
+  };
+  EXPECT_TRUE(taken(mask, 0, 0, nullptr));
+  EXPECT_FALSE(taken(mask, 8, 0, nullptr)) << "ALiBi";
+  EXPECT_FALSE(taken(mask, 0, 50, nullptr)) << "soft-capping";
+  EXPECT_FALSE(taken(mask, 0, 0, sinks)) << "sinks";
+  EXPECT_FALSE(taken(by_head, 0, 0, nullptr)) << "a mask for each head";
 }
 
 TEST_F(Graph, MaskWithOtherValuesIsExact) {
@@ -353,23 +382,84 @@ TEST_F(Graph, FirstStepsAfterAPromptReadMore) {
 // Rows around earlier places of the current token, known by the first layer's values, are read for certain.
 TEST_F(Graph, RowsAroundEarlierPlacesOfTheTokenAreRead) {
   configure(kIndexOptions + ",tau=1,refine=1");
+  for (const int64_t stream : {0, 1}) {
+    int64_t certain[2];
+    for (const bool repeated : {false, true}) {
+      Layer layer(2048, 2);
+      layer.use_stream(stream);
+      Rows rows(15);
+      const std::vector<float> values = rows.values(1600), other = rows.values(1);
+      std::vector<float> token(values.begin() + 1599 * kRowElements, values.end()), all = values;
+      for (int64_t place = 300; place < 1000; place += 100)  // seven
+        std::copy(token.begin(), token.end(), all.begin() + place * kRowElements);
+      if (!repeated) std::copy(other.begin(), other.end(), all.begin() + 1599 * kRowElements);
+      layer.write(0, rows.keys(1600), all);
+      std::vector<float> mask(2048, kHidden);
+      std::fill_n(mask.begin(), 1600, 0.0f);
+      take_totals();
+      layer.attend(rows.query(), mask);
+      certain[repeated] = take_totals().tokens_certain;
+    }
+    EXPECT_EQ(certain[1] - certain[0], 7 * 4 * kKvHeads) << "four rows each, stream " << stream;
+  }
+}
+
+TEST_F(Graph, ARewrittenCellIsNoEarlierPlaceAnyMore) {
+  configure(kIndexOptions + ",tau=1,refine=1");
   int64_t certain[2];
-  for (const bool repeated : {false, true}) {
+  for (const bool stood : {false, true}) {
     Layer layer(2048);
     Rows rows(15);
-    const std::vector<float> values = rows.values(1600), other = rows.values(1);
-    std::vector<float> token(values.begin() + 1599 * kRowElements, values.end()), all = values;
-    for (int64_t place = 300; place < 1000; place += 100)  // seven
-      std::copy(token.begin(), token.end(), all.begin() + place * kRowElements);
-    if (!repeated) std::copy(other.begin(), other.end(), all.begin() + 1599 * kRowElements);
-    layer.write(0, rows.keys(1600), all);
+    const std::vector<float> keys = rows.keys(1600), other = rows.values(1), key = rows.keys(1);
+    const std::vector<float> q(kQueryHeads * kDim, 0);  // all rows weigh alike: nothing is learned of them
+    std::vector<float> values = rows.values(1600);
+    const std::vector<float> token(values.end() - kRowElements, values.end());
+    std::copy(token.begin(), token.end(), values.begin() + 1000 * kRowElements);
+    std::copy_n(stood ? token.begin() : other.begin(), kRowElements, values.begin() + 300 * kRowElements);
+    layer.write(0, keys, values);
     std::vector<float> mask(2048, kHidden);
     std::fill_n(mask.begin(), 1600, 0.0f);
+    layer.attend(q, mask);
+    layer.write(300, key, other);
+    layer.write(1599, key, token);
     take_totals();
-    layer.attend(rows.query(), mask);
-    certain[repeated] = take_totals().tokens_certain;
+    layer.attend(q, mask);
+    certain[stood] = take_totals().tokens_certain;
   }
-  EXPECT_EQ(certain[1] - certain[0], 7 * 4 * kKvHeads) << "four rows each";
+  EXPECT_EQ(certain[0], certain[1]);
+}
+
+// A prompt is clustered as it comes; rows that are decoded at every fourth step, so that layers take turns.
+TEST_F(Graph, RowsAreClusteredAsTheyCome) {
+  configure(kIndexOptions + ",tau=1,refine=1,places=0");
+  Layer layer(2048);
+  Rows rows(22);
+  const std::vector<float> q(kQueryHeads * kDim, 0);
+  std::vector<float> mask(2048, kHidden);
+  int64_t cells = 0;
+  const auto write = [&](int64_t count) {
+    layer.write(cells, rows.keys(count), rows.values(count));
+    std::fill_n(mask.begin() + cells, count, 0.0f);
+    cells += count;
+  };
+  write(512);
+  layer.attend(q, mask);  // from now on the layer is known
+  const int64_t bytes = take_totals().index_memory_bytes;
+  write(509);
+  EXPECT_GT(take_totals().index_memory_bytes, bytes * 3 / 2);
+  int64_t before = 0, drops = 0;
+  for (int step = 1; step <= 200; ++step) {
+    write(1);
+    layer.attend(q, mask);
+    const int64_t certain = take_totals().tokens_certain / kKvHeads;
+    EXPECT_LE(certain, 4 + 64 + 4) << "sinks, a small segment, and the steps until its turn; step " << step;
+    if (certain < before - 32) {
+      ++drops;
+      EXPECT_EQ(step % 4, 0);
+    }
+    before = certain;
+  }
+  EXPECT_EQ(drops, 4);
 }
 
 // State restore writes the cache behind the plug-in's back.

@@ -62,7 +62,9 @@ TEST_F(HostScenarios, OffLeavesAllAttentionToTheHost) {
   Session session("select=off", {.cells = 512});
   session.prefill(text());
   session.decode(std::span(text()).first(4), kDepth);
-  EXPECT_EQ(take_totals().nodes, 0);
+  const tactic_totals totals = take_totals();
+  EXPECT_EQ(totals.nodes, 0);
+  EXPECT_EQ(totals.write_ns, 0) << "nor are rows stored here";
 }
 
 TEST_F(HostScenarios, ShortContextsAreTheHosts) {

@@ -257,8 +257,16 @@ TEST(Robustness, ARowChangedUnseenMakesTheStepDense) {
           for (float& value : x) value = random.normal();
           keys ? problem.cache.set_key(1, row, x) : problem.cache.set_value(1, row, x);
         }
+        const std::vector<Calibration> known = problem.index->state().calibration;
         EXPECT_EQ(problem.run(options, backend).dense, DenseReason::kRowChanged)
             << dtype_name(dtype) << (keys ? " K" : " V");
+        for (size_t head = 0; head < known.size(); ++head) {  // such a step teaches nothing, in no head
+          const Calibration& now = problem.index->state().calibration[head];
+          EXPECT_EQ(now.expected, known[head].expected);
+          EXPECT_EQ(now.variance_ratio, known[head].variance_ratio);
+          EXPECT_EQ(now.usual_variance, known[head].usual_variance);
+          EXPECT_EQ(now.sum_xx, known[head].sum_xx);
+        }
         const std::vector<float> out = problem.out;
         problem.run({.select = Select::kDense}, backend);
         EXPECT_TRUE(same_bits(problem.out, out));

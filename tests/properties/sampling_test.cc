@@ -179,6 +179,9 @@ TEST(Sampling, CalibrationKeepsTheErrorNearItsTarget) {
   EXPECT_GT(known.sum_xx, 0);
   EXPECT_TRUE(std::isfinite(known.sum_xy));
   EXPECT_GT(known.variance_ratio, 0);
+  EXPECT_NE(known.variance_ratio, 1) << "nothing was learned of it";
+  ASSERT_EQ(known.usual_variance.size(), 3u);
+  for (const double usual : known.usual_variance) EXPECT_GT(usual, 0);
 }
 
 // Row 1000 weighs 0.3 of everything, and its cluster does not know (it changed unseen).
@@ -213,6 +216,31 @@ TEST(Sampling, RefinementReadsAnUnderestimatedClusterWhole) {
   EXPECT_GT(refined, 3);
   EXPECT_LT(worst_with, 0.15);
   EXPECT_GT(worst_without, 2 * worst_with);
+}
+
+// Chance has to find it twice; from then on every step reads it.
+TEST(Sampling, ARowFoundHeavyTwiceIsReadForCertain) {
+  Problem problem(spec_of(4000), 1, 7, 0.2f);
+  make_heavy_unseen(problem);
+  const std::vector<int32_t>& heavy = problem.index->state().calibration[0].heavy;
+  Selection selection;
+  problem.query.selection = &selection;
+  int64_t found = 0;
+  for (int i = 0; i < 600; ++i) {
+    const bool known = std::find(heavy.begin(), heavy.end(), 1000) != heavy.end();
+    problem.query.position = i;
+    const StepStats stats = problem.run({.tau = 400, .refine = 0.02f, .beta = 1, .check_rows = false});
+    if (!known) {
+      found += stats.refined_clusters;
+      continue;
+    }
+    const HeadSelection& rows = selection.heads[0];
+    const auto at = std::find(rows.tokens.begin(), rows.tokens.end(), 1000) - rows.tokens.begin();
+    ASSERT_LT(at, rows.num_certain) << "step " << i;
+    EXPECT_EQ(stats.refined_clusters, 0);
+  }
+  EXPECT_GE(found, 2);
+  EXPECT_EQ(heavy, std::vector<int32_t>{1000});
 }
 
 // Its cluster read whole, the row is known; what its draw stood for is no reason to read on.

@@ -80,6 +80,13 @@ refuses 1 "cannot write /dev/null: it is there and no regular file" trace -m "$m
 refuses 2 "--synthetic excludes --records" trace --synthetic flat-128 --records 0 -o "$work/x"
 printf '{"id":"a","task":"t","prompt":"hi there","answers":["x"],"metric":"any","max_tokens":2}\n' > "$work/items"
 refuses 1 "cannot write /dev/zero: it is there and no regular file" eval tasks -m "$model" --items "$work/items" -o /dev/zero
+refuses 1 "cannot write $work/items: it is a file that is read" eval tasks -m "$model" --items "$work/items" -o "$work/items"
+printf 'A text of some length.\n' > "$work/prose"
+refuses 1 "cannot append to $work/prose: it is there and holds no JSON lines" eval tasks -m "$model" --items "$work/items" -o "$work/prose"
+refuses 1 "cannot append to $work/prose: it is there and holds no JSON lines" bench -m "$model" -d 64 --file "$work/prose" --json "$work/prose"
+refuses 1 "cannot write $work/prose: it is a file that is read" trace -m "$model" -f "$work/prose" -n 64 -o "$work/prose"
+refuses 1 "cannot write $work/prose: it is a file that is read" inspect -m "$model" --file "$work/prose" -o "$work/prose"
+[ "$(cat "$work/prose")" = 'A text of some length.' ] || fail "the text has changed"
 refuses 1 "and the context holds 256 (-c)" run -m "$model" --file "$work/long" -c 256
 refuses 1 "cannot read $work/none" run -m "$model" --file "$work/none"
 refuses 1 "it is a directory" run -m "$model" --file "$work"
@@ -125,6 +132,40 @@ printf 'too few tokens for an interval\n'
 call 0 eval kl -m "$model" --records 0 -d 64 -n 40 -t 2 --modes stock --json "$work/few.jsonl"
 grep -q '"mean_kl":0' "$work/few.jsonl" || fail "no row of the few tokens"
 ! grep -q mean_kl_95 "$work/few.jsonl" || fail "an interval of 40 tokens"
+
+# Figures against each other: another method reads its index, errs, and has distributions of its own; windows differ.
+printf 'figures of rows\n'
+figures() { call 0 "$@"; python3 - "$work/figures.jsonl" "$work/err" 2>> "$work/err" || fail "figures: tactic $*"; rm -f "$work/figures.jsonl"; }
+figures eval kl -m "$model" --text "$work/long" -d 128 -n 16 -t 2 --windows 1 --modes 'dense;recent_only' --json "$work/figures.jsonl" << 'PY'
+import json, sys
+one = json.loads(open(sys.argv[1]).readline())
+assert one["perplexity"] == one["exact_perplexity"] and one["same_top"] == 1, one
+open(sys.argv[2] + ".perplexity", "w").write(str(one["perplexity"]))
+PY
+figures eval kl -m "$model" --text "$work/long" -d 128 -n 16 -t 2 --windows 2 --modes 'recent_only,budget=0,recent=1,sinks=0;quest,budget=32' \
+  --json "$work/figures.jsonl" << 'PY'
+import json, sys
+none, quest = map(json.loads, open(sys.argv[1]))
+assert none["perplexity"] > none["exact_perplexity"] and none["same_top"] < 1 and none["tokens_per_kv_head"] == 1, none
+assert abs(none["exact_perplexity"] / float(open(sys.argv[2] + ".perplexity").read()) - 1) > 1e-6, "the second window is the first"
+present = quest["totals"]["kv_bytes_present"]
+assert abs(quest["read_fraction"] - quest["tokens_per_kv_head"] / (128 + 8.5) - quest["totals"]["index_bytes"] / present) < 1e-3, quest
+assert quest["totals"]["index_bytes"] > present / 32, quest
+PY
+figures bench -m "$model" -d 64 -n 4 --rounds 1 --warmup 2 -t 2 --modes 'stock;dense' --json "$work/figures.jsonl" << 'PY'
+import json, sys
+stock, dense = map(json.loads, open(sys.argv[1]))
+assert stock["ratio_to_stock"] == 1, stock
+assert abs(dense["ratio_to_stock"] - dense["tokens_per_second"] / stock["tokens_per_second"]) < 1e-9, dense
+PY
+figures run -m "$model" --file "$work/bytes" --prompt hi -n 16 -t 2 --compare --tactic quality=exact << 'PY'
+import re, sys
+log = open(sys.argv[2]).read()
+stock, tactic = map(float, re.search(r"decode tok/s +([0-9.]+) +([0-9.]+)", log).groups())
+assert abs(float(re.search("decode speed against stock: ([0-9.]+)", log)[1]) - tactic / stock) < 0.02, log
+PY
+refuses 1 "no exact reference: the plug-in did not take this model's attention with cache type f32" eval kl -m "$model" --records 0 \
+  -d 64 -n 2 -t 2 --modes stock --cache-type f32
 
 # Every context that YaRN extends is the same: exact attention has no distance from itself.
 printf 'yarn\n'

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "kl.h"
@@ -112,6 +113,32 @@ TEST(ReadFigures, OfAModeThatTookNothingAreThoseOfAllRows) {
   EXPECT_EQ(read.read_fraction, 1);
   EXPECT_EQ(read.dense_share, 1);
   EXPECT_FALSE(read.taken);
+}
+
+TEST(Totals, AreAddedFieldByField) {
+  tactic_totals part = {}, sum = {};
+  int64_t next = 1;
+  for (int64_t* field :
+       {&part.nodes, &part.queries, &part.dense_queries, &part.changed_queries, &part.kv_heads, &part.tokens_certain,
+        &part.tokens_sampled, &part.tokens_value, &part.refined_clusters, &part.index_bytes, &part.kv_bytes,
+        &part.kv_bytes_present, &part.sparse_queries, &part.attend_ns, &part.write_ns, &part.cluster_ns})
+    *field = next++;
+  part.estimated_mass = 0.5;
+  part.mass_variance = 0.25;
+  part.index_memory_bytes = 7, part.kv_memory_bytes = 8;
+  add_totals(sum, part);
+  EXPECT_EQ(std::memcmp(&sum, &part, sizeof sum), 0);
+  add_totals(sum, part);
+  next = 1;
+  for (const int64_t field :
+       {sum.nodes, sum.queries, sum.dense_queries, sum.changed_queries, sum.kv_heads, sum.tokens_certain,
+        sum.tokens_sampled, sum.tokens_value, sum.refined_clusters, sum.index_bytes, sum.kv_bytes, sum.kv_bytes_present,
+        sum.sparse_queries, sum.attend_ns, sum.write_ns, sum.cluster_ns})
+    EXPECT_EQ(field, 2 * next++);
+  EXPECT_EQ(sum.estimated_mass, 1);
+  EXPECT_EQ(sum.mass_variance, 0.5);
+  EXPECT_EQ(sum.index_memory_bytes, 7) << "what there is now";
+  EXPECT_EQ(sum.kv_memory_bytes, 8);
 }
 
 }  // namespace

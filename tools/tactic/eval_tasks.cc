@@ -299,6 +299,7 @@ void eval_tasks(const TasksOptions& options) {
   int64_t broken = 0, left = 0, unfit = 0;
   std::vector<Item> items = read_items(options, broken);
   check_regular(options.out);
+  check_apart(options.out, {options.items});
   JsonLines out(options.out);
   Host host(options.host, modes);
   const std::vector<std::string> model = model_parts(host);

@@ -88,6 +88,7 @@ void inspect(const InspectOptions& options) {
   mode.options += mode.options.empty() ? "inspect=1" : ",inspect=1";
   const ggml_type cache_type = parse_cache_type(options.cache_type);
   check_writable(options.output, true);
+  check_apart(options.output, {options.file, options.host.model_path});
   JsonLines json(options.json);
   Host host(options.host, {mode});
 

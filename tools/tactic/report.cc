@@ -186,7 +186,13 @@ void Table::print(std::FILE* file) const {
 std::string to_line(const Json& object) { return object.dump(-1, ' ', false, Json::error_handler_t::replace) + '\n'; }
 
 JsonLines::JsonLines(const std::string& path) : path_(path) {
-  if (is_wanted()) check_writable(path);
+  if (!is_wanted()) return;
+  check_writable(path);
+  std::error_code error;
+  if (!std::filesystem::is_regular_file(path, error)) return;
+  char first = '{';
+  std::ifstream(path, std::ios::binary) >> first;
+  if (first != '{') throw CommandError("cannot append to " + path + ": it is there and holds no JSON lines");
 }
 
 void JsonLines::write(const Json& object) {

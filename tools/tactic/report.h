@@ -65,7 +65,7 @@ std::string to_line(const Json& object);
 /// run that ends before it leaves none. A last line that was cut short is closed first, so that it spoils no other.
 class JsonLines {
  public:
-  /// Throws CommandError if the file could not be written.
+  /// Throws CommandError if the file could not be written, or holds something else.
   explicit JsonLines(const std::string& path);
   bool is_wanted() const { return !path_.empty(); }
   /// What cannot be written is lost with all that follows; finish() says so, when everything was measured and shown.

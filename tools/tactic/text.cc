@@ -106,6 +106,14 @@ void check_regular(const std::string& path) {
     throw CommandError("cannot write " + path + ": it is there and no regular file");
 }
 
+void check_apart(const std::string& output, const std::vector<std::string>& inputs) {
+  std::error_code error;
+  for (const std::string& input : inputs) {
+    if (!input.empty() && std::filesystem::equivalent(output, input, error))
+      throw CommandError("cannot write " + output + ": it is a file that is read");
+  }
+}
+
 std::string read_text(const std::string& path) {
   std::ifstream file = open_input(path);
   constexpr size_t kMaxBytes = size_t{1} << 30;  // llama.cpp counts bytes and tokens in 32 bits

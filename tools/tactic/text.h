@@ -21,6 +21,8 @@ std::ifstream open_input(const std::string& path, const std::string& what = "");
 void check_writable(const std::string& path, bool replaced = false);
 /// Throws CommandError for a device or a pipe, which is neither replaced nor read to an end.
 void check_regular(const std::string& path);
+/// Throws CommandError if the output is one of the files that are read, which it would destroy. "": no file.
+void check_apart(const std::string& output, const std::vector<std::string>& inputs);
 /// The whole file as valid UTF-8; warns on stderr about what was replaced.
 std::string read_text(const std::string& path);
 

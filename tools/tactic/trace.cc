@@ -233,6 +233,7 @@ void print_written(const std::string& path, const TraceInfo& info) {
 
 void trace(const TraceOptions& options) {
   check_writable(options.output, true);
+  check_apart(options.output, {options.text, options.host.model_path});
   if (!options.synthetic.empty()) {
     try {
       eval::write_synthetic(options.output, eval::synthetic_preset(options.synthetic));
