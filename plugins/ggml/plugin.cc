@@ -120,8 +120,7 @@ bool fits_this_ggml() {
   if (ggml_backend_reg_count() == 0) {  // a host with ggml inside it has brought its libraries a second time
     log_error(
         "the CPU backend is not to be seen: plug-ins need a llama.cpp with shared libraries that loads the CPU backend "
-        "first; "
-        "going on without sparse decode");
+        "first; going on without sparse decode");
     return false;
   }
   const char* pretend = std::getenv("TACTIC_TEST_ABI_MISMATCH");  // for the test of the refusal
