@@ -37,7 +37,7 @@ struct StreamIndex {
   EarlierPlaces earlier_places;     // of the first layer
   /// The cells that a step's first row shows. Where they do not go on from the step before, a prompt came in between or
   /// rows were taken back: what was learned is forgotten and rows that were taken back leave the index, so that a
-  /// request that is asked again reads the same rows again. `max_rows`: a decode step has no more. False: no step
+  /// request that is asked again reads the same rows again. `max_rows`: the step writes no more. False: no step
   /// begins, for another layer has attended to this layer's cache in it.
   bool begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows);
   /// A step begins. `too_short`: it sees fewer rows than a selection is worth.

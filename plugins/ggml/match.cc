@@ -88,16 +88,15 @@ std::string unsupported(const ggml_tensor* node) {
   return {};
 }
 
-std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const PluginOptions& options) {
-  if (!options.enabled || node->op != GGML_OP_FLASH_ATTN_EXT || !unsupported(node).empty()) return std::nullopt;
+std::optional<AttentionMatch> readable_attention(const ggml_tensor* node) {
+  if (node->op != GGML_OP_FLASH_ATTN_EXT || !unsupported(node).empty()) return std::nullopt;
   const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
   float scale;
   std::memcpy(&scale, node->op_params, sizeof scale);
   if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float)) return std::nullopt;
   if (q->ne[0] != k->ne[0] || k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] != 0)
     return std::nullopt;
-  if (q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3] || q->ne[1] > options.max_rows || k->ne[1] < options.min_context)
-    return std::nullopt;
+  if (q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3]) return std::nullopt;
   if (q->nb[1] % 4 != 0 || q->nb[2] % 4 != 0 || k->ne[1] > INT32_MAX) return std::nullopt;
   if (node->type != GGML_TYPE_F32 || node->nb[0] != sizeof(float)) return std::nullopt;
   if (mask != nullptr) {
@@ -105,8 +104,14 @@ std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const Plu
       return std::nullopt;
     if (mask->ne[2] != 1 || q->ne[3] % mask->ne[3] != 0) return std::nullopt;
   }
-  if (!options.accept_any && !views_filled_cache(node)) return std::nullopt;
   return AttentionMatch{q, k, v, mask, const_cast<ggml_tensor*>(node), scale};
+}
+
+bool takes_attention(const ggml_tensor* node, const PluginOptions& options) {
+  if (!options.enabled) return false;
+  const std::optional<AttentionMatch> match = readable_attention(node);
+  if (!match || match->rows() > kMaxRows || match->k->ne[1] < options.min_context) return false;
+  return options.accept_any || views_filled_cache(node);
 }
 
 bool match_write(const ggml_tensor* node) {

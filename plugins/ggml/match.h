@@ -36,7 +36,14 @@ bool views_filled_cache(const ggml_tensor* node);
 /// What of an attention node this library does not do, in plain words; empty: nothing.
 std::string unsupported(const ggml_tensor* node);
 
-std::optional<AttentionMatch> match_attention(const ggml_tensor* node, const PluginOptions& options);
+/// An attention node that can be computed here, whoever is to do it.
+std::optional<AttentionMatch> readable_attention(const ggml_tensor* node);
+
+/// Rows per stream up to which attention is taken over: llama.cpp computes more of them in tiles, as fast as we could.
+constexpr int64_t kMaxRows = 64;
+
+/// Whether such a node is taken from the host.
+bool takes_attention(const ggml_tensor* node, const PluginOptions& options);
 
 /// SET_ROWS of f32 rows into a tensor of a type we know.
 bool match_write(const ggml_tensor* node);

@@ -8,6 +8,7 @@
 #include "ggml-impl.h"
 #include "log.h"
 #include "plugin_api.h"
+#include "shared.h"
 
 static_assert(GGML_BACKEND_API_VERSION == 2, "the plug-in is written for version 2 of ggml's backend interface");
 

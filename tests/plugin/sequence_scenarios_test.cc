@@ -25,7 +25,7 @@ void decode_together(Session& s, const std::vector<std::vector<llama_token>>& re
 }
 
 std::vector<llama_token> question(uint64_t seed, int number) {
-  return tokens_of("\n" + recall(seed, number) + recall(seed, number + 1), 30);
+  return tokens_of(std::string("\n") + recall(seed, number) + recall(seed, number + 1), 30);
 }
 
 TEST_F(SequenceScenarios, SharedPrefixInOneCache) {
@@ -121,6 +121,56 @@ TEST_F(SequenceScenarios, FewRowsOfOneSequence) {
                          }
                        },
                    .faults = {"fault=mask"}});
+}
+
+// A dozen answers to one text, a row of each in a step: decoding, however many.
+TEST_F(SequenceScenarios, MoreSequencesThanRowsOfADraft) {
+  const auto prefix = tokens_of(records(14, 0, 60), 576);
+  const auto answers = [&](int count) {
+    return [&, count](Session& s) {
+      s.prefill(prefix);
+      std::vector<std::vector<llama_token>> rests;
+      for (int seq = 0; seq < count; ++seq) {
+        if (seq > 0) llama_memory_seq_cp(s.memory(), 0, seq, -1, -1);
+        rests.push_back(question(14, 9 + seq));
+        rests.back().resize(12);
+      }
+      decode_together(s, rests, 576);
+    };
+  };
+  const SessionOptions options = {.num_seqs = 12, .unified = true};
+  const Outcome sparse = run(kSparse, options, answers(12));
+  expect_close("a dozen sequences", run(kExact, options, answers(12)), sparse);
+  EXPECT_EQ(sparse.totals.queries, 12 * 12 * Host::get()->num_layers());
+  EXPECT_EQ(sparse.totals.dense_queries, 0);
+  EXPECT_LT(sparse.read_fraction(), 1.05 * run(kSparse, options, answers(8)).read_fraction())
+      << "no step after the first ones reads as after a prompt";
+}
+
+// More rows of one sequence than a draft has are a prompt: exact, clustered at once, and no decode step.
+TEST_F(SequenceScenarios, ShortPromptIsExact) {
+  const auto text = tokens_of(records(15, 0, 60), 576), prompt = question(15, 21), rest = question(15, 33);
+  const auto turn = [&](size_t rows) {
+    return [&, rows](Session& s) {
+      s.prefill(text);
+      std::vector<Step> batch;
+      for (size_t i = 0; i < rows; ++i) batch.push_back({prompt[i], 576 + static_cast<llama_pos>(i)});
+      s.decode_batch(batch);
+    };
+  };
+  const Outcome exact = run(kExact, {}, turn(9)), same = run(kSparse, {}, turn(9));
+  EXPECT_EQ(divergence(exact, same).max, 0);
+  EXPECT_EQ(same.totals.queries, 0) << "no decode step";
+  EXPECT_GT(divergence(run(kExact, {}, turn(8)), run(kSparse, {}, turn(8))).max, 0) << "a draft is decoded";
+  EXPECT_GT(divergence(exact, run(kSparse + ",max_rows=9", {}, turn(9))).max, 0);
+  const auto last = [&](const std::string& mode) {
+    return run(mode, {}, [&](Session& s) {
+      turn(30)(s);
+      s.scores.clear();
+      s.decode(rest, 606);
+    });
+  };
+  expect_close("after a short prompt", last(kExact), last(kSparse));
 }
 
 TEST_F(SequenceScenarios, TwoContextsInTurn) {
