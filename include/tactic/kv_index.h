@@ -52,9 +52,11 @@ class KvIndex {
   /// Error if `kv` does not fit the shape or kv_len is less than the rows written.
   bool maintain(const KvView& kv, double max_segments = -1);
 
-  /// Compares every indexed row's check value; rows that differ count as rewritten. Where more than 8 rows and a 32nd
-  /// of a segment differ, all of its rows do, as most changed rows may have passed. Returns how many differed. Throws
-  /// Error as maintain() does.
+  /// Compares the check values of indexed rows in [row_begin, row_begin + count); rows that differ count as rewritten.
+  /// Where more than 8 rows and a 32nd of a segment differ, all of its rows do, as most changed rows may have passed.
+  /// Returns how many differed. Throws Error as write() and maintain() do.
+  int64_t verify(const KvView& kv, int64_t row_begin, int64_t count);
+  /// Of all indexed rows.
   int64_t verify(const KvView& kv);
 
   /// Forgets everything but the options.

@@ -41,7 +41,7 @@ double budget_of(const CacheLayer& layer, const StreamIndex& stream) {
   const KvIndex& index = stream.index;
   const int64_t behind = index.rows_written() - index.rows_indexed();
   if (behind > 4 * index.options().provisional_tokens + index.options().sink_tokens) return -1;
-  const auto turn = static_cast<uint64_t>(layer.layer) + stream.steps;
+  const auto turn = static_cast<uint64_t>(layer.layer) + stream.passages.current().steps;
   return turn % 16 == 0 ? 1.0 : turn % 4 == 0 ? 0.25 : 0.0;
 }
 

@@ -15,7 +15,7 @@ int32_t layer_number(const ggml_tensor* cache, size_t fallback) {
 
 namespace {
 
-constexpr size_t kMaxLayers = 1024;
+constexpr int64_t kMaxWithoutOwner = 1024;
 
 bool share_memory(const CacheLayer& a, const CacheLayer& b) {
   const auto overlap = [&](const void* x, int64_t x_stream_bytes, const void* y, int64_t y_stream_bytes) {
@@ -38,6 +38,23 @@ void for_runs(uint64_t bits, Fn fn) {
     fn(begin, length);
     bits &= length == 64 ? 0 : ~(((uint64_t{1} << length) - 1) << begin);
   }
+}
+
+// fn(begin, count) for each run of rows; `words` ascend.
+template <class Fn>
+void for_rows(const std::vector<WordBits>& words, Fn fn) {
+  int64_t begin = 0, end = 0;
+  for (const auto& [word, bits] : words) {
+    for_runs(bits, [&](int at, int length) {
+      const int64_t row = static_cast<int64_t>(word) * 64 + at;
+      if (row != end) {
+        if (end > begin) fn(begin, end - begin);
+        begin = row;
+      }
+      end = row + length;
+    });
+  }
+  if (end > begin) fn(begin, end - begin);
 }
 
 }  // namespace
@@ -105,7 +122,7 @@ std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, co
   made->layer = layer_number(k, layers_.size());
   made->last_used = ++clock_;
   layers_[k->data] = made;
-  if (layers_.size() > kMaxLayers) drop_oldest();
+  drop_oldest();
   return made;
 }
 
@@ -129,12 +146,16 @@ void CacheWatch::forget(const void* owner) {
   std::erase_if(layers_, [&](const auto& entry) { return entry.second->owner == owner; });
 }
 
+// Of the layers that no backend has computed with, which therefore go with none.
 void CacheWatch::drop_oldest() {
-  auto oldest = layers_.begin();
+  int64_t without_owner = 0;
+  auto oldest = layers_.end();
   for (auto at = layers_.begin(); at != layers_.end(); ++at) {
-    if (at->second->last_used < oldest->second->last_used) oldest = at;
+    if (at->second->owner != nullptr) continue;
+    ++without_owner;
+    if (oldest == layers_.end() || at->second->last_used < oldest->second->last_used) oldest = at;
   }
-  layers_.erase(oldest);
+  if (without_owner > kMaxWithoutOwner) layers_.erase(oldest);
 }
 
 std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, const PluginOptions& options) {
@@ -163,6 +184,7 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
       const int64_t end = std::min(first + run_end - run_begin, layer->cells);
       entry.index.write(first, end - first);
       entry.earlier_places.forget(first, end - first);
+      entry.passages.note_write(first, end);
       for (int64_t row = first; values && row < end; ++row) entry.written.push_back(static_cast<int32_t>(row));
       entry.written_since_step += values ? end - first : 0;
       entry.known.resize(std::max(entry.known.size(), static_cast<size_t>(end + 63) / 64));
@@ -191,16 +213,15 @@ void CacheWatch::note_changed_row() {
 
 namespace {
 
-// Indexed cells that the last step did not show: while they were hidden their memory may have been used. All rows are
-// compared then; and if any has changed, all that came back count as rewritten, for one row in 256 slips through a
-// check.
+// Indexed cells that the last step did not show: while they were hidden their memory may have been used. They are
+// compared, and if any has changed, all of them count as rewritten, for one row in 256 slips through a check.
 bool returned_changed(StreamIndex& entry, const KvView& kv, const std::vector<uint64_t>& visible, bool first) {
   if (first) {
     entry.known_before.swap(entry.known);
     entry.known.clear();
   }
   entry.known.resize(std::max(entry.known.size(), visible.size()));
-  std::vector<std::pair<size_t, uint64_t>> returned;
+  std::vector<WordBits> returned;
   for (size_t w = 0; w < visible.size(); ++w) {
     const uint64_t before = w < entry.known_before.size() ? entry.known_before[w] : 0;
     const uint64_t unknown = visible[w] & ~before & ~entry.known[w];
@@ -208,47 +229,31 @@ bool returned_changed(StreamIndex& entry, const KvView& kv, const std::vector<ui
       returned.emplace_back(w, unknown);
     entry.known[w] |= visible[w];
   }
-  if (returned.empty() || entry.index.verify(kv) == 0) return false;
-  for (const auto& word : returned) {
-    const int64_t cell = static_cast<int64_t>(word.first) * 64;
-    for_runs(word.second, [&](int begin, int length) { entry.index.write(cell + begin, length); });
-  }
-  return true;
+  int64_t changed = 0;
+  for_rows(returned, [&](int64_t begin, int64_t count) { changed += entry.index.verify(kv, begin, count); });
+  if (changed > 0) for_rows(returned, [&](int64_t begin, int64_t count) { entry.index.write(begin, count); });
+  return changed > 0;
 }
 
 }  // namespace
 
-bool StreamIndex::begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows) {
-  constexpr int64_t kMaxStep = 64;  // more rows than a decode step ever has
-  const bool same = now_visible == visible;
-  if (same && written_since_step == 0 && steps > 0) return false;
-  const int32_t before = std::exchange(newest, written.empty() ? -1 : written.back());
-  const bool again = newest == before && same;  // the newest row was taken back and came again
-  const auto word = [](const std::vector<uint64_t>& bits, size_t w) { return w < bits.size() ? bits[w] : 0; };
-  int64_t others = 0;  // cells that were not shown before: many of them are a prompt, or of another sequence
-  for (size_t w = 0; w < now_visible.size(); ++w) others += std::popcount(now_visible[w] & ~word(visible, w));
-  if (num_now < num_visible || others > kMaxStep || again) {
-    index.forget_learned();
-    steps = 0;
-  }
-  if (steps == 0 || written_since_step > max_rows) steps_since_prompt = 0;
-  written_since_step = 0;
-  const bool same_sequence = others <= kMaxStep && 2 * others < num_now;
-  for (size_t w = 0; w < visible.size() && num_now < num_visible && same_sequence; ++w) {
-    for_runs(visible[w] & ~word(now_visible, w),
-             [&](int begin, int length) { index.remove(static_cast<int64_t>(w) * 64 + begin, length); });
-  }
-  visible = now_visible;
-  num_visible = num_now;
-  ++steps;
-  ++steps_since_prompt;
+bool StreamIndex::begin_step(const std::vector<uint64_t>& visible, int64_t num_visible, int64_t max_rows) {
+  if (written_since_step == 0 && passages.current().steps > 0 && visible == passages.current().visible) return false;
+  const int64_t rows = std::exchange(written_since_step, 0);
+  std::vector<WordBits> taken_back;
+  const bool begins = passages.go_on(visible, num_visible, written.empty() ? -1 : written.back(),
+                                     rows > Passages::kMaxStep, taken_back);
+  if (begins) index.forget_learned();
+  if (begins || rows > max_rows) passages.current().steps_since_prompt = 0;
+  ++passages.current().steps_since_prompt;
+  for_rows(taken_back, [&](int64_t first, int64_t count) { index.remove(first, count); });
   return true;
 }
 
 // The first tokens of an answer decide how it goes on, and nothing is known yet of how the heads read: four times tau
 // at the first step, 1.2 times at the fourth (docs/method.md, first steps).
 float StreamIndex::tau_factor() const {
-  const auto n = static_cast<float>(std::max<uint64_t>(steps_since_prompt, 1));
+  const auto n = static_cast<float>(std::max<uint64_t>(passages.current().steps_since_prompt, 1));
   return 1 + 3 / (n * n);
 }
 
@@ -271,7 +276,8 @@ void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector
     generation = generation_;
     if (changed) entry.verified = generation;
   }
-  if (first && (entry.steps == 1 || changed || entry.verified != generation)) entry.earlier_places.forget_all();
+  if (first && (entry.passages.current().steps == 1 || changed || entry.verified != generation))
+    entry.earlier_places.forget_all();
   if (entry.verified != generation) {
     if (had_rows && !faults.skip_verify) entry.index.verify(layer.stream_view(stream));
     entry.verified = generation;

@@ -15,6 +15,7 @@
 
 #include "earlier_places.h"
 #include "match.h"
+#include "passages.h"
 #include "tactic/kv_index.h"
 #include "tactic/stats.h"
 
@@ -27,19 +28,14 @@ struct StreamIndex {
   // Bits of cells whose content is known: shown to a query, or seen being written, in the step under way and since, and
   // in the step before it.
   std::vector<uint64_t> known, known_before;
-  std::vector<uint64_t> visible;    // cells of the last step's first row
-  int64_t num_visible = 0;          // of those
-  std::vector<int32_t> written;     // cells of the last write, in its order
-  int64_t written_since_step = 0;   // rows
-  int32_t newest = -1;              // the last step's last written cell
-  uint64_t steps = 0;               // since the last passage began
-  uint64_t steps_since_prompt = 0;  // since more rows were written than a decode step has, or rows were taken back
-  EarlierPlaces earlier_places;     // of the first layer
-  /// The cells that a step's first row shows. Where they do not go on from the step before, a prompt came in between or
-  /// rows were taken back: what was learned is forgotten and rows that were taken back leave the index, so that a
-  /// request that is asked again reads the same rows again. `max_rows`: the step writes no more. False: no step
-  /// begins, for another layer has attended to this layer's cache in it.
-  bool begin_step(const std::vector<uint64_t>& now_visible, int64_t num_now, int64_t max_rows);
+  std::vector<int32_t> written;    // cells of the last write, in its order
+  int64_t written_since_step = 0;  // rows
+  Passages passages;
+  EarlierPlaces earlier_places;  // of the first layer
+  /// The cells that a step's first row shows. Where a passage begins, what was learned is forgotten and rows that were
+  /// taken back leave the index, so that a request that is asked again reads the same rows again. `max_rows`: the step
+  /// writes no more. False: no step begins, for another layer has attended to this layer's cache in it.
+  bool begin_step(const std::vector<uint64_t>& visible, int64_t num_visible, int64_t max_rows);
   /// A step begins. `too_short`: it sees fewer rows than a selection is worth.
   void note_length(bool too_short) { short_steps_ = too_short ? std::min(short_steps_ + 1, kManyShort) : 0; }
   /// Step after step sees too few rows, as in a sliding window: rows are not clustered as they are written.

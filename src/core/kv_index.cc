@@ -386,21 +386,23 @@ constexpr int64_t kFewChanged = 8;  // rows of a segment, rewritten one by one
 
 }  // namespace
 
-int64_t KvIndex::verify(const KvView& kv) {
+int64_t KvIndex::verify(const KvView& kv) { return verify(kv, 0, state_->rows_end); }
+
+int64_t KvIndex::verify(const KvView& kv, int64_t row_begin, int64_t count) {
   IndexState& s = *state_;
+  check_rows(row_begin, count);
   check_view_of(s, kv);
   const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
   int64_t changed = 0;
   for (const Segment& segment : s.segments) {
-    const int64_t before = changed;
-    for (int32_t i = 0; i < segment.num_rows; ++i) {
-      const int64_t row = segment.row_begin + i;
+    const int64_t before = changed, end = std::min(row_begin + count, segment.row_begin + segment.num_rows);
+    for (int64_t row = std::max(row_begin, segment.row_begin); row < end; ++row) {
       if (!s.indexed.test(row)) continue;
       for (int32_t head = 0; head < kv.num_kv_heads; ++head) {
         const uint8_t check = static_cast<uint8_t>(check_row(kv.k.row(head, row), k_bytes, row) |
                                                    (check_row(kv.v.row(head, row), v_bytes, row) << 4));
         if (check == segment.row_checks[static_cast<size_t>(head) * static_cast<size_t>(segment.num_rows) +
-                                        static_cast<size_t>(i)])
+                                        static_cast<size_t>(row - segment.row_begin)])
           continue;
         s.indexed.reset(row);
         ++changed;

@@ -1,4 +1,4 @@
-// When a step goes on from the one before, and what is taken out of the index when it does not.
+// When a step goes on from an earlier one, and what is taken out of the index when it does not.
 #include "cache_watch.h"
 
 #include <gtest/gtest.h>
@@ -26,6 +26,8 @@ class Steps : public ::testing::Test {
     return entry_.begin_step(visible, end - begin, kMaxRows);
   }
 
+  uint64_t steps() const { return entry_.passages.current().steps; }
+
   StreamIndex entry_;
 };
 
@@ -34,7 +36,7 @@ TEST_F(Steps, LayersThatShareACacheAreOneStep) {
     EXPECT_TRUE(step(0, 500 + i, 499 + i));
     for (int layer = 0; layer < 3; ++layer) EXPECT_FALSE(show(0, 500 + i)) << "another layer's attention";
   }
-  EXPECT_EQ(entry_.steps, 10u);
+  EXPECT_EQ(steps(), 10u);
   EXPECT_LT(entry_.tau_factor(), 1.1f);
 }
 
@@ -42,15 +44,15 @@ TEST_F(Steps, TheNewestRowTakenBackAndWrittenAnewBeginsAPassage) {
   step(0, 500, 499);
   step(0, 501, 500);
   EXPECT_TRUE(step(0, 501, 500));
-  EXPECT_EQ(entry_.steps, 1u);
+  EXPECT_EQ(steps(), 1u);
 }
 
 TEST_F(Steps, ARewindInAFullWindowBeginsAPassage) {
   step(0, 300, 299);
   for (int64_t i = 1; i < 100; ++i) step(i, 300 + i, 299 + i);
-  EXPECT_EQ(entry_.steps, 100u);
+  EXPECT_EQ(steps(), 100u);
   step(10, 310, 309);  // 89 tokens back; as many cells are shown as before
-  EXPECT_EQ(entry_.steps, 1u);
+  EXPECT_EQ(steps(), 1u);
 }
 
 TEST_F(Steps, RowsTakenBackLeaveTheIndexAndThoseOfAnotherSequenceDoNot) {
@@ -66,7 +68,78 @@ TEST_F(Steps, RowsTakenBackLeaveTheIndexAndThoseOfAnotherSequenceDoNot) {
 TEST_F(Steps, FewerCellsThanBeforeBeginAPassage) {
   for (int64_t i = 0; i < 10; ++i) step(0, 500 + i, 499 + i);
   step(0, 505, 504);  // a draft of which four tokens were rejected
-  EXPECT_EQ(entry_.steps, 1u);
+  EXPECT_EQ(steps(), 1u);
+}
+
+// Sequences that are decoded in turns.
+class Turns : public Steps {
+ protected:
+  using Cells = std::vector<std::pair<int64_t, int64_t>>;  // [begin, end)
+
+  // A step that shows these and has written the last of them, unless another cell is named.
+  bool step(const Cells& shown) { return step(shown, shown.back().second - 1); }
+  bool step(const Cells& shown, int64_t cell) {
+    entry_.written = {static_cast<int32_t>(cell)};
+    entry_.written_since_step += 1;
+    std::vector<uint64_t> visible(kCells / 64);
+    int64_t count = 0;
+    for (const auto& [begin, end] : shown) {
+      for (int64_t i = begin; i < end; ++i, ++count) visible[static_cast<size_t>(i / 64)] |= uint64_t{1} << (i % 64);
+    }
+    return entry_.begin_step(visible, count, kMaxRows);
+  }
+};
+
+TEST_F(Turns, EachGoesOnFromItsOwn) {
+  for (int64_t i = 1; i <= 20; ++i) {
+    EXPECT_TRUE(step({{0, 400}, {500, 510 + i}}));
+    EXPECT_EQ(steps(), static_cast<uint64_t>(i)) << "the longer one";
+    EXPECT_TRUE(step({{0, 400}, {600, 600 + i}}));
+    EXPECT_EQ(steps(), static_cast<uint64_t>(i)) << "fewer cells are shown, and nothing was taken back";
+  }
+  EXPECT_LT(entry_.tau_factor(), 1.1f);
+  EXPECT_EQ(entry_.index.rows_written(), kCells);
+}
+
+TEST_F(Turns, RowsTakenBackLeaveButForThoseThatAnotherShows) {
+  step({{0, 400}, {500, 550}});
+  step({{300, 400}, {600, 640}});
+  step({{0, 380}, {500, 501}}, 500);  // of the first: 20 shared ones and 49 of its own
+  EXPECT_EQ(steps(), 1u);
+  EXPECT_EQ(entry_.index.rows_written(), kCells - 49);
+}
+
+TEST_F(Turns, WhatWasOverwrittenIsNoLongerGoneOnFrom) {
+  const auto overwrite = [&](int64_t cell) { entry_.passages.note_write(cell, cell + 1); };
+  step({{0, 400}});
+  step({{500, 800}});
+  step({{500, 801}});
+  overwrite(100);
+  step({{0, 401}});
+  EXPECT_EQ(steps(), 1u) << "another text in the cells of the first";
+  overwrite(400);
+  step({{0, 402}});
+  EXPECT_EQ(steps(), 2u) << "in a window, a cell that was just left";
+  overwrite(300);
+  entry_.written_since_step = 65;
+  step({{0, 420}});
+  EXPECT_EQ(steps(), 1u) << "a prompt in its cells";
+  step({{500, 802}});
+  EXPECT_EQ(steps(), 3u);
+}
+
+TEST_F(Turns, TheOldestOfFiveIsForgotten) {
+  for (int64_t round = 1; round <= 3; ++round) {
+    for (int64_t sequence = 0; sequence < 4; ++sequence) {
+      step({{200 * sequence, 200 * sequence + 100 + round}});
+      EXPECT_EQ(steps(), static_cast<uint64_t>(round));
+    }
+  }
+  step({{900, 1000}});
+  for (int64_t sequence = 3; sequence >= 0; --sequence) {
+    step({{200 * sequence, 200 * sequence + 104}});
+    EXPECT_EQ(steps(), sequence > 0 ? 4u : 1u);
+  }
 }
 
 // Two layers of which the first 960 cells are in the index and known.
@@ -111,7 +184,7 @@ class Nets : public ::testing::Test {
       if (i < hidden || i >= hidden_end) visible[static_cast<size_t>(i / 64)] |= uint64_t{1} << (i % 64);
     }
     StreamIndex& entry = *cache.layer.streams[0];
-    ++entry.steps;
+    ++entry.passages.current().steps;
     watch_.before_step(cache.layer, 0, visible, true, {});
   }
   static void change(Cache& cache, int64_t begin, int64_t count) {
@@ -179,6 +252,36 @@ TEST_F(Nets, TokensOfCellsThatChangedUnseenAreLookedAtAgain) {
   show(cache, kShown);
   entry.earlier_places.find(cache.layer.view, visible, {}, 8, rows);
   EXPECT_EQ(rows, (std::vector<int32_t>{199, 200, 201, 202}));
+}
+
+TEST(CacheWatch, ForgetsTheOldestOfManyLayersThatNoBackendHasComputedWith) {
+  constexpr int64_t kRows = 32;
+  constexpr size_t kBytes = 64 * 2 * kRows;
+  ggml_context* context = ggml_init({.mem_size = size_t{4} << 20, .mem_buffer = nullptr, .no_alloc = true});
+  char* const memory = reinterpret_cast<char*>(size_t{1} << 40);  // nothing is read
+  CacheWatch watch;
+  const auto layer = [&](size_t number) {
+    ggml_reset(context);
+    AttentionMatch match{};
+    for (const ggml_tensor** rows : {&match.k, &match.v}) {
+      ggml_tensor* cache = ggml_new_tensor_3d(context, GGML_TYPE_F16, 64, kRows, 1);
+      cache->data = memory + (2 * number + (rows == &match.v)) * kBytes;
+      *rows = ggml_view_4d(context, cache, 64, kRows, 1, 1, cache->nb[1], cache->nb[1], cache->nb[2], 0);
+    }
+    match.q = match.k;
+    return watch.layer_of(match, {});
+  };
+  const int owner = 0;
+  for (size_t i = 0; i < 1200; ++i) watch.set_owner(*layer(i), &owner);
+  const std::shared_ptr<CacheLayer> owned = layer(0), free = layer(1200);
+  for (size_t i = 1201; i < 2224; ++i) layer(i);
+  EXPECT_EQ(layer(1200), free) << "one of 1024";
+  for (size_t i = 2224; i < 3247; ++i) layer(i);
+  EXPECT_EQ(layer(1200), free) << "used since";
+  for (size_t i = 3247; i < 4271; ++i) layer(i);
+  EXPECT_NE(layer(1200), free);
+  EXPECT_EQ(layer(0), owned);
+  ggml_free(context);
 }
 
 }  // namespace
