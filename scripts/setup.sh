@@ -140,11 +140,13 @@ get_python() {
 # the lock once: to open 9 again lets go of it.
 lock_setup() {
   mkdir -p "$TACTIC_CACHE"
-  exec 9> "$TACTIC_CACHE/lock"
-  flock -n 9 || { say "Waiting for another set-up to end"; flock 9; }
+  exec 9>> "$TACTIC_CACHE/lock"
+  flock -n 9 || { say "Waiting for another set-up to end: process $(cat "$TACTIC_CACHE/lock")"; flock 9; }
+  echo $$ > "$TACTIC_CACHE/lock"
 }
 
 setup() {
+  mkdir -p "$TACTIC_ROOT/build" || die "what is built goes there"
   lock_setup
   install_packages
   get_model

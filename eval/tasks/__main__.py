@@ -14,6 +14,8 @@ from .words import Haystack
 import httpx
 from tqdm import tqdm
 
+MOST = 1 << 24  # of anything that is counted
+
 
 def counter(server, model):
     """The server's tokenizer, or the estimate where there is none."""
@@ -120,8 +122,8 @@ def not_negative(text):
 
 def at_least(least, text):
     value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
+    if not least <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{value} must be in {least}..{MOST}")
     return value
 
 

@@ -7,6 +7,7 @@ right nor wrong."""
 import hashlib
 import json
 import math
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -192,17 +193,22 @@ def ask_all(items, out, settings, sleep=time.sleep):
     """Appends a line for every item that `out` has no valid answer to. Returns a Report. Interrupted, it waits for the
     requests under way, writes their answers and asks nothing more."""
     check_replaceable(out)  # a device would be read without end
-    done = read_done(out, items, settings)
-    todo = [item for item in items if item.id not in done]
-    report = Report(had=len(items) - len(todo))
+    if httpx.URL(settings.server).scheme not in ("http", "https"):
+        raise ValueError(f"the server ({settings.server}) must begin with http:// or https://")
+    with Appender(out) as lines:  # alone, before it is read
+        done = read_done(out, items, settings)
+        todo = [item for item in items if item.id not in done]
+        return _ask_each(todo, lines, settings, Report(had=len(items) - len(todo)), sleep)
+
+
+def _ask_each(todo, lines, settings, report, sleep):
     lost = _Lost()
     timeout = httpx.Timeout(settings.timeout_s, connect=connect_s(settings), pool=None)
 
     with (
-        Appender(out) as lines,
         httpx.Client(base_url=settings.server.rstrip("/"), timeout=timeout) as client,
         ThreadPoolExecutor(settings.workers) as pool,
-        tqdm(total=len(items), initial=report.had, unit="item") as bar,
+        tqdm(total=report.had + len(todo), initial=report.had, unit="item") as bar,
     ):
 
         def work(item):
@@ -218,8 +224,11 @@ def ask_all(items, out, settings, sleep=time.sleep):
                 if line is None:
                     report.left += 1
                     continue
-                report.failed += "error" in line
-                report.answered += "error" not in line
+                if "error" in line:
+                    report.failed += 1
+                    bar.write(f"{line['id']}: {line['error']}", file=sys.stderr)
+                else:
+                    report.answered += 1
                 bar.update()
         except BaseException:
             lost.is_final = True

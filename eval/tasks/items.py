@@ -1,5 +1,6 @@
 """Items and JSON lines. docs/tasks.md lists the fields."""
 
+import fcntl
 import json
 import os
 import re
@@ -111,7 +112,7 @@ def write_items(items, path):
 
 class Appender:
     """Appends JSON objects, one a line, each at once on disk's way. A last line that was cut short is closed first.
-    Threads may write at the same time."""
+    Threads may write at the same time, processes not: ValueError if another one does."""
 
     def __init__(self, path):
         whole = True
@@ -121,6 +122,11 @@ class Appender:
                 whole = file.read(1) == b"\n"
         self._lock = threading.Lock()
         self._file = open(path, "a", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(f"cannot write {path}: another process writes it") from None
         if not whole:
             self._file.write("\n")
 

@@ -27,6 +27,7 @@ void validate(const DecodeQuery& query) {
     if (query.num_q_heads > 1 && stride < dim)
       throw Error(std::string(name) + " (" + std::to_string(stride) + ") must be at least " + std::to_string(dim));
   };
+  if (!std::isfinite(query.sm_scale)) throw Error("sm_scale (" + std::to_string(query.sm_scale) + ") must be finite");
   if (!(query.tau_factor > 0 && query.tau_factor <= 1e6f))
     throw Error("tau_factor (" + std::to_string(query.tau_factor) + ") must be in (0, 1e6]");
   if (query.num_likely_rows < 0 || (query.num_likely_rows > 0 && query.likely_rows == nullptr))

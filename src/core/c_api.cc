@@ -22,6 +22,8 @@ struct tactic_attention {
 
 namespace {
 
+constexpr size_t kMaxQueries = size_t{1} << 24;
+
 thread_local std::string last_error;
 
 void remember(const char* what) noexcept {
@@ -272,6 +274,9 @@ int tactic_attention_run(tactic_attention* attention, const tactic_query* querie
                          tactic_step_stats* stats) {
   return guarded(-1, [&] {
     checked(attention, "attention");
+    if (num_queries > kMaxQueries)
+      throw tactic::Error("num_queries (" + std::to_string(num_queries) + ") must be in 0.." +
+                          std::to_string(kMaxQueries));
     if (num_queries > 0) checked(queries, "queries");
     attention->queries.clear();
     size_t heads = 0;

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <string>
@@ -135,6 +136,16 @@ TEST(CInterface, AFactorOfTauReadsMoreAndAWrongOneIsNamed) {
   query.tau_factor = -1;
   EXPECT_EQ(tactic_attention_run(step.attention, &query, 1, nullptr), -1);
   EXPECT_NE(std::strstr(tactic_last_error(), "tau_factor (-1"), nullptr) << tactic_last_error();
+}
+
+TEST(CInterface, NoNumberOfQueriesAndNoScaleIsTaken) {
+  Step step;
+  tactic_query query = step.query;
+  query.sm_scale = std::nanf("");
+  EXPECT_EQ(tactic_attention_run(step.attention, &query, 1, nullptr), -1);
+  EXPECT_NE(std::strstr(tactic_last_error(), "sm_scale (nan) must be finite"), nullptr) << tactic_last_error();
+  EXPECT_EQ(tactic_attention_run(step.attention, &query, SIZE_MAX, nullptr), -1);
+  EXPECT_NE(std::strstr(tactic_last_error(), "num_queries (18446744073709551615)"), nullptr) << tactic_last_error();
 }
 
 TEST(CInterface, LikelyRowsAreReadForCertain) {

@@ -30,6 +30,9 @@ refuses 2 "--model is required" run --prompt x
 refuses 2 "--tokens" run -m "$model" --prompt x -n 0
 refuses 2 "--threads" run -m "$model" --prompt x -t 513
 
+TACTIC_STATS=$work/none/stats call 0 run -m "$model" --prompt x -n 1
+says "tactic: cannot write statistics to $work/none/stats"
+
 # Files that are no model.
 head -c 100000 /dev/urandom > "$work/garbage.gguf"
 head -c 1000000 "$model" > "$work/truncated.gguf"

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from tasks import ruler
-from tasks.items import Item, write_items
+from tasks.items import Appender, Item, write_items
 from tasks.results import summarize
 
 MODEL, COMMAND = os.environ.get("TACTIC_TEST_MODEL"), os.environ.get("TACTIC_TEST_COMMAND")
@@ -76,6 +76,17 @@ def test_lines_resume_and_summary(made, tmp_path):
     assert {(r["task"], r["mode"]): r["n"] for r in rows} == {(t, m): n for t, n in (("niah_multikey_1", 2), ("hello", 1)) for m in names}
     assert "another text, model or setting" in run(made, out, "--yarn", "2", code=1).stderr
     assert run(made, out, code=3).stdout.startswith("3 of 3 items") and len(out.read_text().splitlines()) == 10
+
+
+def test_a_mode_that_is_never_sparse_is_named(made, tmp_path):
+    done = run(made, tmp_path / "out.jsonl", "--limit", "1", modes="quality=high;stock;sample,error=0.02,min_context=256", code=3)
+    assert done.stderr.count("read everything") == 1 and "quality=high read everything" in done.stderr
+
+
+def test_two_processes_do_not_answer_into_one_file(made, tmp_path):
+    with Appender(tmp_path / "out.jsonl"):
+        done = run(made, tmp_path / "out.jsonl", code=1)
+    assert "another process writes it" in done.stderr
 
 
 def test_other_items_are_not_mixed(made, tmp_path):

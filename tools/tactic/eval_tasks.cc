@@ -304,6 +304,7 @@ void eval_tasks(const TasksOptions& options) {
   Host host(options.host, modes);
   const std::vector<std::string> model = model_parts(host);
   for (Item& item : items) item.fingerprint = fingerprint(item, options, model);
+  const SoleWriter alone(options.out);
   const auto done = read_done(options.out, items);
   const Json facts = record_header(host, "eval tasks");
   const Json header = {{"commit", facts["commit"]},
@@ -311,6 +312,7 @@ void eval_tasks(const TasksOptions& options) {
                        {"cache_type", options.cache_type},
                        {"yarn", facts["yarn"]}};
 
+  std::map<std::string, int64_t> sparse_steps;  // of modes that choose
   Prefilled previous;
   std::vector<std::pair<const Item*, std::vector<Mode>>> todo;
   for (const Item& item : items) {
@@ -344,12 +346,17 @@ void eval_tasks(const TasksOptions& options) {
     for (const Mode& mode : wanted) {
       const Answer answer = mode.name == exact.name ? reference : run.answer(mode, false);
       lines.push_back(result_line(header, item, run, mode, answer));
+      if (!mode.is_stock() && !mode.is_dense()) sparse_steps[mode.name] += answer.totals.sparse_queries;
     }
     for (const Json& line : lines) out.write(line);
     out.finish();
     progress.update(++finished);
   }
   progress.clear();
+  for (const auto& [name, steps] : sparse_steps) {
+    if (steps == 0)
+      std::fprintf(stderr, "tactic: warning: %s read everything: no item is long enough for it\n", name.c_str());
+  }
   std::printf("%lld of %zu items are%s; %lld left for another run, %lld unfit, %lld broken line(s) skipped\n",
               static_cast<long long>(finished), items.size(),
               finished > 0 ? (" in " + options.out).c_str() : " answered", static_cast<long long>(left),

@@ -44,6 +44,15 @@ void log_callback(ggml_log_level level, const char* text, void*) {
   if (log.verbose || is_warning) std::fputs(text, stderr);
 }
 
+// What the plug-in had to say and goes on without. A missing GPU driver, say, is no error of ours.
+void say_own_errors(const std::string& errors) {
+  for (size_t begin = 0; begin < errors.size();) {
+    const size_t end = std::min(errors.find('\n', begin), errors.size() - 1) + 1;
+    if (errors.compare(begin, 8, "tactic: ") == 0) std::fputs(errors.substr(begin, end - begin).c_str(), stderr);
+    begin = end;
+  }
+}
+
 std::string with_reason(const std::string& what) {
   std::string reason = take_host_error();
   if (reason.starts_with("tactic: ")) reason.erase(0, 8);  // the plug-in's own prefix
@@ -181,7 +190,7 @@ Host::Host(const HostOptions& options, const std::vector<Mode>& modes) : options
   }
   for (const Mode& mode : modes) configure(mode);
 
-  take_host_error();  // a missing GPU driver, say, is no error of ours
+  say_own_errors(take_host_error());
   configure(parse_mode("stock"));
   model_ = llama_model_load_from_file(options.model_path.c_str(), llama_model_default_params());
   if (model_ == nullptr) throw CommandError(with_reason("cannot load the model " + options.model_path));

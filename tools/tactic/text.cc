@@ -1,5 +1,8 @@
 #include "text.h"
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -104,6 +107,22 @@ void check_regular(const std::string& path) {
   const auto status = std::filesystem::status(path, error);
   if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status))
     throw CommandError("cannot write " + path + ": it is there and no regular file");
+}
+
+SoleWriter::SoleWriter(const std::string& path)
+    : path_(path),
+      made_(access(path.c_str(), F_OK) != 0),
+      descriptor_(open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666)) {
+  if (descriptor_ >= 0 && flock(descriptor_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+    close(descriptor_);
+    throw CommandError("cannot write " + path + ": another process writes it");
+  }
+}
+
+SoleWriter::~SoleWriter() {
+  struct stat file {};
+  if (made_ && fstat(descriptor_, &file) == 0 && file.st_size == 0) unlink(path_.c_str());
+  if (descriptor_ >= 0) close(descriptor_);
 }
 
 void check_apart(const std::string& output, const std::vector<std::string>& inputs) {

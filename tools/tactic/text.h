@@ -23,6 +23,20 @@ void check_writable(const std::string& path, bool replaced = false);
 void check_regular(const std::string& path);
 /// Throws CommandError if the output is one of the files that are read, which it would destroy. "": no file.
 void check_apart(const std::string& output, const std::vector<std::string>& inputs);
+/// While it lives no other process has a SoleWriter of the file, which is made if it is missing and goes again if
+/// nothing is written. Throws CommandError if another has one.
+class SoleWriter {
+ public:
+  explicit SoleWriter(const std::string& path);
+  ~SoleWriter();
+  SoleWriter(const SoleWriter&) = delete;
+  SoleWriter& operator=(const SoleWriter&) = delete;
+
+ private:
+  std::string path_;
+  bool made_;
+  int descriptor_;
+};
 /// The whole file as valid UTF-8; warns on stderr about what was replaced.
 std::string read_text(const std::string& path);
 

@@ -5,7 +5,7 @@ import pytest
 from fake_server import FakeServer, answer_to
 from tasks.__main__ import main
 from tasks.client import GIVE_UP_AFTER, Settings, ask_all
-from tasks.items import Item, write_items
+from tasks.items import Appender, Item, write_items
 from tasks.results import summarize
 from tqdm import tqdm
 
@@ -132,11 +132,16 @@ def test_server_dies_in_the_middle_and_comes_back(tmp_path):
     assert idle.requests == []
 
 
-def test_no_server_at_all(tmp_path):
+def test_no_server_at_all(tmp_path, capsys):
     with FakeServer() as server:
         pass
     report = run(server, tmp_path / "out", count=10)
     assert (report.failed, report.left, report.answered) == (GIVE_UP_AFTER, 7, 0)
+    assert "ConnectError: " in capsys.readouterr().err
+    server.url = server.url.replace("http", "ftp")
+    with pytest.raises(ValueError, match="must begin with http:// or https://"):
+        run(server, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("wish", ["nan", "inf", "-5", "soon"])
@@ -192,6 +197,13 @@ def test_a_device_is_no_place_for_results(tmp_path):
     with FakeServer() as server:
         with pytest.raises(OSError, match="/dev/zero: it is there and no regular file"):
             run(server, "/dev/zero")
+        assert not server.requests
+
+
+def test_two_processes_do_not_answer_into_one_file(tmp_path):
+    with FakeServer() as server, Appender(tmp_path / "out"):
+        with pytest.raises(ValueError, match="another process writes it"):
+            run(server, tmp_path / "out")
         assert not server.requests
 
 

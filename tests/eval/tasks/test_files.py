@@ -187,8 +187,8 @@ def test_bad_files_and_numbers_are_named(tmp_path, capsys):
     refused(1, f"no items in {lines(tmp_path, 'broken')}", "load", "babilong", str(tmp_path / "set.jsonl"))
     bad.write_text("[" * 100000)
     refused(1, f"{bad} is not of the form that is asked for: nested too deeply", *make, "qa_1", "--squad", str(bad))
-    refused(2, "0 must be at least 1", *make, "vt", "-n", "0")
+    refused(2, "0 must be in 1..", *make, "vt", "-n", "0")
     for device, what in (("/dev/full", "no regular file"), (str(tmp_path), "is a directory"), (str(tmp_path / "no" / "items"), "no folder")):
         assert main([*make, "vt", "-o", device]) == 1 and what in capsys.readouterr().err
-    refused(2, "0 must be at least 1", *make, "vt", "--questions", "0")
-    refused(2, "-2 must be at least 0", "load", "babilong", str(bad), "-n", "-2")
+    refused(2, "0 must be in 1..", *make, "vt", "--questions", "0")
+    refused(2, "-2 must be in 0..", "load", "babilong", str(bad), "-n", "-2")
