@@ -28,9 +28,9 @@ void Passages::note_write(int64_t begin, int64_t end) {
 bool Passages::go_on(const std::vector<uint64_t>& visible, int64_t num_visible, int32_t newest, bool prompt,
                      std::vector<WordBits>& taken_back) {
   taken_back.clear();
-  passages_.erase(
-      std::remove_if(passages_.begin() + 1, passages_.end(), [](const Passage& p) { return p.overwritten; }),
-      passages_.end());
+  passages_.erase(std::remove_if(passages_.begin() + 1, passages_.end(),
+                                 [](const Passage& p) { return p.overwritten || p.steps == 0; }),
+                  passages_.end());
   size_t found = passages_.size(), rewound = passages_.size();
   int64_t fewest = kMaxStep + 1;
   for (size_t i = 0; i < passages_.size(); ++i) {
@@ -55,8 +55,6 @@ bool Passages::go_on(const std::vector<uint64_t>& visible, int64_t num_visible, 
         if (gone != 0) taken_back.emplace_back(w, gone);
       }
       found = rewound;
-    } else if (passages_.front().overwritten || passages_.front().steps == 0) {
-      passages_[found = 0] = {};
     } else {
       if (passages_.size() == kMost) passages_.pop_back();
       passages_.emplace_back();

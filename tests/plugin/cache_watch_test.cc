@@ -98,7 +98,19 @@ TEST_F(Turns, EachGoesOnFromItsOwn) {
     EXPECT_EQ(steps(), static_cast<uint64_t>(i)) << "fewer cells are shown, and nothing was taken back";
   }
   EXPECT_LT(entry_.tau_factor(), 1.1f);
+  for (int64_t i = 21; i <= 23; ++i) {
+    step({{0, 400}, {500, 510 + i}});
+    EXPECT_EQ(steps(), static_cast<uint64_t>(i)) << "the other one shows fewer cells, too, but other ones";
+  }
   EXPECT_EQ(entry_.index.rows_written(), kCells);
+}
+
+TEST_F(Turns, ARewindGoesOnFromNoEarlierPassage) {
+  step({{0, 400}});
+  step({{0, 900}});
+  step({{0, 401}});
+  EXPECT_EQ(steps(), 1u) << "a request that is asked again begins as it did";
+  EXPECT_EQ(entry_.index.rows_written(), kCells - 499);
 }
 
 TEST_F(Turns, RowsTakenBackLeaveButForThoseThatAnotherShows) {
@@ -120,9 +132,12 @@ TEST_F(Turns, WhatWasOverwrittenIsNoLongerGoneOnFrom) {
   overwrite(400);
   step({{0, 402}});
   EXPECT_EQ(steps(), 2u) << "in a window, a cell that was just left";
+  entry_.written_since_step = 65;
+  step({{0, 440}});
+  EXPECT_EQ(steps(), 3u) << "more of the same text";
   overwrite(300);
   entry_.written_since_step = 65;
-  step({{0, 420}});
+  step({{0, 460}});
   EXPECT_EQ(steps(), 1u) << "a prompt in its cells";
   step({{500, 802}});
   EXPECT_EQ(steps(), 3u);
