@@ -47,6 +47,8 @@ holds 'source scripts/setup.sh; mkdir -p "$TACTIC_CACHE/venv-download/bin"; touc
   pip_download a==1 123 "$TACTIC_CACHE/x"; grep -q -- --require-hashes "$TACTIC_CACHE/asked"; grep -qx "a==1 --hash=sha256:123" "$TACTIC_CACHE/x/requirements.txt"'
 # Other flags are another build; a second set-up waits for the first.
 holds '[ "$(llama_key)" != "$(LLAMA_FLAGS+=(-DOTHER=ON); llama_key)" ]'
-holds '(flock 8; sleep 1; touch "$TACTIC_CACHE/done") 8> "$TACTIC_CACHE/lock" & sleep 0.3; lock_setup; [ -e "$TACTIC_CACHE/done" ]'
+holds '(flock 8; echo 4242 >&8; sleep 1; touch "$TACTIC_CACHE/done") 8> "$TACTIC_CACHE/lock" & sleep 0.3; lock_setup; [ -e "$TACTIC_CACHE/done" ]
+  [ "$(cat "$TACTIC_CACHE/lock")" = $$ ]'
+grep -q "another set-up to end: process 4242" "$work/err" || fail "who holds the lock is not named: $(cat "$work/err")"
 
 [ "$failures" = 0 ]

@@ -1,5 +1,6 @@
 #include "match.h"
 
+#include <cmath>
 #include <cstring>
 #include <string>
 
@@ -79,6 +80,7 @@ std::string unsupported(const ggml_tensor* node) {
   float params[3];  // scale, max_bias (ALiBi), logit soft-cap
   std::memcpy(params, node->op_params, sizeof params);
   if (node->src[4] != nullptr) return "attention sinks";
+  if (!std::isfinite(params[0])) return "a scale that is not finite";
   if (params[1] != 0) return "ALiBi";
   if (params[2] != 0) return "logit soft-capping";
   for (const ggml_tensor* rows : {k, v}) {

@@ -17,7 +17,8 @@ extern "C" {
 /// Returns 0; or -1 and a message in `error`, and the options stay as they were.
 typedef int (*tactic_configure_fn)(const char* options, char* error, size_t error_size);
 
-/// Sums over all attention nodes computed since the last call of "tactic_take_totals".
+/// Sums over the attention nodes of decode steps since the last call of "tactic_take_totals". Steps that read a prompt
+/// of 64 rows or fewer are none.
 struct tactic_totals {
   int64_t nodes;            // attention nodes computed
   int64_t queries;          // query rows in them (one per sequence and layer)

@@ -156,9 +156,8 @@ TEST_F(Graph, WhatBendsScoresIsDeclined) {
     return ggml_view_4d(c, cache, kDim, kCells, kKvHeads, 1, cache->nb[1], ggml_row_size(cache->type, kDim),
                         cache->nb[2], 0);
   };
-  const auto taken = [&](ggml_tensor* shown, float max_bias, float softcap, ggml_tensor* added) {
-    ggml_tensor* out =
-        ggml_flash_attn_ext(c, query, view(layer.k()), view(layer.v()), shown, kScale, max_bias, softcap);
+  const auto taken = [&](ggml_tensor* shown, float max_bias, float softcap, ggml_tensor* added, float scale = kScale) {
+    ggml_tensor* out = ggml_flash_attn_ext(c, query, view(layer.k()), view(layer.v()), shown, scale, max_bias, softcap);
     ggml_flash_attn_ext_add_sinks(out, added);
     return ggml_backend_dev_supports_op(Host::plugin_device(), out);
   };
@@ -167,6 +166,7 @@ TEST_F(Graph, WhatBendsScoresIsDeclined) {
   EXPECT_FALSE(taken(mask, 0, 50, nullptr)) << "soft-capping";
   EXPECT_FALSE(taken(mask, 0, 0, sinks)) << "sinks";
   EXPECT_FALSE(taken(by_head, 0, 0, nullptr)) << "a mask for each head";
+  EXPECT_FALSE(taken(mask, 0, 0, nullptr, NAN)) << "the library refuses it, and the step would fail";
 }
 
 TEST_F(Graph, MaskWithOtherValuesIsExact) {
@@ -345,34 +345,40 @@ TEST_F(Graph, HiddenRowsThatComeBackAreVerified) {
   EXPECT_GT(without, kBound);
 }
 
-// Rows of a prompt are more than a decode step has, and the first steps after them read more.
-TEST_F(Graph, FirstStepsAfterAPromptReadMore) {
-  configure(kIndexOptions + ",tau=100");
-  Layer layer(2048);
-  Rows rows(14);
-  std::vector<float> mask(2048, kHidden);
-  int64_t cells = 0;
-  const auto write = [&](int64_t count) {
+// A text that grows; all of it is shown.
+struct Text {
+  explicit Text(uint64_t seed) : rows(seed) {}
+  void write(int64_t count) {
     layer.write(cells, rows.keys(count), rows.values(count));
     std::fill_n(mask.begin() + cells, count, 0.0f);
     cells += count;
-  };
+  }
+  Layer layer{2048};
+  Rows rows;
+  std::vector<float> mask = std::vector<float>(2048, kHidden);
+  int64_t cells = 0;
+};
+
+// Rows of a prompt are more than a decode step has, and the first steps after them read more.
+TEST_F(Graph, FirstStepsAfterAPromptReadMore) {
+  configure(kIndexOptions + ",tau=100");
+  Text text(14);
   const auto rows_read = [&] {  // by single steps, averaged over the same step of 8 passages
     std::vector<double> read(6);
     for (int passage = 0; passage < 8; ++passage) {
-      write(9);
+      text.write(9);
       for (double& sum : read) {
-        write(1);
+        text.write(1);
         take_totals();
-        layer.attend(rows.query(), mask);
+        text.layer.attend(text.rows.query(), text.mask);
         const tactic_totals totals = take_totals();
         sum += static_cast<double>(totals.tokens_certain + totals.tokens_sampled) / 8;
       }
     }
     return read;
   };
-  write(1536);
-  layer.attend(rows.query(), mask);
+  text.write(1536);
+  text.layer.attend(text.rows.query(), text.mask);
   const std::vector<double> read = rows_read();
   std::printf("  rows read by steps after a prompt: %.0f %.0f %.0f .. %.0f\n", read[0], read[1], read[2], read[5]);
   EXPECT_GT(read[0], 1.5 * read[5]);
@@ -432,25 +438,17 @@ TEST_F(Graph, ARewrittenCellIsNoEarlierPlaceAnyMore) {
 // A prompt is clustered as it comes; rows that are decoded at every fourth step, so that layers take turns.
 TEST_F(Graph, RowsAreClusteredAsTheyCome) {
   configure(kIndexOptions + ",tau=1,refine=1,places=0");
-  Layer layer(2048);
-  Rows rows(22);
+  Text text(22);
   const std::vector<float> q(kQueryHeads * kDim, 0);
-  std::vector<float> mask(2048, kHidden);
-  int64_t cells = 0;
-  const auto write = [&](int64_t count) {
-    layer.write(cells, rows.keys(count), rows.values(count));
-    std::fill_n(mask.begin() + cells, count, 0.0f);
-    cells += count;
-  };
-  write(512);
-  layer.attend(q, mask);  // from now on the layer is known
+  text.write(512);
+  text.layer.attend(q, text.mask);  // from now on the layer is known
   const int64_t bytes = take_totals().index_memory_bytes;
-  write(509);
+  text.write(509);
   EXPECT_GT(take_totals().index_memory_bytes, bytes * 3 / 2);
   int64_t before = 0, drops = 0;
   for (int step = 1; step <= 200; ++step) {
-    write(1);
-    layer.attend(q, mask);
+    text.write(1);
+    text.layer.attend(q, text.mask);
     const int64_t certain = take_totals().tokens_certain / kKvHeads;
     EXPECT_LE(certain, 4 + 64 + 4) << "sinks, a small segment, and the steps until its turn; step " << step;
     if (certain < before - 32) {
