@@ -23,9 +23,15 @@ def png(figure):
     return buffer.getvalue()
 
 
-def panels(count, width=5.2, height=4.2):
-    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False, layout="constrained")
-    return figure, axes[0]
+def panels(count, width=5.2, height=4.2, columns=3):
+    """A figure and `count` axes, rows of at most `columns`."""
+    across = min(count, columns)
+    down = -(-count // across)
+    figure, axes = plt.subplots(down, across, figsize=(width * across, height * down), squeeze=False, layout="constrained")
+    axes = list(axes.flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
 def rank(name):
@@ -87,7 +93,7 @@ def by_layer(rows):
             axis.plot(errors, label=f"{row['setting']} ({row['read_fraction']:.3f})", **style(name))
         axis.set(yscale="log", title=text, xlabel="layer", ylabel="mean error of attention")
         axis.grid(True, alpha=0.2)
-        axis.legend(fontsize=6, bbox_to_anchor=(0.5, -0.15), loc="upper center", ncols=2)
+        axis.legend(fontsize=6, bbox_to_anchor=(0.5, -0.2), loc="upper center", ncols=2)
     return figure
 
 

@@ -86,6 +86,11 @@ def test_depths_are_not_mixed():
     assert [line[1] for line in tables.kl(two)[1:]] == ["7168", "7168", "16000"]
 
 
+def test_many_texts_stand_in_rows_of_three():
+    axes = pictures.frontier([error_row("topk,budget=1", 0.1, 0.02) | {"trace": str(n)} for n in range(7)]).axes
+    assert len(axes) == 7 and {axis.get_subplotspec().get_gridspec().get_geometry() for axis in axes} == {(3, 3)}
+
+
 def test_a_row_of_too_few_tokens_has_no_interval():
     row = kl_row("topk,budget=1", 0.1, 0.04)
     assert tables.kl([row | {"steps": 24, "windows": 4}])[1][6] == "0.0200-0.0800"
