@@ -166,7 +166,7 @@ void AccelBackend::attend(ggml_tensor* node, const PluginOptions& options) {
   if (layer != nullptr) shared().stats.add_clustering(attend_begin - cluster_begin);
   if (!offered || !shared().decoder.answer(queries_, stats_.data())) run(*node, options);
   for (const StepStats& stats : stats_) {
-    if (stats.dense == DenseReason::kRowChanged) shared().watch.note_changed_row();
+    if (stats.dense == DenseReason::kRowChanged) shared().watch.compare_again();
   }
   const ggml_tensor* cache = match->k->view_src != nullptr ? match->k->view_src : match->k;
   if (first_cache_ == nullptr) first_cache_ = cache->data;

@@ -206,7 +206,7 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
   return cache->data == layer->v_cache ? layer : nullptr;
 }
 
-void CacheWatch::note_changed_row() {
+void CacheWatch::compare_again() {
   const std::lock_guard lock(mutex_);
   ++generation_;
 }

@@ -1,9 +1,9 @@
 // What happened to the caches: which cells were written, which changed unseen, and an index for each.
 //
-// Cells are seen being written through SET_ROWS. State restore and shifts write them unseen; four things catch that: a
+// Cells are seen being written through SET_ROWS. State restore and shifts write them unseen; five things catch that: a
 // visible cell that was never seen written, an indexed cell that comes back after steps that did not see it, a check
-// value that does not match in a row that a step reads, and, once any of these has happened, a comparison of all check
-// values.
+// value that does not match in a row that a step reads, the plug-in having been off, and, once any of these has
+// happened, a comparison of all check values.
 #pragma once
 
 #include <algorithm>
@@ -90,8 +90,8 @@ class CacheWatch {
   void before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, bool first,
                    const Faults& faults);
 
-  /// A step read a row that had changed.
-  void note_changed_row();
+  /// Rows may have changed unseen: the next step of each stream compares all of its rows.
+  void compare_again();
 
   /// Bytes of all indexes, and of the K and V rows they describe.
   void memory(int64_t& index_bytes, int64_t& kv_bytes);

@@ -13,6 +13,7 @@ std::shared_ptr<const PluginOptions> Shared::options() const {
 void Shared::set_options(const PluginOptions& options) {
   const std::lock_guard lock(mutex_);
   if (!(options.index == options_->index)) watch.clear();
+  else if (options.enabled && !options_->enabled) watch.compare_again();  // the host wrote meanwhile
   options_ = std::make_shared<PluginOptions>(options);
 }
 

@@ -231,7 +231,7 @@ TEST_F(Nets, ACellNeverSeenWrittenHasAllRowsCompared) {
 
 TEST_F(Nets, ARowThatAStepFoundChangedHasAllRowsCompared) {
   for (Cache& cache : caches_) change(cache, 600, 4);
-  watch_.note_changed_row();
+  watch_.compare_again();
   for (Cache& cache : caches_) {
     show(cache, kShown);
     EXPECT_EQ(indexed(cache, 600, 604), 0);
@@ -263,7 +263,7 @@ TEST_F(Nets, TokensOfCellsThatChangedUnseenAreLookedAtAgain) {
   EXPECT_EQ(rows, (std::vector<int32_t>{99, 100, 101, 102}));
   put(100, 5);
   put(200, kCells - 1);
-  watch_.note_changed_row();
+  watch_.compare_again();
   show(cache, kShown);
   entry.earlier_places.find(cache.layer.view, visible, {}, 8, rows);
   EXPECT_EQ(rows, (std::vector<int32_t>{199, 200, 201, 202}));

@@ -299,52 +299,6 @@ TEST_F(Graph, IndexesGoWithTheirContext) {
   EXPECT_EQ(take_totals().sparse_queries, 1) << "the other's is still there";
 }
 
-// Rows that draw no attention are hidden for long, their memory is written unseen with what draws all of it, and they
-// come back among others that nobody touched. No step reads them, so no check value can tell.
-double error_after_return(const std::string& mode) {
-  forget_indexes();
-  configure(mode);
-  constexpr int64_t kBegin = 300, kCount = 64;
-  Layer layer(1024);
-  Rows rows(17);
-  const std::vector<float> visible(1024, 0.0f), loud = rows.query();
-  // What all queries of a KV head turn to, or from.
-  const auto toward = [&](float factor) {
-    std::vector<float> k(kCount * kRowElements);
-    for (int64_t i = 0; i < kCount * kRowElements; ++i) {
-      const int64_t head = i % kRowElements / kDim, at = head * 2 * kDim + i % kDim;
-      k[static_cast<size_t>(i)] = factor * (loud[static_cast<size_t>(at)] + loud[static_cast<size_t>(at + kDim)]);
-    }
-    return k;
-  };
-  std::vector<float> keys = rows.keys(1024), hiding = visible, others = visible;
-  const std::vector<float> away = toward(-3), k = toward(3), v = rows.values(kCount);
-  std::copy(away.begin(), away.end(), keys.begin() + kBegin * kRowElements);
-  std::fill_n(hiding.begin() + kBegin, kCount, kHidden);
-  std::fill_n(others.begin() + 700, kCount, kHidden);  // as many, so that nothing looks taken back
-  layer.write(0, keys, rows.values(1024));
-  double worst = layer.error(loud, others);
-  for (int step = 0; step < 6; ++step) {
-    worst = std::max(worst, layer.error(loud, hiding));
-    if (step != 3) continue;
-    const auto at = [&](ggml_tensor* cache) { return static_cast<ggml_fp16_t*>(cache->data) + kBegin * kRowElements; };
-    ggml_fp32_to_fp16_row(k.data(), at(layer.k()), kCount * kRowElements);
-    ggml_fp32_to_fp16_row(v.data(), at(layer.v()), kCount * kRowElements);
-  }
-  for (int step = 0; step < 4; ++step) worst = std::max(worst, layer.error(loud, visible));
-  return worst;
-}
-
-TEST_F(Graph, HiddenRowsThatComeBackAreVerified) {
-  const double error = error_after_return(kSparse);
-  const tactic_totals totals = take_totals();
-  const double without = error_after_return(kSparse + ",fault=verify");
-  std::printf("  rows come back: error %.4f, unverified %.4f\n", error, without);
-  EXPECT_LT(error, kBound);
-  EXPECT_EQ(totals.dense_queries, 0) << "verified, not merely read whole";
-  EXPECT_GT(without, kBound);
-}
-
 // A text that grows; all of it is shown.
 struct Text {
   explicit Text(uint64_t seed) : rows(seed) {}
@@ -458,36 +412,6 @@ TEST_F(Graph, RowsAreClusteredAsTheyCome) {
     before = certain;
   }
   EXPECT_EQ(drops, 4);
-}
-
-// State restore writes the cache behind the plug-in's back.
-double error_after_unseen_change(const std::string& mode, tactic_totals& totals) {
-  forget_indexes();
-  configure(mode);
-  Layer layer(1024);
-  Rows rows(12), other(13);
-  const std::vector<float> visible(1024, 0.0f);
-  layer.write(0, rows.keys(1024), rows.values(1024));
-  layer.attend(rows.query(), visible);
-  const std::vector<float> k = other.keys(1024), v = other.values(1024);
-  ggml_fp32_to_fp16_row(k.data(), static_cast<ggml_fp16_t*>(layer.k()->data), static_cast<int64_t>(k.size()));
-  ggml_fp32_to_fp16_row(v.data(), static_cast<ggml_fp16_t*>(layer.v()->data), static_cast<int64_t>(v.size()));
-  take_totals();
-  double worst = 0;
-  for (int i = 0; i < 8; ++i) worst = std::max(worst, layer.error(other.query(), visible));
-  totals = take_totals();
-  return worst;
-}
-
-TEST_F(Graph, UnseenChangeIsNoticedByTheRowsRead) {
-  tactic_totals totals{};
-  const double error = error_after_unseen_change(kSparse, totals);
-  EXPECT_LT(error, kBound);
-  EXPECT_EQ(totals.changed_queries, 1) << "then the index is built anew";
-  EXPECT_EQ(totals.sparse_queries, 7);
-  const double without = error_after_unseen_change(kSparse + ",check=0,fault=verify", totals);
-  std::printf("  unseen change: error %.4f, unchecked %.4f\n", error, without);
-  EXPECT_GT(without, kBound);
 }
 
 }  // namespace
