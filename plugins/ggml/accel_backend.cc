@@ -155,7 +155,6 @@ void AccelBackend::attend(ggml_tensor* node, const PluginOptions& options) {
       query.visible = bits.visible.data();
       query.bias = bits.bias.empty() ? nullptr : bits.bias.data();
       query.position = bits.num_visible;
-      query.stream_id = static_cast<uint64_t>(row);
       query.out = match->output(row, stream);
       query.out_head_stride = static_cast<int64_t>(match->out->nb[1] / sizeof(float));
       if (layer != nullptr) query.layer = layer->layer;
@@ -218,7 +217,6 @@ bool AccelBackend::prepare(CacheLayer& layer, size_t stream, std::span<const Mas
 
 void AccelBackend::use_index(CacheLayer& layer, size_t stream, int64_t row, const PluginOptions& options,
                              const MaskRow& bits, DecodeQuery& query) {
-  query.stream_id += stream * 64;
   if (bits.num_visible < options.min_context) return;
   try {
     StreamIndex& entry = *layer.streams[stream];

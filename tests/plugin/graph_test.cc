@@ -389,6 +389,24 @@ TEST_F(Graph, ARewrittenCellIsNoEarlierPlaceAnyMore) {
   EXPECT_EQ(certain[0], certain[1]);
 }
 
+// What a slot of a server is to its cache.
+TEST_F(Graph, ASequenceIsReadAlikeInAnyStream) {
+  Layer layer(1024, 2);
+  const std::vector<float> visible(1024, 0.0f);
+  std::vector<float> answers[2];
+  for (const int64_t stream : {0, 1}) {
+    Rows rows(23);
+    layer.use_stream(stream);
+    layer.write(0, rows.keys(1024), rows.values(1024));
+    for (int step = 0; step < 4; ++step) {
+      const std::vector<float> out = layer.attend(rows.query(), visible);
+      answers[stream].insert(answers[stream].end(), out.begin(), out.end());
+    }
+  }
+  EXPECT_EQ(take_totals().sparse_queries, 8);
+  EXPECT_EQ(answers[0], answers[1]);
+}
+
 // A prompt is clustered as it comes; rows that are decoded at every fourth step, so that layers take turns.
 TEST_F(Graph, RowsAreClusteredAsTheyCome) {
   configure(kIndexOptions + ",tau=1,refine=1,places=0");
