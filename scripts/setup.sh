@@ -32,7 +32,7 @@ install_packages() {
                 nlohmann-json3-dev libgtest-dev libgmock-dev libbenchmark-dev clang-format curl ca-certificates)
   local missing=() p
   for p in "${wanted[@]}"; do
-    [ "$(dpkg-query -W -f='${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
+    dpkg-query -W -f='${db:Status-Status}\n' "$p" 2>/dev/null | grep -qx installed || missing+=("$p")
   done
   [ ${#missing[@]} = 0 ] && return
   say "Installing ${missing[*]}"
