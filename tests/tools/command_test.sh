@@ -26,6 +26,8 @@ refuses 1 "no verb; tactic --help shows them"
 refuses 1 "no verb 'rum'; there are run, bench, eval, inspect and trace" rum -m "$model"
 refuses 1 "no verb; there are kl, paper, tasks and trace" eval
 refuses 1 "no verb 'foo'; there are kl, paper, tasks and trace" eval foo
+refuses 1 "-m stands where a verb must: run, bench, eval, inspect and trace" -m "$model" run
+refuses 1 "--foo stands where a verb must: kl, paper, tasks and trace" eval --foo kl
 refuses 2 "--model is required" run --prompt x
 refuses 2 "--tokens" run -m "$model" --prompt x -n 0
 refuses 2 "--threads" run -m "$model" --prompt x -t 513

@@ -64,8 +64,11 @@ int main(int argc, char** argv) {
   // CLI11 would say that a subcommand is required.
   const auto require_verb = [&](const CLI::App& above, int at, const char* verbs) {
     if (argc == at) throw tactic::tool::CommandError(std::string("no verb; there are ") + verbs);
-    if (argv[at][0] != '-' &&
-        above.get_subcommands([&](const CLI::App* verb) { return verb->check_name(argv[at]); }).empty()) {
+    if (argv[at][0] == '-') {
+      if (above.get_option_no_throw(argv[at]) != nullptr) return;  // --help
+      throw tactic::tool::CommandError(std::string(argv[at]) + " stands where a verb must: " + verbs);
+    }
+    if (above.get_subcommands([&](const CLI::App* verb) { return verb->check_name(argv[at]); }).empty()) {
       throw tactic::tool::CommandError("no verb '" + std::string(argv[at]) + "'; there are " + verbs);
     }
   };
