@@ -9,6 +9,7 @@
 #include <memory>
 #include <span>
 
+#include "tactic/error.h"
 #include "tactic/kv_index.h"
 #include "tactic/kv_view.h"
 #include "tactic/options.h"

@@ -54,7 +54,9 @@ class KvIndex {
 
   /// Compares the check values of indexed rows in [row_begin, row_begin + count); rows that differ count as rewritten.
   /// Where more than 8 rows and a 32nd of a segment differ, all of its rows do, as most changed rows may have passed.
-  /// Returns how many differed. Throws Error as write() and maintain() do.
+  /// Returns how many differed. Check values are made of eight bytes of a key and of its value: of rows of another text
+  /// one in 256 per KV head passes, of rows with a few changed elements many may (write() is sure). Throws Error as
+  /// write() and maintain() do.
   int64_t verify(const KvView& kv, int64_t row_begin, int64_t count);
   /// Of all indexed rows.
   int64_t verify(const KvView& kv);

@@ -40,13 +40,14 @@ T number(std::string_view key, std::string_view value) {
   T result{};
   const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), result);
   if (error == std::errc::result_out_of_range) {
-    using L = std::numeric_limits<T>;
-    fail(key, value,
-         std::is_integral_v<T> ? "in " + std::to_string(L::min()) + ".." + std::to_string(L::max())
-                               : "0 or of a size in 1.2e-38..3.4e38");
+    if (!std::is_integral_v<T>) fail(key, value, "0 or of a size in 1.2e-38..3.4e38");
+    fail(key, value, value.front() == '-' ? "at least 0" : "at most " + std::to_string(std::numeric_limits<T>::max()));
   }
   if (error != std::errc() || end != value.data() + value.size())
-    fail(key, value, std::is_integral_v<T> ? "a whole number" : "a number");
+    fail(key, value,
+         !std::is_integral_v<T> ? "a number"
+         : std::is_signed_v<T>  ? "a whole number"
+                                : "a whole number from 0 on");
   return result;
 }
 

@@ -1,5 +1,6 @@
 #include "plugin_stats.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -47,13 +48,20 @@ void PluginStats::open(const std::string& path) {
 
 void PluginStats::add_node(const StepStats* stats, int64_t num_queries, int32_t layer, int64_t attend_ns) {
   const std::lock_guard lock(mutex_);
-  if (file_ != nullptr && layer <= last_layer_) write_line();
+  if (layer <= last_layer_) end_step();
   last_layer_ = layer;
   for (tactic_totals* totals : {&totals_, &step_}) {
     ++totals->nodes;
     totals->attend_ns += attend_ns;
     for (int64_t i = 0; i < num_queries; ++i) add(*totals, stats[i]);
   }
+  if (layer == deepest_layer_) end_step();
+}
+
+void PluginStats::end_step() {
+  deepest_layer_ = std::max(deepest_layer_, last_layer_);
+  last_layer_ = -1;
+  if (file_ != nullptr) write_line();
 }
 
 void PluginStats::add_write(int64_t ns) {

@@ -28,11 +28,13 @@ class PluginStats {
   tactic_totals take();
 
  private:
+  void end_step();
   void write_line();
 
   std::mutex mutex_;
   tactic_totals totals_{}, step_{};  // all, and the decode step under way
-  int32_t last_layer_ = -1;
+  int32_t last_layer_ = -1;          // of the step under way
+  int32_t deepest_layer_ = -1;       // of the steps so far: with it a step ends; the first ends where the second begins
   int64_t step_number_ = 0;
   std::FILE* file_ = nullptr;
   std::string path_;
