@@ -30,9 +30,10 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 install_packages() {
   local wanted=(g++ cmake ninja-build ccache git python3 python3-venv libgomp1 libhwy-dev libcli11-dev
                 nlohmann-json3-dev libgtest-dev libgmock-dev libbenchmark-dev clang-format curl ca-certificates)
-  local missing=() p
+  local missing=() ours p
+  ours=$(dpkg --print-architecture)
   for p in "${wanted[@]}"; do
-    dpkg-query -W -f='${db:Status-Status}\n' "$p" 2>/dev/null | grep -qx installed || missing+=("$p")
+    dpkg-query -W -f='${db:Status-Status} ${Architecture}\n' "$p" 2>/dev/null | grep -qxE "installed ($ours|all)" || missing+=("$p")
   done
   [ ${#missing[@]} = 0 ] && return
   say "Installing ${missing[*]}"

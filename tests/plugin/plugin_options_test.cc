@@ -129,6 +129,9 @@ TEST(PluginOptions, OutOfRangeIsRefused) {
     EXPECT_NE(refusal(text), "") << text;
   }
   EXPECT_THAT(refusal("max_rows=65"), AllOf(HasSubstr("max_rows=65"), HasSubstr("1..64")));
+  EXPECT_THAT(refusal("budget=99999999999"), AllOf(HasSubstr("budget=99999999999"), HasSubstr("at most 2147483647")));
+  EXPECT_THAT(refusal("budget=-99999999999"), HasSubstr("at least 0"));
+  EXPECT_THAT(refusal("seed=-1"), HasSubstr("from 0 on"));
 }
 
 }  // namespace

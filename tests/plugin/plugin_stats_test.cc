@@ -31,22 +31,31 @@ std::vector<StepStats> one_sparse_one_changed() {
   return stats;
 }
 
-std::vector<std::string> lines_of(const std::string& path) {
-  std::ifstream file(path);
-  std::vector<std::string> lines;
-  for (std::string line; std::getline(file, line);) lines.push_back(line);
-  return lines;
-}
+class StatsFile : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::remove(path_.c_str());
+    sums_.open(path_);
+  }
+  void TearDown() override { std::remove(path_.c_str()); }
+  void add_node(int32_t layer) { sums_.add_node(stats_.data(), 2, layer, 7000); }
+  std::vector<std::string> lines() const {
+    std::ifstream file(path_);
+    std::vector<std::string> found;
+    for (std::string line; std::getline(file, line);) found.push_back(line);
+    return found;
+  }
 
-TEST(PluginStats, ALineIsTheMeanOverLayersQueriesAndHeads) {
-  const std::string path = testing::TempDir() + "plugin_stats_test.jsonl";
-  std::remove(path.c_str());
-  const std::vector<StepStats> stats = one_sparse_one_changed();
-  PluginStats sums;
-  sums.open(path);
-  for (const int32_t layer : {0, 1, 0}) sums.add_node(stats.data(), 2, layer, 7000);
-  sums.open("");
-  const std::vector<std::string> lines = lines_of(path);
+  const std::vector<StepStats> stats_ = one_sparse_one_changed();
+  const std::string path_ =
+      testing::TempDir() + testing::UnitTest::GetInstance()->current_test_info()->name() + ".jsonl";
+  PluginStats sums_;
+};
+
+TEST_F(StatsFile, ALineIsTheMeanOverLayersQueriesAndHeads) {
+  for (const int32_t layer : {0, 1, 0}) add_node(layer);
+  sums_.open("");
+  const std::vector<std::string> lines = this->lines();
   ASSERT_EQ(lines.size(), 2U) << "the second step begins with the first layer";
   EXPECT_THAT(lines[0],
               testing::HasSubstr("\"step\":0,\"layers\":2,\"queries\":4,\"dense_queries\":2,\"changed_queries\":2,"
@@ -54,23 +63,16 @@ TEST(PluginStats, ALineIsTheMeanOverLayersQueriesAndHeads) {
                                  "\"kv_bytes\":9800,\"index_bytes\":200,\"read_fraction\":0.62500,"
                                  "\"estimated_mass\":0.80000,\"mass_variance\":1.000e-02,\"attend_us\":14.0,"));
   EXPECT_THAT(lines[1], testing::HasSubstr("\"step\":1,\"layers\":1,\"queries\":2,"));
-  std::remove(path.c_str());
 }
 
-TEST(PluginStats, ALineIsThereWhenItsStepHasEnded) {
-  const std::string path = testing::TempDir() + "plugin_stats_test_ended.jsonl";
-  std::remove(path.c_str());
-  const std::vector<StepStats> stats = one_sparse_one_changed();
-  PluginStats sums;
-  sums.open(path);
-  std::vector<size_t> lines;
+TEST_F(StatsFile, ALineIsThereWhenItsStepHasEnded) {
+  std::vector<size_t> counts;
   for (const int32_t layer : {0, 2, 0, 2, 0, 2, 5, 0, 2, 5, 2, 5}) {
-    sums.add_node(stats.data(), 2, layer, 7000);
-    lines.push_back(lines_of(path).size());
+    add_node(layer);
+    counts.push_back(lines().size());
   }
   // How many layers there are is known after the first step; a layer that comes later is a line of its own once.
-  EXPECT_THAT(lines, testing::ElementsAre(0, 0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6));
-  std::remove(path.c_str());
+  EXPECT_THAT(counts, testing::ElementsAre(0, 0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6));
 }
 
 TEST(PluginStats, TotalsAreSinceTheyWereLastTaken) {
