@@ -56,7 +56,7 @@ struct DecodeBatch {
   void* out = nullptr;                   // device, like q
   DType q_dtype = DType::kF16;           // of q and out: f32, f16 or bf16
   float* lse = nullptr;                  // device [num_sequences, num_q_heads] natural log, or nullptr
-  const uint64_t* stream_ids = nullptr;  // device [num_sequences] for the random offsets, or nullptr: 0, 1, ...
+  const uint64_t* stream_ids = nullptr;  // device [num_sequences] for the random offsets, or nullptr: all 0
   int32_t layer = 0;  // with seed, stream_ids and kv_len - 1 makes the random offsets, and shifts when a step learns
   /// select=sample only. tau_factors: device [num_sequences], as DecodeQuery::tau_factor; or nullptr: 1. Of one that is
   /// not a number, or negative, tau becomes 1. likely_rows: device [num_sequences, max_likely_rows], in any order; or

@@ -24,18 +24,16 @@ class DrawnVariance {
     last_probability_ = probability;
     ++count_;
   }
-  /// `usual`: what earlier steps of this head found relative to the squared sum (a draw that missed the heavy rows
-  /// knows nothing of them, neither in the sum nor in the scatter), 0: nothing. `total`: of all weights. `tau`: what a
-  /// row stands for is about total / tau. `count_variance`: of the number of draws.
+  /// `usual`: what earlier steps of this head found relative to the squared sum, 0: nothing; taken where it is the
+  /// larger one, since a draw that missed the heavy rows shows little scatter just then. `total`: of all weights.
+  /// `tau`: what a row stands for is about total / tau. `count_variance`: of the number of draws.
   double variance(double total, double tau, double count_variance, double usual) const {
     const auto n = static_cast<double>(count_);
     const double mean = count_ > 0 ? sum_ / n : total / tau;
     const double from_count = mean * mean * count_variance;
-    const double unseen = kUnseen * total / tau * (kUnseen * total / tau);
+    const double unseen = total / tau * (total / tau);  // the heaviest row missed may always weigh as much as this
     if (count_ < 2) return std::max(independent_, from_count) + unseen;
-    const double own = own_variance(count_variance), freedom = own_freedom();
-    return (usual > 0 ? (freedom * own + kUsualFreedom * usual * sum_ * sum_) / (freedom + kUsualFreedom) : own) +
-           unseen;
+    return std::max(own_variance(count_variance), usual * sum_ * sum_) + unseen;
   }
   /// Variance over squared sum, for `usual` of later steps; 0 when two draws are not there.
   double relative(double count_variance) const { return count_ < 2 ? 0 : own_variance(count_variance) / (sum_ * sum_); }
@@ -45,9 +43,8 @@ class DrawnVariance {
   }
   double freedom(double usual) const { return count_ < 2 ? 1 : own_freedom() + (usual > 0 ? kUsualFreedom : 0); }
 
-  static constexpr double kUsualFreedom = 10;  // of what earlier steps say
+  static constexpr double kUsualFreedom = 10;  // degrees of freedom that earlier steps add
   static constexpr double kUsualRate = 0.05;   // at which they forget
-  static constexpr double kUnseen = 2;         // ordinary rows that the heaviest row missed weighs as much as
 
  private:
   double own_variance(double count_variance) const {

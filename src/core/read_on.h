@@ -13,7 +13,7 @@ inline constexpr double kNormal95 = 1.96;  // standard errors either way
 
 /// How many standard errors a mass must lie above its target to count as reached. Successes at 0.9 against it:
 /// docs/method.md, verified mass.
-inline constexpr double kSureness = 3;
+inline constexpr double kSureness = 2.5;
 
 /// What a query head knows of itself.
 struct HeadMass {

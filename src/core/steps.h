@@ -109,7 +109,7 @@ inline float refine_limit(const DecodeOptions& options, const Inclusion& inclusi
   return std::max(options.refine, 8.0f / inclusion.tau) / inclusion.sink_factors[g];
 }
 
-/// tau as head g's measured error takes it: a row that was not drawn may weigh as much as kUnseen rows of 1 / tau.
+/// tau as head g's measured error takes it: a row that was not drawn may weigh as much as 1 / tau.
 /// Between what rows stand for with the factor for sinks, where intervals were a little too narrow, and without, where
 /// those of a head with 255 times its weights on a sink were 16 times too wide (docs/method.md, measuring itself).
 inline double unseen_tau(const Inclusion& inclusion, size_t g) {

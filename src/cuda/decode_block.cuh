@@ -290,8 +290,7 @@ class DecodeBlock {
   }
 
   __device__ void select(const float (&shifts)[kHeads], const float (&besides)[kHeads]) {
-    const uint64_t stream_id =
-        p.batch.stream_ids != nullptr ? p.batch.stream_ids[sequence] : static_cast<uint64_t>(sequence);
+    const uint64_t stream_id = p.batch.stream_ids != nullptr ? p.batch.stream_ids[sequence] : 0;
     const uint64_t random = step_random(p.seed, stream_id, p.batch.layer, head, kv_len - 1);
     uint32_t sampled = 0;  // by this lane
     Foreseen foreseen;

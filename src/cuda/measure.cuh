@@ -112,20 +112,19 @@ struct MeasuredMass {
 /// what `relative` was in earlier steps, 0: nothing.
 __device__ __forceinline__ MeasuredMass measure(const DrawSums& draw, float certain, float independent, bool all_read,
                                                 float tau, float usual) {
-  constexpr auto kUsualFreedom = static_cast<float>(DrawnVariance::kUsualFreedom),
-                 kUnseen = static_cast<float>(DrawnVariance::kUnseen);
+  constexpr auto kUsualFreedom = static_cast<float>(DrawnVariance::kUsualFreedom);
   const float total = certain + (all_read ? 0.0f : fmaxf(draw.drawn - draw.refined, 0.0f));
   const bool several = draw.pairs > 0;
   const float mean = draw.rows > 0 ? draw.drawn / draw.rows : total / tau,
               from_count = mean * mean * draw.count_variance;
-  const float unseen = kUnseen * total / tau * (kUnseen * total / tau);
+  const float unseen = total / tau * (total / tau);
   float variance = fmaxf(independent, from_count), relative = 0, freedom = 1;
   if (several) {
     variance = draw.differences * draw.rows / (2 * draw.pairs) + from_count;
     relative = variance / (draw.drawn * draw.drawn);
     freedom = fmaxf(1.0f, draw.squares > 0 ? 2 * draw.differences * draw.differences / draw.squares : 1.0f);
     if (usual > 0) {
-      variance = (freedom * variance + kUsualFreedom * usual * draw.drawn * draw.drawn) / (freedom + kUsualFreedom);
+      variance = fmaxf(variance, usual * draw.drawn * draw.drawn);
       freedom += kUsualFreedom;
     }
   }

@@ -76,21 +76,20 @@ TEST(DrawnVariance, AveragesToTheVarianceOfSystematicDraws) {
   }
 }
 
-// Beside what the draw shows there is always a row of twice the ordinary weight, 1 / tau of the total, that may have
-// been missed.
+// Beside what the draw shows there is always a row of the ordinary weight, 1 / tau of the total, that may have been
+// missed.
 TEST(DrawnVariance, FewDraws) {
-  EXPECT_NEAR(DrawnVariance().variance(2, 10, 0.1, 0), 0.04 * 0.1 + 4 * 0.04, 1e-12);
+  EXPECT_NEAR(DrawnVariance().variance(2, 10, 0.1, 0), 0.04 * 0.1 + 0.04, 1e-12);
   DrawnVariance drawn;
   drawn.add(3, 0.25);
-  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0), 9 * 0.75 + 400, 1e-12);
+  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0), 9 * 0.75 + 100, 1e-12);
   EXPECT_EQ(drawn.relative(0.2), 0);
   drawn.add(3, 0.25);
-  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0), 9 * 0.2 + 400, 1e-12)
+  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0), 9 * 0.2 + 100, 1e-12)
       << "equal weights err by the number of draws alone";
   EXPECT_NEAR(drawn.relative(0.2), 9 * 0.2 / 36, 1e-12);
-  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0.5),
-              (9 * 0.2 + DrawnVariance::kUsualFreedom * 0.5 * 36) / (1 + DrawnVariance::kUsualFreedom) + 400, 1e-9)
-      << "earlier steps have the more to say the less this one knows";
+  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0.5), 0.5 * 36 + 100, 1e-12) << "more scatter is usual";
+  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0.01), 9 * 0.2 + 100, 1e-12) << "less is";
   EXPECT_NEAR(drawn.freedom(0.5), 1 + DrawnVariance::kUsualFreedom, 1e-12);
   EXPECT_NEAR(drawn.for_draws(0.5, 2), 0.5, 1e-12);
   EXPECT_NEAR(drawn.for_draws(0.5, 6), 1.5, 1e-12) << "a third of the draws, three times the relative variance";

@@ -150,6 +150,15 @@ TEST(Decode, RaggedBatchIsItsSequencesAlone) {
     for (size_t i = 0; i < pointers.size(); ++i)
       EXPECT_TRUE(same_bits(device.out(i), together[i])) << "sequence " << i << " run " << again;
   }
+  const std::vector<Problem*> reversed(pointers.rbegin(), pointers.rend());
+  DeviceBatch other(reversed, DeviceLayout::kPages16);
+  cuda::LayerIndex other_index({}, {4, 128, 128}, 16, 16384);
+  for (size_t i = 0; i < reversed.size(); ++i)
+    other_index.build(static_cast<int32_t>(i), other.batch, static_cast<int32_t>(reversed[i]->cache.spec().kv_len),
+                      nullptr);
+  decode.run(other.batch, &other_index, nullptr);
+  for (size_t i = 0; i < pointers.size(); ++i)
+    EXPECT_TRUE(same_bits(other.out(pointers.size() - 1 - i), together[i])) << "sequence " << i << " at another place";
   for (size_t i = 0; i < pointers.size(); ++i) {
     if (pointers[i]->cache.spec().kv_len == 0) {
       for (const float x : together[i]) EXPECT_EQ(x, 0);
