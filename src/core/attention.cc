@@ -22,7 +22,8 @@ void validate(const DecodeQuery& query) {
     throw Error("num_q_heads (" + std::to_string(query.num_q_heads) +
                 ") must be a positive multiple of num_kv_heads (" + std::to_string(kv.num_kv_heads) + ")");
   }
-  if (query.q == nullptr || query.out == nullptr) throw Error("q and out must not be null");
+  if (query.q == nullptr) throw Error("q must not be null");
+  if (query.out == nullptr) throw Error("out must not be null");
   const auto check_stride = [&](const char* name, int64_t stride, int32_t dim) {
     if (query.num_q_heads > 1 && stride < dim)
       throw Error(std::string(name) + " (" + std::to_string(stride) + ") must be at least " + std::to_string(dim));

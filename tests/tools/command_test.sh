@@ -58,6 +58,9 @@ refuses 1 "budget (0) must be at least 1" eval kl -m "$model" --records 0 --mode
 refuses 1 "cache type 'q9' is none of" run -m "$model" --prompt x --cache-type q9
 refuses 1 "does not exist" run -m "$model" --prompt x --plugin "$work/none.so"
 refuses 1 "error=0.02 and tau=1000 say one thing in two ways; give one" run -m "$model" --prompt x --tactic sample,error=0.02,tau=1000
+refuses 1 "mode 'stock,error=3': stock takes no options" run -m "$model" --prompt x --tactic stock,error=3
+refuses 1 '"quality" must be key=value' run -m "$model" --prompt x --tactic quality
+refuses 2 "not expected: -n x" eval trace --traces "$work/none" -n x
 refuses 1 "--select names no mode" eval trace --traces "$work/none" --select ';'
 refuses 1 "--select 'sampel,error=0.02|0.04': sampel is none of" eval trace --traces "$work/none" --select 'sampel,error=0.02|0.04'
 refuses 1 "--select 'sample,error=2': error (2) must be in 1e-6..1" eval trace --traces "$work/none" --select 'sample,error=2'

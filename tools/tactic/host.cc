@@ -147,7 +147,8 @@ Mode parse_mode(const std::string& text) {
   if (name == "stock" || name == "off" || name == "select=off") return {"stock", "select=off"};
   if (name == "default") return {name, ""};
   const std::string first = name.substr(0, name.find(','));
-  if (first.find('=') != std::string::npos) return {name, name};
+  if (first == "stock") throw CommandError("mode '" + name + "': stock takes no options");
+  if (first.find('=') != std::string::npos || first == "quality") return {name, name};
   // Exact is exact at every depth.
   if (first == "dense")
     return {name, "select=" + name + (name.find("min_context") == std::string::npos ? ",min_context=0" : "")};

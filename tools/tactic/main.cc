@@ -80,6 +80,11 @@ int main(int argc, char** argv) {
   } catch (const CLI::Success& help) {
     app.exit(help);
     std::cout.flush();
+  } catch (const CLI::ExtrasError&) {  // its own message has them in reverse
+    std::string extras;
+    for (const std::string& extra : app.remaining(true)) extras += " " + extra;
+    std::fprintf(stderr, "tactic: not expected:%s\n", extras.c_str());
+    return 2;
   } catch (const CLI::ParseError& error) {
     std::fprintf(stderr, "tactic: %s\n", error.what());
     return 2;

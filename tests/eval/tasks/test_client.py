@@ -231,3 +231,7 @@ def test_the_command(tmp_path, capsys):
     assert main(["make", "--tasks", "best", "--length", "600", "-o", made]) == 1
     assert "task 'best' is none of" in capsys.readouterr().err
     assert main(["summary", "--items", str(tmp_path / "none"), out]) == 1
+    capsys.readouterr()
+    (tmp_path / "empty").touch()
+    assert main(["summary", "--items", made, str(tmp_path / "empty")]) == 1
+    assert "no results in" in capsys.readouterr().err
