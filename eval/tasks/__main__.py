@@ -109,6 +109,8 @@ def ask(options):
 
 def summary(options):
     table = results.summarize(options.items, options.results, options.baseline)
+    if not table.rows and not table.notes:
+        raise ValueError(f"no results in {', '.join(map(str, options.results))}")
     print(table.json() if options.json else table.markdown())
 
 
