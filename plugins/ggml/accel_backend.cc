@@ -217,7 +217,7 @@ bool AccelBackend::prepare(CacheLayer& layer, size_t stream, std::span<const Mas
 
 void AccelBackend::use_index(CacheLayer& layer, size_t stream, int64_t row, const PluginOptions& options,
                              const MaskRow& bits, DecodeQuery& query) {
-  if (bits.num_visible < options.min_context) return;
+  if (bits.num_visible < options.min_sparse) return;
   try {
     StreamIndex& entry = *layer.streams[stream];
     query.index = &entry.index;

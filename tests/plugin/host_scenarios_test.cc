@@ -78,6 +78,19 @@ TEST_F(HostScenarios, ShortContextsAreTheHosts) {
   EXPECT_EQ(take_totals().nodes, 2 * Host::get()->num_layers()) << "512 padded cells";
 }
 
+TEST_F(HostScenarios, FewRowsAreReadExactly) {
+  const int64_t few = kDepth + 4;
+  Session session(kSparse + ",min_sparse=" + std::to_string(few), {.cells = 512});
+  session.prefill(text());
+  take_totals();
+  session.decode(std::span(text()).first(3), kDepth);
+  const tactic_totals below = take_totals();
+  EXPECT_EQ(below.queries, 3 * Host::get()->num_layers());
+  EXPECT_EQ(below.dense_queries, below.queries);
+  session.decode(std::span(text()).first(2), kDepth + 3);
+  EXPECT_EQ(take_totals().dense_queries, 0) << few << " rows are seen";
+}
+
 TEST_F(HostScenarios, TotalsAreConsistent) {
   const int64_t layers = Host::get()->num_layers(), kv_heads = Host::get()->num_kv_heads(), steps = 10;
   Session session(kSparse, {.cells = 512});

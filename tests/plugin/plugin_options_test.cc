@@ -26,6 +26,7 @@ TEST(PluginOptions, EmptyTextIsThePresetHigh) {
   EXPECT_EQ(none.decode.select, Select::kSample);
   EXPECT_EQ(none.decode.target_error, high.decode.target_error);
   EXPECT_EQ(none.min_context, 1024);
+  EXPECT_EQ(none.min_sparse, 2048);
   EXPECT_FALSE(none.accept_any);
   EXPECT_FALSE(none.inspect);
 }
@@ -64,6 +65,9 @@ TEST(PluginOptions, KeysReachTheirFields) {
   EXPECT_EQ(o.index.provisional_tokens, 64);
   EXPECT_EQ(o.index.clustering, Clustering::kWhole);
   EXPECT_EQ(o.min_context, 0);
+  EXPECT_EQ(o.min_sparse, 0) << "whoever asks for it gets it";
+  EXPECT_EQ(parse_options("min_context=300,min_sparse=600").min_context, 300);
+  EXPECT_EQ(parse_options("min_context=300,min_sparse=600").min_sparse, 600);
   EXPECT_EQ(o.max_rows, 3);
   EXPECT_EQ(o.places, 5);
   EXPECT_TRUE(o.accept_any);

@@ -66,7 +66,7 @@ refuses 1 "--select 'sampel,error=0.02|0.04': sampel is none of" eval trace --tr
 refuses 1 "--select 'sample,error=2': error (2) must be in 1e-6..1" eval trace --traces "$work/none" --select 'sample,error=2'
 refuses 1 "inspect shows the plug-in's work; 'stock' has none" inspect -m "$model" --file "$0" --tactic select=off,seed=1
 refuses 1 "inspect shows which rows are chosen; 'quality=exact' reads all" inspect -m "$model" --file "$0" --tactic quality=exact
-refuses 1 "depth 500 and 32 steps are below min_context (1024)" inspect -m "$model" --file "$0" -d 500
+refuses 1 "depth 500 and 32 steps are below min_sparse (2048)" inspect -m "$model" --file "$0" -d 500
 refuses 1 "--watch-prefill needs a mode other than stock and dense" bench -m "$model" -d 64 --watch-prefill --modes 'select=off,seed=1;quality=exact'
 printf 'a safeguard taken out\n'
 call 0 run -m "$model" --prompt x -n 2 -t 2 --tactic sample,fault=verify
@@ -114,7 +114,7 @@ for mode in default select=off sample,seed=1; do
   call 0 run -m "$model" --prompt hi -n 12 -t 2 --compare --tactic "$mode"
   ! grep -q "decode speed against stock" "$work/err" || fail "a speed-up of nothing: $mode"
 done
-says "nothing was sparse, so that there is no speed to compare: the context is below min_context (1024)"
+says "nothing was sparse, so that there is no speed to compare: the context is below min_sparse (2048)"
 
 # What is not UTF-8 is said, replaced and gone on with.
 printf 'broken \377 and cut off \342\202 here.\n' > "$work/bytes"

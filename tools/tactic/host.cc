@@ -155,9 +155,10 @@ Mode parse_mode(const std::string& text) {
   return {name, "select=" + name};
 }
 
-int32_t min_context_of(const Mode& mode) {
+int32_t min_sparse_of(const Mode& mode) {
   try {
-    return plugin::parse_options(mode.options).min_context;
+    const plugin::PluginOptions options = plugin::parse_options(mode.options);
+    return std::max(options.min_context, options.min_sparse);
   } catch (const Error& error) {
     throw CommandError("mode '" + mode.name + "': " + error.what());
   }

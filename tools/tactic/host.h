@@ -47,7 +47,7 @@ inline Mode stock_beside(const Mode& mode) {
 /// "stock" | "dense" | "default" | "sample[,error=...]" | "fit,..." | "topk,..." | "key=value,...".
 Mode parse_mode(const std::string& text);
 /// The cache length below which nothing is sparse. Throws CommandError for options that the plug-in refuses.
-int32_t min_context_of(const Mode& mode);
+int32_t min_sparse_of(const Mode& mode);
 /// Modes separated by semicolons. Throws CommandError, naming the option they come from, when there is none.
 std::vector<Mode> parse_modes(const std::string& text, const std::string& option = "--modes");
 

@@ -79,11 +79,11 @@ void inspect(const InspectOptions& options) {
   Mode mode = parse_mode(options.mode);
   if (mode.is_stock()) throw CommandError("inspect shows the plug-in's work; 'stock' has none");
   if (mode.is_dense()) throw CommandError("inspect shows which rows are chosen; '" + mode.name + "' reads all");
-  const int32_t min_context = min_context_of(mode);
-  if (options.depth + options.steps < min_context) {
-    throw CommandError(format("depth %lld and %lld steps are below min_context (%d), where everything is read",
+  const int32_t min_sparse = min_sparse_of(mode);
+  if (options.depth + options.steps < min_sparse) {
+    throw CommandError(format("depth %lld and %lld steps are below min_sparse (%d), where everything is read",
                               static_cast<long long>(options.depth), static_cast<long long>(options.steps),
-                              min_context));
+                              min_sparse));
   }
   mode.options += mode.options.empty() ? "inspect=1" : ",inspect=1";
   const ggml_type cache_type = parse_cache_type(options.cache_type);

@@ -243,9 +243,9 @@ void run(const RunOptions& options) {
     std::fprintf(stderr, "both answers are llama.cpp's own\n");
   } else if (totals.dense_queries == totals.queries && !mode.is_dense()) {  // none at all, too
     std::fprintf(stderr,
-                 "nothing was sparse, so that there is no speed to compare: the context is below min_context (%d), or "
+                 "nothing was sparse, so that there is no speed to compare: the context is below min_sparse (%d), or "
                  "the model's attention or the cache type is left to llama.cpp\n",
-                 min_context_of(mode));
+                 min_sparse_of(mode));
   } else if (answers[0].steps > 0 && answers[1].steps > 0) {
     // One answers after the other: other work on the machine tells more than so few tokens. `bench` takes turns.
     const bool few = std::min(answers[0].steps, answers[1].steps) < 8;
