@@ -204,8 +204,10 @@ bool AccelBackend::prepare(CacheLayer& layer, size_t stream, std::span<const Mas
       shared().watch.before_step(layer, stream, row.visible, begins, options.faults);
       longest = std::max(longest, row.num_visible);
     }
-    entry.note_length(longest < options.min_context);
-    if (longest < options.min_context) return false;
+    // Rows of a context that grows towards a selection are clustered before, a few at a time.
+    const bool worth_clustering = longest >= options.min_context;
+    entry.note_length(longest, longest < std::max(options.min_sparse, options.min_context), worth_clustering);
+    if (!worth_clustering || entry.stays_short()) return false;
     maintain(layer, stream, budget_of(layer, entry));
     return true;
   } catch (const std::exception& error) {

@@ -36,9 +36,12 @@ struct StreamIndex {
   /// taken back leave the index, so that a request that is asked again reads the same rows again. `max_rows`: the step
   /// writes no more. False: no step begins, for another layer has attended to this layer's cache in it.
   bool begin_step(const std::vector<uint64_t>& visible, int64_t num_visible, int64_t max_rows);
-  /// A step begins. `too_short`: it sees fewer rows than a selection is worth.
-  void note_length(bool too_short) { short_steps_ = too_short ? std::min(short_steps_ + 1, kManyShort) : 0; }
-  /// Step after step sees too few rows, as in a sliding window: rows are not clustered as they are written.
+  /// A step begins that sees `rows` at most. `few`: less than a selection is worth. `growing`: there will be more.
+  void note_length(int64_t rows, bool few, bool growing) {
+    short_steps_ = few && !(growing && rows > last_rows_) ? std::min(short_steps_ + 1, kManyShort) : 0;
+    last_rows_ = rows;
+  }
+  /// Step after step sees too few rows, as in a sliding window: rows are not clustered.
   bool stays_short() const { return short_steps_ == kManyShort; }
   /// DecodeQuery::tau_factor of the step under way.
   float tau_factor() const;
@@ -47,6 +50,7 @@ struct StreamIndex {
  private:
   static constexpr int32_t kManyShort = 16;
   int32_t short_steps_ = 0;
+  int64_t last_rows_ = 0;
 };
 
 /// The layer's number as the cache's name says it, else `fallback`.

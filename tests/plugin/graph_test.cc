@@ -54,9 +54,32 @@ TEST_F(Graph, SlidingWindow) {
   EXPECT_GT(windowed_error(1536, 1024), kBound) << "the mask does not matter";
 }
 
+// Between min_context and min_sparse a window is not worth a cluster, a context that grows is: it will be long.
+TEST_F(Graph, AContextThatGrowsIsClusteredBeforeItIsSelectedFrom) {
+  configure("segment=256,provisional=64");
+  constexpr int64_t kCells = 3072;
+  Layer layer(kCells);
+  Rows rows(18);
+  std::vector<float> mask(kCells, kHidden);
+  layer.write(0, rows.keys(1300), rows.values(1300));
+  take_totals();
+  const auto step = [&](int64_t visible) {
+    std::fill_n(mask.begin(), visible, 0.0f);
+    EXPECT_LT(layer.error(rows.query(), mask), visible < 2048 ? 1e-3 : kBound) << visible << " rows";
+    return take_totals();
+  };
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(step(1200).dense_queries, 1);
+  layer.write(1300, rows.keys(kCells - 1300), rows.values(kCells - 1300));
+  const tactic_totals window = step(1200), growing = step(1201);
+  EXPECT_GT(growing.index_memory_bytes, window.index_memory_bytes);
+  EXPECT_EQ(growing.dense_queries, 1);
+  EXPECT_EQ(step(2047).dense_queries, 1);
+  EXPECT_EQ(step(2048).dense_queries, 0);
+}
+
 // A short window in a long ring is not worth a selection, nor its rows a cluster; a query that sees more is.
 TEST_F(Graph, ShortWindowIsReadDensely) {
-  configure("segment=256,provisional=64,error=0.03");
+  configure("min_context=1024,segment=256,provisional=64,error=0.03");
   constexpr int64_t kCells = 1536;
   Layer layer(kCells);
   Rows rows(17);
@@ -81,7 +104,7 @@ TEST_F(Graph, ShortWindowIsReadDensely) {
 
 // Two sequences in one cache, a short one in the first row.
 TEST_F(Graph, AShortRowLeavesTheOthersSparse) {
-  configure("segment=256,provisional=64,error=0.03");
+  configure("min_context=1024,segment=256,provisional=64,error=0.03");
   constexpr int64_t kCells = 1536, kShort = 400;
   for (const size_t long_row : {0, 1}) {
     Layer layer(kCells);
