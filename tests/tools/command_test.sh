@@ -241,7 +241,7 @@ shows "depth 80"
 call 1 eval trace --traces "$work/small.trace" --select topk,budget=8 --json /dev/full
 says "cannot write /dev/full"
 shows "topk,budget=8"
-call 1 inspect -m "$model" --file "$work/long" -d 1200 -n 2 -t 2 -o /dev/full
+call 1 inspect -m "$model" --file "$work/long" -d 1200 -n 2 -t 2 --tactic min_context=1024 -o /dev/full
 says "cannot write /dev/full"
 got=0
 timeout 120 "$tactic" run -m "$model" --prompt x -n 2 -t 2 > /dev/full 2> "$work/err" || got=$?
