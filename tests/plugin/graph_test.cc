@@ -74,7 +74,11 @@ TEST_F(Graph, AContextThatGrowsIsClusteredBeforeItIsSelectedFrom) {
   EXPECT_GT(growing.index_memory_bytes, window.index_memory_bytes);
   EXPECT_EQ(growing.dense_queries, 1);
   EXPECT_EQ(step(2047).dense_queries, 1);
-  EXPECT_EQ(step(2048).dense_queries, 0);
+  const tactic_totals first = step(2048);
+  EXPECT_EQ(first.dense_queries, 0);
+  for (int64_t visible = 2049; visible < 2056; ++visible) step(visible);
+  const auto rows_read = [](const tactic_totals& totals) { return totals.tokens_certain + totals.tokens_sampled; };
+  EXPECT_GT(rows_read(first), 1.2 * static_cast<double>(rows_read(step(2056)))) << "as the first step after a prompt";
 }
 
 // A short window in a long ring is not worth a selection, nor its rows a cluster; a query that sees more is.
