@@ -16,7 +16,7 @@ namespace {
 
 struct BenchOptions {
   HostOptions host;
-  std::string depths = "0,2000,8000", threads = "0", modes = "stock;dense;sample,error=0.03", file, json;
+  std::string depths = "0,4000,8000", threads = "0", modes = "stock;dense;sample,error=0.03", file, json;
   std::vector<std::string> cache_types = {"f16"};
   int64_t steps = 32, warmup = 4;
   int32_t rounds = 5;
@@ -354,7 +354,7 @@ void add_bench(CLI::App& app) {
                  "prefill once more under the first mode that clusters, and say what that costs");
   verb->add_option("--json", options->json, "append one JSON object per mode and depth")->type_name("FILE");
   verb->footer(
-      "Example:\n  tactic bench -m model.gguf -d 1024-8192x2 -t 2 --modes 'stock;sample,error=0.03;fit,mass=0.9' --kl "
+      "Example:\n  tactic bench -m model.gguf -d 2048-8192x2 -t 2 --modes 'stock;sample,error=0.03;fit,mass=0.9' --kl "
       "--json out.jsonl\n"
       "Read fraction: bytes of K, V and index read over bytes of K and V present. Longest step: over the median step.\n"
       "Index build: clustering a restored cache at the first step, and its share of the prefill time.");
