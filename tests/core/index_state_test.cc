@@ -66,5 +66,21 @@ TEST(Outliers, AreAShareOfTheRowsButFewOfTheClusters) {
   EXPECT_EQ(outliers_of(0, 2048, 128), 0);
 }
 
+// Rows found heavy once by chance, of which induction finds new ones all the time: the latest 64 are remembered.
+TEST(FoundHeavy, SuspectsAreFewAndTheLatest) {
+  IndexState index;
+  index.calibration.resize(1);
+  index.rows_end = 1 << 20;
+  for (int32_t row = 0; row < 1000; ++row) found_heavy(index, 0, row);
+  const std::vector<int32_t>& suspects = index.calibration[0].suspects;
+  EXPECT_EQ(suspects.size(), 64u);
+  EXPECT_EQ(suspects.front(), 936);
+  EXPECT_EQ(suspects.back(), 999);
+  found_heavy(index, 0, 0);
+  EXPECT_TRUE(index.calibration[0].heavy.empty()) << "forgotten since";
+  found_heavy(index, 0, 990);
+  EXPECT_EQ(index.calibration[0].heavy, std::vector<int32_t>{990});
+}
+
 }  // namespace
 }  // namespace tactic::test
