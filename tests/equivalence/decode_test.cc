@@ -346,8 +346,11 @@ TEST(DecodeVerified, IsTheReference) {
       SCOPED_TRACE(text("target ", target, " seed ", seed));
       Problem problem({.kv_len = 2900}, 3, seed, 0.5f);
       problem.build_index();
-      const DecodeOptions options{.tau = 60, .target_mass = target, .beta = 1};
+      const DecodeOptions options{.tau = 400, .target_mass = target, .beta = 1};
       const StepStats expected = problem.run(options, Backend::kReference);
+      if (target < 0.95f) {
+        EXPECT_LT(expected.tokens_certain, 2 * 2900) << "everything was read";
+      }
       const std::vector<float> out = problem.out, lse = problem.lse;
       const StepStats stats = problem.run(options);
       expect_alike(problem, stats, out, lse, expected, Select::kSample);

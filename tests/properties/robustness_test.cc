@@ -408,7 +408,10 @@ TEST(Robustness, MistakesAreNamed) {
   expect_error(query, "K data");
   query = sound;
   query.q = nullptr;
-  expect_error(query, "q and out");
+  expect_error(query, "q must not be null");
+  query = sound;
+  query.out = nullptr;
+  expect_error(query, "out must not be null");
   query = sound;
   query.kv.v_head_dim = 32;
   expect_error(query, "the index is for");
