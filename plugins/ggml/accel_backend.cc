@@ -204,12 +204,11 @@ bool AccelBackend::prepare(CacheLayer& layer, size_t stream, std::span<const Mas
       shared().watch.before_step(layer, stream, row.visible, begins, options.faults);
       longest = std::max(longest, row.num_visible);
     }
-    // Rows of a context that grows towards a selection are clustered before, a few at a time.
-    const bool worth_clustering = longest >= options.min_context;
-    const bool few = longest < std::max(options.min_sparse, options.min_context);
-    entry.note_length(longest, few, worth_clustering);
+    const bool few = longest < options.min_sparse;
+    entry.note_length(longest, few);
     if (few) entry.passages.current().steps_since_prompt = 0;  // the first to select is the first that knows nothing
-    if (!worth_clustering || entry.stays_short()) return false;
+    // Rows of a context that grows towards a selection are clustered before, a few at a time.
+    if (longest < options.min_context || entry.stays_short()) return false;
     maintain(layer, stream, budget_of(layer, entry));
     return true;
   } catch (const std::exception& error) {

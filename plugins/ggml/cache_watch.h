@@ -36,12 +36,12 @@ struct StreamIndex {
   /// taken back leave the index, so that a request that is asked again reads the same rows again. `max_rows`: the step
   /// writes no more. False: no step begins, for another layer has attended to this layer's cache in it.
   bool begin_step(const std::vector<uint64_t>& visible, int64_t num_visible, int64_t max_rows);
-  /// A step begins that sees `rows` at most. `few`: less than a selection is worth. `growing`: there will be more.
-  void note_length(int64_t rows, bool few, bool growing) {
-    short_steps_ = few && !(growing && rows > last_rows_) ? std::min(short_steps_ + 1, kManyShort) : 0;
+  /// A step begins that sees `rows` at most. `few`: less than a selection is worth.
+  void note_length(int64_t rows, bool few) {
+    short_steps_ = few && rows <= last_rows_ ? std::min(short_steps_ + 1, kManyShort) : 0;
     last_rows_ = rows;
   }
-  /// Step after step sees too few rows, as in a sliding window: rows are not clustered.
+  /// Step after step sees few rows and no more than before, as in a sliding window: rows are not clustered.
   bool stays_short() const { return short_steps_ == kManyShort; }
   /// DecodeQuery::tau_factor of the step under way.
   float tau_factor() const;

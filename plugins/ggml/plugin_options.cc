@@ -204,6 +204,7 @@ PluginOptions parse_options(std::string_view text) {
     }
     (*setter)(options, key, value);
   }
+  options.min_sparse = std::max(options.min_sparse, options.min_context);
   try {
     validate(options.decode);
     validate(options.index);

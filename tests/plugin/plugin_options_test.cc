@@ -66,6 +66,7 @@ TEST(PluginOptions, KeysReachTheirFields) {
   EXPECT_EQ(o.index.clustering, Clustering::kWhole);
   EXPECT_EQ(o.min_context, 0);
   EXPECT_EQ(o.min_sparse, 0) << "whoever asks for it gets it";
+  EXPECT_EQ(parse_options("min_sparse=0").min_sparse, 1024) << "below min_context nothing is selected";
   EXPECT_EQ(parse_options("min_context=300,min_sparse=600").min_context, 300);
   EXPECT_EQ(parse_options("min_context=300,min_sparse=600").min_sparse, 600);
   EXPECT_EQ(o.max_rows, 3);

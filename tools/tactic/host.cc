@@ -157,8 +157,7 @@ Mode parse_mode(const std::string& text) {
 
 int32_t min_sparse_of(const Mode& mode) {
   try {
-    const plugin::PluginOptions options = plugin::parse_options(mode.options);
-    return std::max(options.min_context, options.min_sparse);
+    return plugin::parse_options(mode.options).min_sparse;
   } catch (const Error& error) {
     throw CommandError("mode '" + mode.name + "': " + error.what());
   }
