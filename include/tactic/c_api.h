@@ -65,6 +65,7 @@ typedef struct {
 
 typedef struct tactic_index tactic_index;
 typedef struct tactic_attention tactic_attention;
+typedef struct tactic_places tactic_places;
 
 /* As tactic::DecodeQuery. Those of one call have one size. */
 typedef struct {
@@ -128,6 +129,17 @@ void tactic_attention_free(tactic_attention* attention);
 /* stats: [num_queries] or NULL. Writes what it learns into the queries' indexes: one thread at a time for an index. */
 int tactic_attention_run(tactic_attention* attention, const tactic_query* queries, size_t num_queries,
                          tactic_step_stats* stats);
+
+/* Where the text stood before as it stands now: rows for a query's likely_rows. As tactic::EarlierPlaces, one per
+ * sequence. NULL on error. */
+tactic_places* tactic_places_create(void);
+void tactic_places_free(tactic_places* places);
+/* These rows were overwritten. */
+int tactic_places_forget(tactic_places* places, int64_t row_begin, int64_t count);
+/* first_layer: its k may be missing. visible: [(kv_len + 63) / 64], or NULL for all; written: [num_written] rows of the
+ * last write where they need not be the last, or NULL. rows: room for 4 * most, ascending. Returns how many, or -1. */
+int32_t tactic_places_find(tactic_places* places, const tactic_kv* first_layer, const uint64_t* visible,
+                           const int32_t* written, size_t num_written, int32_t most, int32_t* rows);
 
 #ifdef __cplusplus
 }

@@ -13,9 +13,9 @@
 #include <unordered_map>
 #include <vector>
 
-#include "earlier_places.h"
 #include "match.h"
 #include "passages.h"
+#include "tactic/earlier_places.h"
 #include "tactic/kv_index.h"
 #include "tactic/stats.h"
 

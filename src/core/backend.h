@@ -22,6 +22,9 @@ namespace cpu {
 /// Clusters the heads of a segment: a head a thread where that keeps every thread busy, so that threads seldom wait for
 /// one another (on a machine with other work to do each wait may last a time slice), else one head after another.
 void cluster_heads(std::span<const ClusterTask> tasks, int32_t num_threads, std::span<HeadClusters> out);
+
+/// The first `count` elements of a row as f32; a multiple of 16.
+void load_row(const RowsView& rows, int32_t head, int64_t row, int64_t count, float* out);
 }  // namespace cpu
 
 }  // namespace tactic

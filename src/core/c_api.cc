@@ -1,5 +1,6 @@
 #include "tactic/c_api.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <exception>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "tactic/attention.h"
+#include "tactic/earlier_places.h"
 #include "tactic/error.h"
 
 struct tactic_index {
@@ -18,6 +20,11 @@ struct tactic_attention {
   std::vector<tactic::DecodeQuery> queries;
   std::vector<tactic::StepStats> stats;
   std::vector<tactic::MassEstimate> masses;  // of all queries
+};
+
+struct tactic_places {
+  tactic::EarlierPlaces places;
+  std::vector<int32_t> rows;
 };
 
 namespace {
@@ -308,5 +315,33 @@ int tactic_attention_run(tactic_attention* attention, const tactic_query* querie
         query.masses[h] = {from[h].mass, from[h].std_error, from[h].low, from[h].high};
     }
     return 0;
+  });
+}
+
+tactic_places* tactic_places_create(void) {
+  return guarded<tactic_places*>(nullptr, [] { return new tactic_places; });
+}
+
+void tactic_places_free(tactic_places* places) { delete places; }
+
+int tactic_places_forget(tactic_places* places, int64_t row_begin, int64_t count) {
+  return guarded(-1, [&] {
+    checked(places, "places");
+    places->places.forget(row_begin, count);
+    return 0;
+  });
+}
+
+int32_t tactic_places_find(tactic_places* places, const tactic_kv* first_layer, const uint64_t* visible,
+                           const int32_t* written, size_t num_written, int32_t most, int32_t* rows) {
+  return guarded(-1, [&] {
+    checked(places, "places");
+    const tactic::KvView kv = view_of(checked(first_layer, "first_layer"));
+    if (num_written > 0) checked(written, "written");
+    if (most > 0) checked(rows, "rows");
+    const size_t words = visible != nullptr && kv.kv_len > 0 ? (static_cast<size_t>(kv.kv_len) + 63) / 64 : 0;
+    places->places.find(kv, {visible, words}, {written, num_written}, most, places->rows);
+    std::copy(places->rows.begin(), places->rows.end(), rows);
+    return static_cast<int>(places->rows.size());
   });
 }

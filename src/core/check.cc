@@ -35,6 +35,23 @@ void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int6
   }
 }
 
+void check_shape(const KvView& kv) {
+  if (kv.num_kv_heads < 1 || kv.num_kv_heads > kMaxHeads) {
+    throw Error("num_kv_heads" + value_of(kv.num_kv_heads) + " must be in 1.." + std::to_string(kMaxHeads));
+  }
+  if (kv.kv_len < 0 || kv.kv_len > INT32_MAX) throw Error("kv_len" + value_of(kv.kv_len) + " must be in 0..2^31-1");
+}
+
+void check_strides_of(const KvView& kv, const char* name, const RowsView& rows, int32_t dim) {
+  const size_t row = row_bytes(rows.dtype, dim);
+  if (kv.kv_len > 0 && kv.num_kv_heads > 1)
+    check_stride(name, "head_stride_bytes", rows.head_stride_bytes, row, kMaxHeadStride);
+  if (kv.kv_len > 1 && (rows.page_table == nullptr || rows.page_tokens > 1))
+    check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row, kMaxTokenStride);
+  if (rows.page_table != nullptr && kv.kv_len > rows.page_tokens)
+    check_stride(name, "page_stride_bytes", rows.page_stride_bytes, row, kMaxTokenStride);
+}
+
 }  // namespace
 
 void check_stride(const std::string& name, const char* which, int64_t stride, size_t row, int64_t limit) {
@@ -44,26 +61,25 @@ void check_stride(const std::string& name, const char* which, int64_t stride, si
 }
 
 void check_view(const KvView& kv) {
-  if (kv.num_kv_heads < 1 || kv.num_kv_heads > kMaxHeads) {
-    throw Error("num_kv_heads" + value_of(kv.num_kv_heads) + " must be in 1.." + std::to_string(kMaxHeads));
-  }
-  if (kv.kv_len < 0 || kv.kv_len > INT32_MAX) throw Error("kv_len" + value_of(kv.kv_len) + " must be in 0..2^31-1");
+  check_shape(kv);
   check_rows("K", kv.k, kv.head_dim, kv.kv_len);
   check_rows("V", kv.v, kv.v_head_dim, kv.kv_len);
 }
 
 void check_strides(const KvView& kv) {
-  const auto check = [&](const char* name, const RowsView& rows, int32_t dim) {
-    const size_t row = row_bytes(rows.dtype, dim);
-    if (kv.kv_len > 0 && kv.num_kv_heads > 1)
-      check_stride(name, "head_stride_bytes", rows.head_stride_bytes, row, kMaxHeadStride);
-    if (kv.kv_len > 1 && (rows.page_table == nullptr || rows.page_tokens > 1))
-      check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row, kMaxTokenStride);
-    if (rows.page_table != nullptr && kv.kv_len > rows.page_tokens)
-      check_stride(name, "page_stride_bytes", rows.page_stride_bytes, row, kMaxTokenStride);
-  };
-  check("K", kv.k, kv.head_dim);
-  check("V", kv.v, kv.v_head_dim);
+  check_strides_of(kv, "K", kv.k, kv.head_dim);
+  check_strides_of(kv, "V", kv.v, kv.v_head_dim);
+}
+
+void check_values(const KvView& kv) {
+  check_shape(kv);
+  check_rows("V", kv.v, kv.v_head_dim, kv.kv_len);
+  check_strides_of(kv, "V", kv.v, kv.v_head_dim);
+}
+
+void check_row_range(int64_t row_begin, int64_t count) {
+  if (row_begin >= 0 && count >= 0 && row_begin <= INT32_MAX - count) return;
+  throw Error("rows " + std::to_string(row_begin) + " + " + std::to_string(count) + " must lie in 0..2^31-1");
 }
 
 void check_threads(int32_t num_threads) {

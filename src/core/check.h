@@ -23,6 +23,12 @@ void check_stride(const std::string& name, const char* which, int64_t stride, si
 /// Strides are at least a row, and small enough for 64-bit offsets. For a view that is check_view()ed.
 void check_strides(const KvView& kv);
 
+/// Both, where V alone is read.
+void check_values(const KvView& kv);
+
+/// Rows [row_begin, row_begin + count) lie in 0..2^31-1.
+void check_row_range(int64_t row_begin, int64_t count);
+
 /// 0 (OpenMP's default) to kMaxThreads.
 void check_threads(int32_t num_threads);
 

@@ -103,18 +103,8 @@ KvIndex::~KvIndex() = default;
 KvIndex::KvIndex(KvIndex&&) noexcept = default;
 KvIndex& KvIndex::operator=(KvIndex&&) noexcept = default;
 
-namespace {
-
-void check_rows(int64_t row_begin, int64_t count) {
-  if (row_begin < 0 || count < 0 || row_begin > INT32_MAX - count) {
-    throw Error("rows " + std::to_string(row_begin) + " + " + std::to_string(count) + " must lie in 0..2^31-1");
-  }
-}
-
-}  // namespace
-
 void KvIndex::write(int64_t row_begin, int64_t count) {
-  check_rows(row_begin, count);
+  check_row_range(row_begin, count);
   if (count == 0) return;
   IndexState& s = *state_;
   const int64_t end = row_begin + count;
@@ -156,7 +146,7 @@ void KvIndex::truncate(int64_t kv_len) {
 }
 
 void KvIndex::remove(int64_t row_begin, int64_t count) {
-  check_rows(row_begin, count);
+  check_row_range(row_begin, count);
   IndexState& s = *state_;
   const int64_t end = std::min(row_begin + count, s.rows_end);
   if (end <= row_begin) return;
@@ -390,7 +380,7 @@ int64_t KvIndex::verify(const KvView& kv) { return verify(kv, 0, state_->rows_en
 
 int64_t KvIndex::verify(const KvView& kv, int64_t row_begin, int64_t count) {
   IndexState& s = *state_;
-  check_rows(row_begin, count);
+  check_row_range(row_begin, count);
   check_view_of(s, kv);
   const size_t k_bytes = row_bytes(kv.k.dtype, kv.head_dim), v_bytes = row_bytes(kv.v.dtype, kv.v_head_dim);
   int64_t changed = 0;

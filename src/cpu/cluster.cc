@@ -349,6 +349,10 @@ void cluster(const ClusterTask& task, int32_t num_threads, HeadClusters& out) {
   store_clusters(centroids, x.data(), offsets, order, in_clusters, out);
 }
 
+void load_row(const RowsView& rows, int32_t head, int64_t row, int64_t count, float* out) {
+  HWY_DYNAMIC_DISPATCH(decode_rows)(rows, head, row, 0, 1, static_cast<size_t>(count), out);
+}
+
 void cluster_heads(std::span<const ClusterTask> tasks, int32_t num_threads, std::span<HeadClusters> out) {
   const int32_t threads = thread_count(num_threads);
   const auto heads = static_cast<int64_t>(tasks.size());

@@ -380,5 +380,48 @@ TEST(CInterface, ThreadsOfAnIndex) {
   EXPECT_NE(std::strstr(tactic_last_error(), "num_threads (1025)"), nullptr) << tactic_last_error();
 }
 
+TEST(CInterface, EarlierPlacesAreThoseOfCpp) {
+  constexpr int32_t kTokens = 300, kMost = 2;
+  const Cache cache({.v_dtype = DType::kF32, .num_kv_heads = 1, .v_head_dim = 64, .kv_len = kTokens});
+  std::vector<float> values;
+  for (int32_t i = 0; i < kTokens; ++i) {  // tokens 0..99, three times, each like no other
+    const std::vector<float> value = cache.value(0, i % 100);
+    values.insert(values.end(), value.begin(), value.end());
+  }
+  tactic_kv kv{};
+  kv.v = {values.data(), TACTIC_F32, 256, 0, nullptr, 0, 0, 0};
+  kv.num_kv_heads = 1;
+  kv.v_head_dim = 64;
+  kv.kv_len = kTokens;
+  tactic_places* places = tactic_places_create();
+  std::vector<int32_t> rows(4 * kMost);
+  EXPECT_EQ(tactic_places_find(places, &kv, nullptr, nullptr, 0, kMost, rows.data()), 8);
+  EXPECT_THAT(rows, testing::ElementsAre(98, 99, 100, 101, 198, 199, 200, 201));
+  std::vector<uint64_t> visible(5, ~uint64_t{0});
+  visible[1] = 0;  // rows 64 to 127
+  const int32_t written = 250;
+  EXPECT_EQ(tactic_places_find(places, &kv, visible.data(), &written, 1, kMost, rows.data()), 8);
+  EXPECT_THAT(rows, testing::ElementsAre(49, 50, 51, 52, 149, 150, 151, 152));
+  std::copy_n(values.begin() + 64 * 7, 64, values.begin() + 64 * 50);
+  EXPECT_EQ(tactic_places_find(places, &kv, visible.data(), &written, 1, kMost, rows.data()), 8) << "nobody said so";
+  EXPECT_EQ(tactic_places_forget(places, 50, 1), 0);
+  EXPECT_EQ(tactic_places_find(places, &kv, visible.data(), &written, 1, kMost, rows.data()), 4);
+
+  EXPECT_EQ(tactic_places_find(places, &kv, nullptr, nullptr, 0, 0, nullptr), 0);
+  const auto fails = [](int result, const char* message) {
+    EXPECT_EQ(result, -1);
+    EXPECT_NE(std::strstr(tactic_last_error(), message), nullptr) << tactic_last_error();
+  };
+  fails(tactic_places_find(places, &kv, nullptr, nullptr, 1, kMost, rows.data()), "written must not be null");
+  fails(tactic_places_find(places, &kv, nullptr, nullptr, 0, kMost, nullptr), "rows must not be null");
+  fails(tactic_places_find(places, nullptr, nullptr, nullptr, 0, kMost, rows.data()), "first_layer must not be null");
+  fails(tactic_places_find(nullptr, &kv, nullptr, nullptr, 0, kMost, rows.data()), "places must not be null");
+  fails(tactic_places_find(places, &kv, nullptr, nullptr, 0, -3, rows.data()), "most (-3)");
+  fails(tactic_places_forget(places, -1, 1), "rows -1 + 1");
+  fails(tactic_places_forget(nullptr, 0, 1), "places must not be null");
+  tactic_places_free(places);
+  tactic_places_free(nullptr);
+}
+
 }  // namespace
 }  // namespace tactic::test

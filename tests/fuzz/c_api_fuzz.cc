@@ -209,7 +209,7 @@ class Session {
   }
 
   void step() {
-    switch (input_.within(0, 9)) {
+    switch (input_.within(0, 10)) {
       case 0: {
         const int64_t begin = input_.within(0, capacity_ - 1), count = input_.within(0, capacity_ - begin);
         fill(begin, count, static_cast<Content>(input_.within(kNormal, kNoise)));
@@ -225,6 +225,7 @@ class Session {
       case 4: checked(tactic_index_verify(index_.get(), view())); break;
       case 5: checked(tactic_index_maintain(index_.get(), view(), input_.raw<float>())); break;
       case 6: checked(tactic_index_maintain(index_.get(), view(), -1)); break;
+      case 7: find_places(); break;
       default: query(); break;
     }
     require(index_ == nullptr || tactic_index_memory_bytes(index_.get()) > 0, "an index has a size");
@@ -242,6 +243,9 @@ class Session {
   };
   struct FreeAttention {
     void operator()(tactic_attention* attention) const { tactic_attention_free(attention); }
+  };
+  struct FreePlaces {
+    void operator()(tactic_places* places) const { tactic_places_free(places); }
   };
 
   void fill(int64_t begin, int64_t count, Content content) {
@@ -282,6 +286,26 @@ class Session {
       default: break;
     }
     return &shown_;
+  }
+
+  void find_places() {
+    if (input_.one_in(4)) checked(tactic_places_forget(places_.get(), input_.raw<int16_t>(), input_.raw<int32_t>()));
+    const auto most = static_cast<int32_t>(input_.within(-1, 12));
+    std::vector<int32_t> rows(static_cast<size_t>(4 * std::max(most, 0))), written;
+    for (auto i = input_.within(0, 3); i > 0; --i) written.push_back(input_.raw<int16_t>());
+    std::vector<uint64_t> visible(static_cast<size_t>(capacity_ + 63) / 64);
+    for (uint64_t& word : visible) word = random_.next() | random_.next();
+    const tactic_kv* kv = view();
+    const bool all = kv == nullptr || kv->kv_len > capacity_ || input_.one_in(2);
+    const int32_t count = tactic_places_find(places_.get(), kv, all ? nullptr : visible.data(), written.data(),
+                                             written.size(), most, rows.data());
+    checked(count);
+    require(count <= static_cast<int32_t>(rows.size()), "rows have room");
+    for (int32_t i = 0; i < count; ++i) {
+      const int32_t row = rows[static_cast<size_t>(i)];
+      require(row >= 0 && row < kv->kv_len && (i == 0 || row > rows[static_cast<size_t>(i) - 1]), "rows are there");
+      require(all || (visible[static_cast<size_t>(row / 64)] >> (row % 64) & 1) != 0, "rows are visible");
+    }
   }
 
   void query() {
@@ -372,6 +396,7 @@ class Session {
   std::vector<int32_t> garbage_;
   bool noise_ = false;  // rows may hold what is not finite
   std::unique_ptr<tactic_index, FreeIndex> index_;
+  std::unique_ptr<tactic_places, FreePlaces> places_{tactic_places_create()};
 };
 
 }  // namespace

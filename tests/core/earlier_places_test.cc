@@ -1,17 +1,16 @@
-#include "earlier_places.h"
-
-#include <ggml-cpu.h>
-#include <gtest/gtest.h>
+#include "tactic/earlier_places.h"
 
 #include <algorithm>
-#include <cstring>
 #include <map>
 #include <random>
 
-#include "dtype.h"
+#include "support.h"
 
-namespace tactic::plugin {
+namespace tactic::test {
 namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
 
 using Rows = std::vector<int32_t>;
 
@@ -29,27 +28,18 @@ Rows around(const std::vector<int32_t>& places) {
 // A cache of one head that holds the values of a text's tokens, each rounded a little differently.
 class Text {
  public:
-  explicit Text(int64_t cells, ggml_type type = GGML_TYPE_F16, int32_t dim = 64) : type_(type), dim_(dim) {
-    kv_.num_kv_heads = 1;
-    kv_.kv_len = cells;
-    kv_.head_dim = kv_.v_head_dim = dim;
-    const auto row = static_cast<int64_t>(ggml_row_size(type, dim));
-    data_.resize(static_cast<size_t>(row * cells));
-    kv_.v = {.data = data_.data(), .dtype = *dtype_of(type), .token_stride_bytes = row, .head_stride_bytes = row};
-    visible_.resize(static_cast<size_t>((cells + 63) / 64));
-  }
-  void set(int64_t cell, int token) {
+  explicit Text(int64_t rows, DType dtype = DType::kF16, int32_t dim = 64, Layout layout = Layout::kTokenMajor)
+      : dim_(dim),
+        cache_(
+            {.v_dtype = dtype, .layout = layout, .num_kv_heads = 1, .head_dim = 64, .v_head_dim = dim, .kv_len = rows}),
+        visible_(static_cast<size_t>((rows + 63) / 64)) {}
+  void set(int64_t row, int token) {
     std::vector<float>& values = tokens_[token];
     while (values.size() < static_cast<size_t>(dim_)) values.push_back(normal_(random_));
     std::vector<float> rounded = values;
     for (float& x : rounded) x *= 1 + 0.0005f * normal_(random_);
-    char* row = data_.data() + cell * kv_.v.token_stride_bytes;
-    if (type_ == GGML_TYPE_F32) {
-      std::memcpy(row, rounded.data(), rounded.size() * 4);
-    } else {
-      ggml_quantize_chunk(type_, rounded.data(), row, 0, 1, dim_, nullptr);
-    }
-    show(cell, true);
+    cache_.set_value(0, row, rounded);
+    show(row, true);
   }
   void append(const std::vector<int>& tokens) {
     for (const int token : tokens) set(size_++, token);
@@ -57,26 +47,25 @@ class Text {
   void append_others(int64_t count) {  // each like no other
     for (int64_t i = 0; i < count; ++i) set(size_++, next_other_++);
   }
-  void show(int64_t cell, bool shown) {
-    uint64_t& word = visible_[static_cast<size_t>(cell / 64)];
-    const uint64_t bit = uint64_t{1} << (cell % 64);
+  void show(int64_t row, bool shown) {
+    uint64_t& word = visible_[static_cast<size_t>(row / 64)];
+    const uint64_t bit = uint64_t{1} << (row % 64);
     word = shown ? word | bit : word & ~bit;
   }
   Rows find(int32_t most = 8) {
     Rows rows;
-    earlier_places.find(kv_, visible_, written, most, rows);
+    earlier_places.find(cache_.view(), visible_, written, most, rows);
     return rows;
   }
+  KvView view() const { return cache_.view(); }
   int32_t size() const { return static_cast<int32_t>(size_); }
 
   EarlierPlaces earlier_places;
   std::vector<int32_t> written;
 
  private:
-  ggml_type type_;
   int32_t dim_;
-  KvView kv_;
-  std::vector<char> data_;
+  Cache cache_;
   std::vector<uint64_t> visible_;
   std::map<int, std::vector<float>> tokens_;
   std::mt19937_64 random_{1};
@@ -86,9 +75,9 @@ class Text {
 };
 
 TEST(EarlierPlaces, AreWhereTheTextStoodAsItStandsNow) {
-  for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
-    SCOPED_TRACE(ggml_type_name(type));
-    Text text(300, type);
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0}) {
+    SCOPED_TRACE(dtype_name(dtype));
+    Text text(300, dtype, 64, dtype == DType::kF16 ? Layout::kPaged : Layout::kPadded);
     text.append_others(70);
     text.append({1, 2, 3, 4});
     text.append_others(90);
@@ -130,7 +119,7 @@ TEST(EarlierPlaces, AreFewTheLongestAndTheLatest) {
   EXPECT_EQ(text.find(0), Rows{});
 }
 
-// Its last token stood in cell 0 before.
+// Its last token stood in row 0 before.
 Text repeated() {
   Text text(200);
   text.append({1, 2});
@@ -140,18 +129,18 @@ Text repeated() {
   return text;
 }
 
-TEST(EarlierPlaces, HiddenCellsAreNoPlaces) {
+TEST(EarlierPlaces, HiddenRowsAreNoPlaces) {
   Text text = repeated();
   text.show(0, false);
   EXPECT_EQ(text.find(), Rows{});
 }
 
-TEST(EarlierPlaces, TheNewestCellIsTheOneWrittenLast) {
+TEST(EarlierPlaces, TheNewestRowIsTheOneWrittenLast) {
   Text text(300);
   text.append_others(20);
   text.append({1, 2, 3});
   text.append_others(77);
-  for (int64_t cell = 40; cell < 60; ++cell) text.show(cell, false);
+  for (int64_t row = 40; row < 60; ++row) text.show(row, false);
   text.set(40, 1);  // into a hole
   text.set(41, 2);
   EXPECT_EQ(text.find(), Rows{}) << "the last visible one is like no other";
@@ -161,7 +150,7 @@ TEST(EarlierPlaces, TheNewestCellIsTheOneWrittenLast) {
   EXPECT_EQ(text.find(), around({21}));
 }
 
-TEST(EarlierPlaces, TextGoesFromVisibleCellToVisibleCell) {
+TEST(EarlierPlaces, TextGoesFromVisibleRowToVisibleRow) {
   Text text(400);
   for (size_t i = 0; i <= EarlierPlaces::kAlone; ++i) text.append_others(3), text.append({3});
   text.append({1});
@@ -178,7 +167,7 @@ TEST(EarlierPlaces, TextGoesFromVisibleCellToVisibleCell) {
   EXPECT_EQ(text.find(), (Rows{place, place + 2, place + 4, place + 5}));
 }
 
-TEST(EarlierPlaces, WrittenCellsAreLookedAtAgain) {
+TEST(EarlierPlaces, WrittenRowsAreLookedAtAgain) {
   Text text = repeated();
   text.set(0, 3);
   text.set(50, 1);
@@ -189,8 +178,8 @@ TEST(EarlierPlaces, WrittenCellsAreLookedAtAgain) {
   EXPECT_EQ(text.find(), around({50}));
 }
 
-TEST(EarlierPlaces, NeedEnoughValuesAndACell) {
-  Text few(100, GGML_TYPE_F16, 16), empty(100);
+TEST(EarlierPlaces, NeedEnoughValuesAndARow) {
+  Text few(100, DType::kF16, 16), empty(100);
   few.append({1, 2});
   few.append_others(20);
   few.append({1});
@@ -198,5 +187,43 @@ TEST(EarlierPlaces, NeedEnoughValuesAndACell) {
   EXPECT_EQ(empty.find(), Rows{});
 }
 
+TEST(EarlierPlaces, WithoutBitsAllRowsAreVisible) {
+  Text text(103);
+  text.append({1, 2});
+  text.append_others(100);
+  text.append({1});
+  Rows rows;
+  text.earlier_places.find(text.view(), {}, {}, 8, rows);
+  EXPECT_EQ(rows, around({0}));
+  KvView shorter = text.view();
+  shorter.kv_len = 2;  // rows past it are not there, whatever the bits say
+  text.earlier_places.find(shorter, std::vector<uint64_t>{~uint64_t{0}}, std::vector<int32_t>{102, -1}, 8, rows);
+  EXPECT_EQ(rows, Rows{});
+  text.append_others(0);
+  shorter.kv_len = 0;
+  text.earlier_places.find(shorter, {}, {}, 8, rows);
+  EXPECT_EQ(rows, Rows{});
+}
+
+TEST(EarlierPlaces, SayWhatCannotBeRead) {
+  Text text(100);
+  Rows rows{1};
+  KvView kv = text.view();
+  kv.k = {};  // is not read
+  text.earlier_places.find(kv, {}, {}, 8, rows);
+  EXPECT_EQ(rows, Rows{});
+  EXPECT_THAT(message_of([&] { text.earlier_places.find(kv, {}, {}, -1, rows); }),
+              AllOf(HasSubstr("most (-1)"), HasSubstr("at least 0")));
+  kv.v.token_stride_bytes = 2;
+  EXPECT_THAT(message_of([&] { text.earlier_places.find(kv, {}, {}, 8, rows); }),
+              AllOf(HasSubstr("V token_stride_bytes (2)"), HasSubstr("128")));
+  kv.v.data = nullptr;
+  EXPECT_THAT(message_of([&] { text.earlier_places.find(kv, {}, {}, 8, rows); }),
+              AllOf(HasSubstr("V data"), HasSubstr("null")));
+  EXPECT_THAT(message_of([&] { text.earlier_places.forget(-1, 2); }),
+              AllOf(HasSubstr("-1 + 2"), HasSubstr("0..2^31-1")));
+  text.earlier_places.forget(0, INT32_MAX);  // more than it knows
+}
+
 }  // namespace
-}  // namespace tactic::plugin
+}  // namespace tactic::test
