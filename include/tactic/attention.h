@@ -21,8 +21,8 @@ namespace tactic {
 /// One query token of one sequence at one layer.
 struct DecodeQuery {
   const float* q = nullptr;   // [num_q_heads, head_dim]
-  int64_t q_head_stride = 0;  // in floats
-  int32_t num_q_heads = 0;    // a multiple of kv.num_kv_heads
+  int64_t q_head_stride = 0;  // in floats, head_dim to 2^31
+  int32_t num_q_heads = 0;    // a multiple of kv.num_kv_heads up to 65536
   float sm_scale = 1.0f;      // score = sm_scale * q.k
   KvView kv;                  // kv_len may be less than the index knows: rows from there on are hidden, none is read
   KvIndex* index = nullptr;   // nullptr: dense. Calibration and statistics are kept in it
@@ -30,13 +30,14 @@ struct DecodeQuery {
   const float* bias = nullptr;        // [kv_len] added to the scores, -inf hides; makes the step dense; nullptr: none
   const int32_t* likely_rows = nullptr;  // [num_likely_rows] ascending: read for certain where they stand in clusters
   int32_t num_likely_rows = 0;
-  float tau_factor = 1;  // sample: reads as if tau were so many times its value; more than 1 for steps that matter more
+  float tau_factor = 1;    // in (0, 1e6]. sample: reads as if tau were so many times its value; more than 1 for steps
+                           // that matter more
   uint64_t stream_id = 0;  // with seed, layer and position it makes the random offset of the sampling
   int32_t layer = 0;
   int64_t position = 0;  // of the token in its sequence, one more at each step: at the same one a step draws the same
                          // rows again, and clusters are learned from at every eighth (DecodeOptions::beta)
   float* out = nullptr;  // [num_q_heads, v_head_dim]; may be the memory of this query's q
-  int64_t out_head_stride = 0;      // in floats
+  int64_t out_head_stride = 0;      // in floats, v_head_dim to 2^31
   float* lse = nullptr;             // [num_q_heads] natural log of the sum of exp(score), or nullptr
   HeadStats* head_stats = nullptr;  // [num_kv_heads], filled by sparse steps on the CPU (others leave it), or nullptr
   MassEstimate* masses = nullptr;   // [num_q_heads], measured by kSample alone, or nullptr

@@ -55,7 +55,8 @@ typedef struct {
 typedef struct {
   int64_t kv_len, tokens_certain, tokens_sampled, refined_clusters, index_bytes, kv_bytes, kv_bytes_present;
   double estimated_mass, mass_std_error; /* measured by TACTIC_SAMPLE, 1 and 0 for the others */
-  int32_t dense;                         /* 0: no, else why, as tactic::DenseReason */
+  int32_t dense; /* 0: no; answered exactly since 1: that was asked, 2: too little is clustered, 3: bias, 4: a row had
+                    changed, 5: a score was not finite */
 } tactic_step_stats;
 
 /* As tactic::MassEstimate: measured by TACTIC_SAMPLE, 1 for the others. */
@@ -117,7 +118,7 @@ int tactic_index_set_num_threads(tactic_index* index, int32_t num_threads);
 int64_t tactic_index_rows_written(const tactic_index* index);
 int64_t tactic_index_rows_indexed(const tactic_index* index);
 /* max_segments: in full segments, a call with less than 1 builds provisional ones alone; < 0: all that is due. Returns
- * 1 when work is left, for this budget or for a larger one. */
+ * 1 when another call with this budget would find something to do. */
 int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_segments);
 /* Number of rows that had changed, or -1. Segments with many of them are dropped whole. */
 int64_t tactic_index_verify(tactic_index* index, const tactic_kv* kv);

@@ -34,7 +34,9 @@ class KvIndex {
   KvIndex(KvIndex&&) noexcept;
   KvIndex& operator=(KvIndex&&) noexcept;
 
-  /// Rows [row_begin, row_begin + count) were stored or overwritten. Reads no row; memory is a quarter of a byte for
+  /// Rows [row_begin, row_begin + count) were stored or overwritten: they are read exactly until maintain() clusters
+  /// them. Overwritten rows wait until they are worth a new segment: until provisional_tokens rows of a full one wait,
+  /// or a quarter of a provisional one. Reads no row; memory is a quarter of a byte for
   /// each row up to the highest one ever written, at most twice that. Throws Error unless rows lie in 0..2^31-1.
   void write(int64_t row_begin, int64_t count);
 
@@ -48,7 +50,7 @@ class KvIndex {
   /// Clusters what is due. `max_segments` bounds the work of this call, negative: all that is due. A full segment
   /// counts as 1, a provisional one as (provisional_tokens / segment_tokens)^2 * cluster_tokens /
   /// provisional_cluster_tokens (1/16 with clusters of 16, 9/256 with clusters of 9), so that a call with less than 1
-  /// builds provisional ones alone. Returns whether work is left, for this call's budget or for a larger one. Throws
+  /// builds provisional ones alone. Returns whether another call with this budget would find something to do. Throws
   /// Error if `kv` does not fit the shape or kv_len is less than the rows written.
   bool maintain(const KvView& kv, double max_segments = -1);
 

@@ -14,14 +14,15 @@ namespace tactic {
 /// bits of exponent, three of fraction, no infinity) is read on CUDA only.
 enum class DType : uint8_t { kF32, kF16, kBF16, kQ8_0, kQ4_0, kF8E4M3 };
 
-/// Bytes of one row of `elements` elements. Throws Error when they are less than 0 or, of a quantized type, no multiple
-/// of 32.
+/// Bytes of one row of `elements` elements. Throws Error when they are not in 0..2^31-1 or, of a quantized type, no
+/// multiple of 32.
 size_t row_bytes(DType dtype, int64_t elements);
 
 /// "f32", "f16", "bf16", "q8_0", "q4_0", "f8_e4m3".
 const char* dtype_name(DType dtype);
 
-/// Rows [num_kv_heads, kv_len, head_dim] at any strides of a row or more, optionally through pages of tokens.
+/// Rows [num_kv_heads, kv_len, head_dim] at any strides of a row or more at which no two heads share bytes, optionally
+/// through pages of tokens.
 struct RowsView {
   const void* data = nullptr;
   DType dtype = DType::kF16;

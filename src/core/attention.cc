@@ -18,6 +18,8 @@ struct Attention::Impl {
 void validate(const DecodeQuery& query) {
   const KvView& kv = query.kv;
   check_view(kv);
+  if (query.num_q_heads > kMaxHeads)
+    throw Error("num_q_heads (" + std::to_string(query.num_q_heads) + ") must be at most " + std::to_string(kMaxHeads));
   if (query.num_q_heads < 1 || query.num_q_heads % kv.num_kv_heads != 0) {
     throw Error("num_q_heads (" + std::to_string(query.num_q_heads) +
                 ") must be a positive multiple of num_kv_heads (" + std::to_string(kv.num_kv_heads) + ")");
@@ -27,6 +29,9 @@ void validate(const DecodeQuery& query) {
   const auto check_stride = [&](const char* name, int64_t stride, int32_t dim) {
     if (query.num_q_heads > 1 && stride < dim)
       throw Error(std::string(name) + " (" + std::to_string(stride) + ") must be at least " + std::to_string(dim));
+    if (query.num_q_heads > 1 && stride > kMaxTokenStride)
+      throw Error(std::string(name) + " (" + std::to_string(stride) + ") must be at most " +
+                  std::to_string(kMaxTokenStride));
   };
   if (!std::isfinite(query.sm_scale)) throw Error("sm_scale (" + std::to_string(query.sm_scale) + ") must be finite");
   if (!(query.tau_factor > 0 && query.tau_factor <= 1e6f))
@@ -55,6 +60,8 @@ void validate(const DecodeQuery& query) {
 Attention::Attention(const DecodeOptions& options, Backend backend, int32_t num_threads)
     : impl_(std::make_unique<Impl>()) {
   set_options(options);
+  if (backend > Backend::kReference)
+    throw Error("backend (" + std::to_string(static_cast<int>(backend)) + ") must be in 0..1");
   impl_->backend = backend == Backend::kCpu ? make_cpu_run() : make_reference_run();
   set_num_threads(num_threads);
 }

@@ -1,5 +1,6 @@
 #include "core/check.h"
 
+#include <algorithm>
 #include <string>
 
 #include "tactic/error.h"
@@ -8,11 +9,10 @@ namespace tactic {
 
 namespace {
 
-constexpr int32_t kMaxHeads = 65536;
-
 std::string value_of(int64_t value) { return " (" + std::to_string(value) + ")"; }
 
 void check_rows(const std::string& name, const RowsView& rows, int32_t dim, int64_t kv_len) {
+  if (rows.dtype == DType::kF8E4M3) throw Error(name + " dtype f8_e4m3 is read on CUDA only");
   if (rows.dtype > DType::kQ4_0)
     throw Error(name + " dtype" + value_of(static_cast<int64_t>(rows.dtype)) + " must be in 0..4");
   const bool quantized = rows.dtype == DType::kQ8_0 || rows.dtype == DType::kQ4_0;
@@ -50,6 +50,16 @@ void check_strides_of(const KvView& kv, const char* name, const RowsView& rows, 
     check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row, kMaxTokenStride);
   if (rows.page_table != nullptr && kv.kv_len > rows.page_tokens)
     check_stride(name, "page_stride_bytes", rows.page_stride_bytes, row, kMaxTokenStride);
+  // Either the heads of a token lie within its stride, or the tokens of a head (or of its page) within the head's.
+  const int64_t tokens = rows.page_table == nullptr ? kv.kv_len : std::min<int64_t>(kv.kv_len, rows.page_tokens);
+  if (tokens < 2 || kv.num_kv_heads < 2) return;
+  const auto reach = [&](int64_t count, int64_t stride) { return (count - 1) * stride + static_cast<int64_t>(row); };
+  const int64_t heads_reach = reach(kv.num_kv_heads, rows.head_stride_bytes),
+                tokens_reach = reach(tokens, rows.token_stride_bytes);
+  if (rows.token_stride_bytes >= heads_reach || rows.head_stride_bytes >= tokens_reach) return;
+  throw Error(std::string(name) + " token_stride_bytes" + value_of(rows.token_stride_bytes) + " must be at least " +
+              std::to_string(heads_reach) + ", or head_stride_bytes" + value_of(rows.head_stride_bytes) + " at least " +
+              std::to_string(tokens_reach) + ": rows of different heads overlap");
 }
 
 }  // namespace

@@ -7,8 +7,8 @@
 
 namespace tactic {
 
-/// Threads that a call may ask for.
-inline constexpr int32_t kMaxThreads = 1024;
+/// Threads that a call may ask for, heads that a layer may have.
+inline constexpr int32_t kMaxThreads = 1024, kMaxHeads = 65536;
 
 /// Throws Error if the view's shape, element types, pointers or pages cannot be read, naming the value and the limit.
 void check_view(const KvView& kv);
@@ -20,7 +20,8 @@ inline constexpr int64_t kMaxTokenStride = int64_t{1} << 31, kMaxHeadStride = in
 /// `limit`.
 void check_stride(const std::string& name, const char* which, int64_t stride, size_t row, int64_t limit);
 
-/// Strides are at least a row, and small enough for 64-bit offsets. For a view that is check_view()ed.
+/// Strides are at least a row, small enough for 64-bit offsets, and keep the rows of heads apart. For a view that is
+/// check_view()ed.
 void check_strides(const KvView& kv);
 
 /// Both, where V alone is read.

@@ -75,12 +75,18 @@ void EarlierPlaces::find(const KvView& first_layer, std::span<const uint64_t> vi
   if (end % 64 != 0) visible_.back() &= (uint64_t{1} << (end % 64)) - 1;
   signatures_.resize(words * 64);
   known_.resize(words);
+  if (end % 64 != 0) known_.back() &= (uint64_t{1} << (end % 64)) - 1;  // rows from kv_len on are gone
+  const auto look_again = [&](int64_t row) { known_[static_cast<size_t>(row / 64)] &= ~(uint64_t{1} << (row % 64)); };
   const auto shown = [&](int64_t row) {
     return row >= 0 && row < end && ((visible_[static_cast<size_t>(row / 64)] >> (row % 64)) & 1) != 0;
   };
   const auto newest = std::find_if(written.rbegin(), written.rend(), shown);
   const int64_t now = newest != written.rend() ? *newest : shown(end - 1) ? end - 1 : visible_before(visible_, end - 1);
+  for (const int32_t row : written) {
+    if (shown(row)) look_again(row);
+  }
   if (now < 0) return;
+  look_again(now);
   const uint64_t current = signature(first_layer, now);
   std::vector<std::pair<int, int32_t>> places;  // length of the common end, row
   size_t alone = 0;

@@ -361,9 +361,9 @@ bool KvIndex::maintain(const KvView& kv, double max_segments) {
     bool left_out = false;
     const std::vector<Due> due =
         whole ? due_whole(s) : due_incremental(s, max_segments < 0 ? -1 : max_segments - spent, left_out);
-    if (due.empty()) return left_out;
+    if (due.empty()) return left_out && max_segments >= 1;
     for (const Due& item : due) {
-      if (max_segments >= 0 && spent + item.cost > max_segments) return true;
+      if (max_segments >= 0 && spent + item.cost > max_segments) return item.cost <= max_segments;
       spent += item.cost;
       put_segment(s, build_segment(s, kv, item));
     }

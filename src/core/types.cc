@@ -14,6 +14,8 @@ size_t row_bytes(DType dtype, int64_t elements) {
     throw Error("elements (" + std::to_string(elements) + ") must be at least 0" +
                 (blocks ? " and a multiple of 32 for " : " for ") + dtype_name(dtype));
   }
+  if (dtype > DType::kF8E4M3) throw Error("dtype (" + std::to_string(static_cast<int>(dtype)) + ") must be in 0..5");
+  if (elements > INT32_MAX) throw Error("elements (" + std::to_string(elements) + ") must be at most 2^31-1");
   const auto n = static_cast<size_t>(elements);
   switch (dtype) {
     case DType::kF32: return n * 4;

@@ -178,6 +178,35 @@ TEST(EarlierPlaces, WrittenRowsAreLookedAtAgain) {
   EXPECT_EQ(text.find(), around({50}));
 }
 
+// A draft that was rejected: nobody calls forget().
+TEST(EarlierPlaces, RewrittenNewestRowsAreLookedAtAgain) {
+  Text text(64);
+  for (int token = 0; token < 10; ++token) text.append({token});
+  const auto find = [&](int64_t kv_len, const std::vector<int32_t>& written = {}, int32_t most = 8) {
+    KvView kv = text.view();
+    kv.kv_len = kv_len;
+    Rows rows;
+    text.earlier_places.find(kv, {}, written, most, rows);
+    return rows;
+  };
+  text.set(8, 3);  // 0 .. 7, 3, 9
+  text.set(10, 3);
+  EXPECT_EQ(find(11), around({3, 8}));
+  text.set(10, 7);
+  EXPECT_EQ(find(11), around({7})) << "the newest row may always be another";
+  text.set(10, 2);
+  text.set(11, 3);
+  EXPECT_EQ(find(12, {10, 11}, 1), around({3})) << "2, 3 stood there before; row 10 is no 7 any more";
+  text.set(8, 6);  // 0 .. 7, 6, 9
+  text.earlier_places.forget(8, 1);
+  text.set(10, 7);
+  EXPECT_EQ(find(11), around({7}));
+  EXPECT_EQ(find(10), Rows{}) << "rewound";
+  text.set(10, 5);
+  text.set(11, 6);
+  EXPECT_EQ(find(12, {}, 1), around({6})) << "5, 6 stood there before; the 7 of row 10 is gone";
+}
+
 TEST(EarlierPlaces, NeedEnoughValuesAndARow) {
   Text few(100, DType::kF16, 16), empty(100);
   few.append({1, 2});

@@ -85,7 +85,11 @@ TEST(KvView, RowBytesOfEveryType) {
   EXPECT_EQ(row_bytes(DType::kQ4_0, 0), 0u);
 }
 
-TEST(KvView, RowBytesOfPartsOfABlockAreRefused) {
+TEST(KvView, RowBytesOfWhatCannotBeAreRefused) {
+  EXPECT_THAT([] { row_bytes(static_cast<DType>(9), 64); },
+              ThrowsMessage<Error>(HasSubstr("dtype (9) must be in 0..5")));
+  EXPECT_THAT([] { row_bytes(DType::kF32, int64_t{1} << 31); },
+              ThrowsMessage<Error>(HasSubstr("elements (2147483648)")));
   EXPECT_THAT([] { row_bytes(DType::kQ8_0, 80); },
               ThrowsMessage<Error>(HasSubstr("elements (80) must be at least 0 and a multiple of 32 for q8_0")));
   EXPECT_THAT([] { row_bytes(DType::kQ4_0, 33); }, ThrowsMessage<Error>(HasSubstr("elements (33)")));

@@ -83,6 +83,25 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
   forgotten = problem.query;
   forgotten.out_head_stride = 0;
   EXPECT_THAT([&] { attention.run({&forgotten, 1}); }, ThrowsMessage<Error>(HasSubstr("out_head_stride (0) must be")));
+  for (const int64_t stride : {(int64_t{1} << 31) + 1, INT64_MAX}) {
+    DecodeQuery far = problem.query;
+    far.out_head_stride = stride;
+    EXPECT_THAT(
+        [&] {
+          attention.run({&far, 1});
+        },
+        ThrowsMessage<Error>(HasSubstr(text("out_head_stride (", stride, ") must be at most 2147483648"))));
+    far = problem.query;
+    far.q_head_stride = stride;
+    EXPECT_THAT([&] { attention.run({&far, 1}); }, ThrowsMessage<Error>(HasSubstr(text("q_head_stride (", stride))));
+  }
+  forgotten = problem.query;
+  forgotten.num_q_heads = 1 << 30;
+  EXPECT_THAT(
+      [&] {
+        attention.run({&forgotten, 1});
+      },
+      ThrowsMessage<Error>(HasSubstr("num_q_heads (1073741824) must be at most 65536")));
   kv = sound;
   kv.num_kv_heads = 65537;
   expect_error(kv, "num_kv_heads (65537) must be in 1..65536");
@@ -99,7 +118,48 @@ TEST(Borders, ViewsThatCannotBeReadAreNamed) {
   expect_error(kv, "] (-1) must be in 0..");
 }
 
+// Token by token or head by head, in order or in pages; heads that share bytes are a stride forgotten.
+TEST(Borders, HeadsThatOverlapAreNamed) {
+  std::vector<std::byte> bytes(1 << 16);
+  Attention attention;
+  std::vector<float> q(4 * 64), out(4 * 64);
+  DecodeQuery query;
+  query.q = q.data();
+  query.out = out.data();
+  query.q_head_stride = query.out_head_stride = 64;
+  query.num_q_heads = 4;
+  query.kv.num_kv_heads = 4;
+  query.kv.head_dim = query.kv.v_head_dim = 64;
+  query.kv.kv_len = 20;
+  const auto message = [&](int64_t token_stride, int64_t head_stride) {
+    query.kv.k.data = query.kv.v.data = bytes.data();
+    query.kv.k.token_stride_bytes = query.kv.v.token_stride_bytes = token_stride;
+    query.kv.k.head_stride_bytes = query.kv.v.head_stride_bytes = head_stride;
+    return message_of([&] { attention.run({&query, 1}); });
+  };
+  EXPECT_EQ(message(512, 128), "no error");
+  EXPECT_EQ(message(128, 20 * 128), "no error");
+  EXPECT_EQ(message(128, 128),
+            "K token_stride_bytes (128) must be at least 512, or head_stride_bytes (128) at least 2560: rows of "
+            "different heads overlap");
+  EXPECT_NE(message(511, 128), "no error");
+  EXPECT_NE(message(128, 2559), "no error");
+  const std::vector<int32_t> pages{1, 0, 2};
+  query.kv.k.page_table = query.kv.v.page_table = pages.data();
+  query.kv.k.page_tokens = query.kv.v.page_tokens = 8;
+  query.kv.k.page_stride_bytes = query.kv.v.page_stride_bytes = 4 * 8 * 128;
+  EXPECT_EQ(message(128, 8 * 128), "no error") << "heads of a page one after the other";
+  EXPECT_NE(message(128, 7 * 128), "no error");
+  query.kv.k.page_table = query.kv.v.page_table = nullptr;
+  query.kv.kv_len = 1;
+  EXPECT_EQ(message(128, 128), "no error") << "one token";
+  query.kv.kv_len = 20;
+  query.kv.num_kv_heads = 1;
+  EXPECT_EQ(message(128, 0), "no error") << "one head";
+}
+
 TEST(Borders, NumbersOutOfRangeAreNamed) {
+  EXPECT_THAT([] { Attention({}, static_cast<Backend>(7)); }, ThrowsMessage<Error>(HasSubstr("backend (7)")));
   EXPECT_THAT([] { KvIndex({}, {65537, 64, 64}); }, ThrowsMessage<Error>(HasSubstr("num_kv_heads (65537)")));
   EXPECT_THAT([] { KvIndex({}, {1, 64, 1040}); }, ThrowsMessage<Error>(HasSubstr("V head_dim (1040)")));
   EXPECT_THAT([] { Attention({}, Backend::kCpu, -1); },
