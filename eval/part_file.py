@@ -16,6 +16,13 @@ def check_replaceable(path):
         raise OSError(f"cannot write {path}: {folder} is no folder to write in")
 
 
+def check_apart(path, inputs):
+    """Raises OSError when `path`, which is to be written, is one of the files that are read (None: none)."""
+    for read in inputs:
+        if read and os.path.exists(path) and os.path.exists(read) and os.path.samefile(path, read):
+            raise OSError(f"cannot write {path}: it is a file that is read")
+
+
 @contextmanager
 def replacing(path):
     """A binary file that takes the place of `path` at the end. What was there stays when that is not reached."""

@@ -14,6 +14,7 @@ namespace {
 struct Option {
   const char* key;
   double value, low, high;
+  bool whole = true;
 };
 
 struct Method {
@@ -28,15 +29,19 @@ const std::vector<Option> kCommon = {{"sinks", 4, 0, 65536}, {"recent", 64, 0, 6
 
 const std::vector<Method>& methods() {
   static const std::vector<Method> all = {
-      {"oracle_topp", make_oracle, {{"mass", 0.9, 0, 1}}},
+      {"oracle_topp", make_oracle, {{"mass", 0.9, 0, 1, false}}},
       {"oracle_topk", make_oracle, {kBudget}},
       {"recent_only", make_recent, {kBudget}},
       {"cluster_topk", make_clusters, {kBudget, {"cluster", 32, 1, 65536}, {"iterations", 10, 1, 100}}},
       {"position_topk", make_clusters, {kBudget, {"cluster", 32, 1, 65536}}},
       {"quest", make_quest, {kBudget, {"page", 16, 1, 4096}}},
       {"snapkv", make_eviction, {kBudget, {"window", 32, 1, 4096}, {"kernel", 5, 1, 255}}},
-      {"pyramidkv", make_eviction, {kBudget, {"window", 32, 1, 4096}, {"kernel", 5, 1, 255}, {"beta", 20, 1, 1e6}}},
-      {"adasnapkv", make_eviction, {kBudget, {"window", 32, 1, 4096}, {"kernel", 5, 1, 255}, {"floor", 0.2, 0, 1}}},
+      {"pyramidkv",
+       make_eviction,
+       {kBudget, {"window", 32, 1, 4096}, {"kernel", 5, 1, 255}, {"beta", 20, 1, 1e6, false}}},
+      {"adasnapkv",
+       make_eviction,
+       {kBudget, {"window", 32, 1, 4096}, {"kernel", 5, 1, 255}, {"floor", 0.2, 0, 1, false}}},
       {"magicpig", make_magicpig, {{"k", 10, 1, 16}, {"l", 150, 2, 4096}}},
       {"retroinfer",
        make_retroinfer,
@@ -44,12 +49,12 @@ const std::vector<Method>& methods() {
         {"cluster", 16, 1, 65536},
         {"iterations", 10, 1, 100},
         {"segment", 8192, 1, 65536},
-        {"estimate", 1, 0, 1}}},
+        {"estimate", 1, 0, 1, false}}},
       {"vattention",
        make_vattention,
-       {{"epsilon", 0.1, 1e-6, 1e6},
-        {"delta", 0.1, 1e-9, 0.999},
-        {"base", 0.02, 0, 1},
+       {{"epsilon", 0.1, 1e-6, 1e6, false},
+        {"delta", 0.1, 1e-9, 0.999, false},
+        {"base", 0.02, 0, 1, false},
         {"heavy", 128, 0, 1e9},
         {"cluster", 32, 1, 65536},
         {"iterations", 10, 1, 100}}},
@@ -107,9 +112,9 @@ BaselineSpec parse_baseline(const std::string& text) {
     double parsed = 0;
     const auto [stop, failure] = std::from_chars(value.data(), value.data() + value.size(), parsed);
     if (failure != std::errc() || stop != value.data() + value.size() ||
-        !(parsed >= option->low && parsed <= option->high)) {
-      throw Error(spec.name + ": " + key + "='" + value + "' must be a number from " + number(option->low) + " to " +
-                  number(option->high));
+        !(parsed >= option->low && parsed <= option->high) || (option->whole && parsed != std::floor(parsed))) {
+      throw Error(spec.name + ": " + key + "='" + value + "' must be a " + (option->whole ? "whole " : "") +
+                  "number from " + number(option->low) + " to " + number(option->high));
     }
     spec.values[key] = parsed;
   }

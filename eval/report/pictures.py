@@ -204,14 +204,22 @@ def kl_against_distance(rows):
 
 
 def score_against_kl(rows):
-    """One point a task and mode: what it scores less than exact attention, and its KL at the answer's tokens."""
-    rows = [row for row in task_rows(rows) if row.get("kl")]
-    if not rows:
+    """One point a task and mode: what it scores less than exact attention, and its KL at the answer's tokens. A task of
+    one haystack has no interval and no point; how many these are stands above."""
+    kinds = (("score_minus", "score"), ("logprob_minus", "log-probability of the answer"))
+    all_rows = [row for row in task_rows(rows) if row.get("kl")]
+    kinds = [(key, label) for key, label in kinds if any(key + "_95" in row for row in all_rows)]
+    if not kinds:
         return None
-    figure, axes = panels(2)
-    for axis, key, label in zip(axes, ("score_minus", "logprob_minus"), ("score", "log-probability of the answer")):
-        for number, mode in enumerate(dict.fromkeys(row["mode"] for row in rows)):
-            own = [row for row in rows if row["mode"] == mode and key + "_95" in row]
+    figure, axes = panels(len(kinds))
+    for axis, (key, label) in zip(axes, kinds):
+        rows = [row for row in all_rows if key + "_95" in row]
+        if len(rows) < len(all_rows):
+            axis.set_title(f"{len(all_rows) - len(rows)} of {len(all_rows)} without an interval left out", fontsize=8)
+        for number, mode in enumerate(dict.fromkeys(row["mode"] for row in all_rows)):
+            own = [row for row in rows if row["mode"] == mode]
+            if not own:
+                continue
             middle = [row[key] for row in own]
             reach = [[row[key] - row[key + "_95"][0] for row in own], [row[key + "_95"][1] - row[key] for row in own]]
             axis.errorbar([row["kl"] for row in own], middle, yerr=reach, label=mode, linestyle="", capsize=2, elinewidth=0.8,

@@ -85,8 +85,10 @@ def tasks(rows):
     cells = [["task", "mode", "items", "haystacks", "score", "minus exact (95%)", "log-probability minus exact (95%)", "KL", "read fraction"]]
 
     def minus(row, name):
-        if name + "_95" not in row:
+        if name not in row:
             return "-"
+        if name + "_95" not in row:  # one haystack
+            return f"{row[name]:+.3f}"
         low, high = row[name + "_95"]
         return f"{row[name]:+.3f} ({low:+.3f} to {high:+.3f})" + ("" if low <= 0 <= high else " *")
 

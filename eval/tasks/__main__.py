@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from part_file import check_replaceable
+from part_file import check_apart, check_replaceable
 
 from . import client, files, results, ruler
 from .items import read_items, write_items
@@ -50,6 +50,7 @@ def read_form(path, read):
 
 def make(options):
     check_replaceable(options.out)  # before minutes of counting tokens
+    check_apart(options.out, [options.haystack, *(getattr(options, form) for form in files.QUESTIONS)])
     names = list(ruler.TASKS) if options.tasks == "all" else options.tasks.split(",")
     for name in names:
         if name not in ruler.TASKS:
@@ -72,6 +73,7 @@ def make(options):
 
 def load(options):
     check_replaceable(options.out)
+    check_apart(options.out, options.files)
     count = counter(options.server, options.model)
     problems, items = [], []
     names = [os.path.splitext(os.path.basename(path))[0] for path in options.files]
@@ -96,8 +98,7 @@ def load(options):
 def ask(options):
     problems = []
     items = read_items(options.items, problems)
-    if os.path.exists(options.out) and os.path.samefile(options.items, options.out):
-        raise ValueError(f"cannot write {options.out}: it is the file of items")
+    check_apart(options.out, [options.items])
     settings = client.Settings(
         server=options.server, model=options.model, mode=options.mode, api=options.api, seed=options.seed,
         timeout_s=options.timeout, attempts=options.attempts, workers=options.workers, max_tokens=options.max_tokens,
@@ -112,6 +113,7 @@ def summary(options):
     if not table.rows and not table.notes:
         raise ValueError(f"no results in {', '.join(map(str, options.results))}")
     print(table.json() if options.json else table.markdown())
+    return 0 if table.rows else 1  # notes alone: no line was a result
 
 
 def positive(text):

@@ -274,9 +274,10 @@ TEST(Baselines, WrongOptionsAreNamed) {
   };
   EXPECT_THAT(message("quests"), testing::HasSubstr("baseline 'quests' is none of oracle_topp,"));
   EXPECT_EQ(message("quest,pages=4"), "quest: option 'pages' is none of budget, page, sinks, recent");
-  EXPECT_EQ(message("quest,page=0"), "quest: page='0' must be a number from 1 to 4096");
-  EXPECT_EQ(message("quest,page=4x"), "quest: page='4x' must be a number from 1 to 4096");
-  EXPECT_EQ(message("quest,page"), "quest: page='' must be a number from 1 to 4096");
+  EXPECT_EQ(message("quest,page=0"), "quest: page='0' must be a whole number from 1 to 4096");
+  EXPECT_EQ(message("quest,page=4x"), "quest: page='4x' must be a whole number from 1 to 4096");
+  EXPECT_EQ(message("quest,page"), "quest: page='' must be a whole number from 1 to 4096");
+  EXPECT_EQ(message("magicpig,k=1.5"), "magicpig: k='1.5' must be a whole number from 1 to 16");
   EXPECT_EQ(message("oracle_topp,mass=nan"), "oracle_topp: mass='nan' must be a number from 0 to 1");
   EXPECT_TRUE(is_baseline("quest,page=4"));
   EXPECT_FALSE(is_baseline("topk,budget=4"));

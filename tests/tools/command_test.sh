@@ -95,6 +95,16 @@ refuses 1 "cannot append to $work/prose: it is there and holds no JSON lines" be
 refuses 1 "cannot write $work/prose: it is a file that is read" trace -m "$model" -f "$work/prose" -n 64 -o "$work/prose"
 refuses 1 "cannot write $work/prose: it is a file that is read" inspect -m "$model" --file "$work/prose" -o "$work/prose"
 [ "$(cat "$work/prose")" = 'A text of some length.' ] || fail "the text has changed"
+refuses 1 "cannot write $work/items: it is a file that is read" eval kl -m "$model" --text "$work/items" --json "$work/items"
+refuses 1 "cannot write $work/items: it is a file that is read" inspect -m "$model" --file "$work/items" -o "$work/page" --json "$work/items"
+refuses 1 "-o and --json name one file, $work/../${work##*/}/page" inspect -m "$model" --file "$work/prose" -o "$work/page" --json "$work/../${work##*/}/page"
+refuses 1 "--modes 'quest,budget=64': other methods are of tactic eval kl and eval trace only" eval tasks -m "$model" --items "$work/items" -o "$work/x" --modes quest,budget=64
+refuses 1 "min_context and min_sparse are not of traces" eval trace --traces "$work/none" --select 'topk;sample,min_sparse=4096'
+printf '%s\n' '{"id":"a","task":"t","prompt":"p","answers":["x"],"metric":"foo","max_tokens":2}' \
+  '{"id":"b","task":"t","prompt":"p","answers":[],"metric":"any","max_tokens":2}' \
+  '{"id":"c","task":"t","prompt":"p","answers":"x","metric":"any","max_tokens":2}' \
+  '{"id":"d","task":"t","prompt":"p","metric":"any","max_tokens":2}' > "$work/unscored"
+refuses 1 "no items in $work/unscored" eval tasks -m "$model" --items "$work/unscored" -o "$work/x"
 refuses 1 "and the context holds 256 (-c)" run -m "$model" --file "$work/long" -c 256
 refuses 1 "cannot read $work/none" run -m "$model" --file "$work/none"
 refuses 1 "it is a directory" run -m "$model" --file "$work"

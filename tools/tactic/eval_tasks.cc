@@ -14,6 +14,7 @@
 #include <set>
 #include <utility>
 
+#include "baselines/baseline.h"
 #include "kl.h"
 #include "report.h"
 #include "text.h"
@@ -62,6 +63,18 @@ int64_t whole_field(const Json& json, const char* name) {
   return *found;
 }
 
+// What the summary could not score is not worth an answer (eval/tasks/items.py has the same rules).
+void check_scored(const Json& json) {
+  static const std::set<std::string> kMetrics = {"all", "any", "babilong", "last_number", "f1"};
+  if (const std::string metric = text_field(json, "metric", true); kMetrics.count(metric) == 0)
+    throw CommandError("metric '" + metric + "' is none of all, any, babilong, last_number, f1");
+  const auto answers = json.find("answers");
+  if (answers == json.end()) throw CommandError("no field answers");
+  if (!answers->is_array() || answers->empty() ||
+      !std::all_of(answers->begin(), answers->end(), [](const Json& answer) { return answer.is_string(); }))
+    throw CommandError("answers must be a list of at least one string");
+}
+
 Item parse_item(const std::string& line, const TasksOptions& options) {
   const Json json = Json::parse(line);
   if (!json.is_object()) throw CommandError("not a JSON object");
@@ -77,6 +90,7 @@ Item parse_item(const std::string& line, const TasksOptions& options) {
       std::fprintf(stderr, "tactic: warning: item %s: zero bytes are replaced by U+FFFD\n", item.id.c_str());
   }
   if (item.id.empty() || item.prompt.empty()) throw CommandError("id and prompt must not be empty");
+  check_scored(json);
   if (item.max_tokens < 1 || item.max_tokens > 1 << 16) {
     throw CommandError(
         format("max_tokens (%lld) must lie between 1 and 65536", static_cast<long long>(item.max_tokens)));
@@ -292,6 +306,8 @@ void eval_tasks(const TasksOptions& options) {
   const Mode exact = parse_mode("dense");
   std::vector<Mode> modes = {exact};
   for (const Mode& mode : parse_modes(options.modes)) {
+    if (eval::is_baseline(mode.name))
+      throw CommandError("--modes '" + mode.name + "': other methods are of tactic eval kl and eval trace only");
     if (std::none_of(modes.begin(), modes.end(), [&](const Mode& m) { return m.name == mode.name; }))
       modes.push_back(mode);
   }

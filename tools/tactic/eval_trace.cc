@@ -101,6 +101,10 @@ std::vector<Family> parse_families(const std::string& text) {
         const plugin::PluginOptions parsed = plugin::parse_options(one);
         if (!parsed.enabled)
           throw CommandError("--select '" + mode.name + "': llama.cpp's own attention is not evaluated on traces");
+        if (const plugin::PluginOptions usual;
+            parsed.min_context != usual.min_context || parsed.min_sparse != usual.min_sparse)
+          throw CommandError("--select '" + mode.name +
+                             "': min_context and min_sparse are not of traces, where every query is answered sparsely");
         family.settings.push_back({name, parsed.index, parsed.decode});
       } catch (const Error& error) {
         std::string reason = error.what();
@@ -329,7 +333,8 @@ void report(const std::string& name, const eval::Trace* trace, const EvalTraceOp
                  {"queries", options.queries},
                  {"within", options.within},
                  {"layers", options.layers},
-                 {"setting", settings[s].name}});
+                 {"setting", settings[s].name},
+                 {"target_mass", target_mass(settings[s])}});
     line.update(summary_json(e));
     if (trace != nullptr) line["error_by_layer"] = error_by_layer(cases[s], *trace);
     json.write(line);
@@ -388,9 +393,10 @@ void add_eval_trace(CLI::App& eval) {
       "Values: a|b|c lists, a-bxf multiplies by f, a-b:s adds s.\n"
       "Example:\n  tactic eval trace --traces prose.trace,code.trace --select "
       "'sample,error=0.02-0.08x2;fit,mass=0.9|0.95'\n"
-      "tokens: rows read per KV head, all counted. success: share of cases with at least the target mass. coverage: "
-      "share of\n"
-      "cases whose own 95% interval holds the true mass.");
+      "Every query is answered sparsely, however short the context (no min_context, no min_sparse).\n"
+      "tokens: rows read per KV head, all counted. success: share of cases with at least the setting's mass, 0.9 where "
+      "it\n"
+      "names none. coverage: share of cases whose own 95% interval holds the true mass.");
   verb->callback([options] { eval_trace(*options); });
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <limits>
 #include <map>
 #include <memory>
@@ -89,7 +90,11 @@ void inspect(const InspectOptions& options) {
   const ggml_type cache_type = parse_cache_type(options.cache_type);
   check_writable(options.output, true);
   check_apart(options.output, {options.file, options.host.model_path});
+  check_apart(options.json, {options.file});
   JsonLines json(options.json);
+  if (json.is_wanted() &&
+      std::filesystem::weakly_canonical(options.output) == std::filesystem::weakly_canonical(options.json))
+    throw CommandError("-o and --json name one file, " + options.json);
   Host host(options.host, {mode});
 
   if (options.depth + options.steps > host.context_tokens()) {

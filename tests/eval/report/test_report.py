@@ -72,6 +72,19 @@ def test_report_is_one_page_with_pictures_inside_and_a_markdown_table(tmp_path):
     assert "stock" not in text and "all traces" not in text
 
 
+def test_tasks_without_an_interval_have_no_point_and_are_counted(tmp_path):
+    bare = task_row("quality=high", kl=0.002, score_minus=-0.025, logprob_minus=-0.2)
+    assert pictures.score_against_kl([bare]) is None
+    write_rows(tmp_path / "tasks.rows", [task_row("dense", kl=0.0), bare])
+    assert make(str(tmp_path), [str(tmp_path / "tasks.rows")]) == ["report.html", "report.md"]
+    assert "| vt | quality=high | 40 | 20 | 0.500 | -0.025 | -0.200 | 0.0020 | - |" in (tmp_path / "report.md").read_text()
+    scored = bare | {"task": "cwe", "score_minus_95": [-0.1, 0.1]}
+    assert [axis.get_title() for axis in pictures.score_against_kl([bare, scored]).axes] == ["1 of 2 without an interval left out"]
+    both = scored | {"task": "fwe", "logprob_minus_95": [-0.3, -0.1]}
+    titles = [axis.get_title() for axis in pictures.score_against_kl([scored, both]).axes]
+    assert titles == ["", "1 of 2 without an interval left out"]
+
+
 def test_methods_are_compared_at_equal_reading():
     assert tables.at_fraction([(0.4, 0.01), (0.1, 0.04)], 0.2) == pytest.approx(0.02)
     assert tables.at_fraction([(0.4, 0.01), (0.1, 0.04)], 0.05) is None

@@ -62,6 +62,16 @@ def test_files_of_one_name_do_not_take_each_others_ids(tmp_path, capsys):
     assert "cannot be told apart" in capsys.readouterr().err
 
 
+def test_what_is_read_is_not_written(tmp_path, capsys):
+    path = tmp_path / "text"
+    make = ["make", "--tasks", "niah_single_2", "--length", "500", "-n", "1"]
+    for arguments in ([*make, "--haystack", path], [*make, "--squad", path], [*make, "--hotpotqa", path], ["load", "babilong", path]):
+        path.write_text("What the user has.")
+        assert main([*map(str, arguments), "-o", str(tmp_path / "." / "text")]) == 1
+        assert "text: it is a file that is read" in capsys.readouterr().err
+        assert path.read_text() == "What the user has."
+
+
 def test_longeval(tmp_path):
     record = {"random_idx": ["torpid-kid", 7], "expected_number": 2416, "prompt": "lines ... I need the number. "}
     items = files.longeval(lines(tmp_path, record, {**record, "expected_number": "x"}), "longeval")

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from tasks.__main__ import main
 from tasks.items import Item, write_items
 from tasks.results import summarize
 
@@ -118,6 +119,14 @@ def test_broken_lines_are_named_skipped_and_counted(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "results:2: skipped" in shown and "no field 'output'" in shown and "answer_logprob ('high')" in shown
     assert "4 broken" in table.markdown()
+
+
+def test_a_table_without_a_row_is_no_success(tmp_path, capsys):
+    write(tmp_path, 1, ['{"broken'])
+    assert main(["summary", "--items", str(tmp_path / "items"), str(tmp_path / "results")]) == 1
+    assert "1 broken line(s) skipped" in capsys.readouterr().out
+    write(tmp_path, 1, [line(0, "dense", "yes")])
+    assert main(["summary", "--items", str(tmp_path / "items"), str(tmp_path / "results")]) == 0
 
 
 def test_no_answer_at_all_is_no_score(tmp_path):
