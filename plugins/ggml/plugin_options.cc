@@ -56,11 +56,10 @@ bool flag(std::string_view key, std::string_view value) {
   return value == "1";
 }
 
-template <class T>
-T in_range(std::string_view key, std::string_view value, T low, T high) {
-  const T result = number<T>(key, value);
+int32_t in_range(std::string_view key, std::string_view value, int32_t low, int32_t high) {
+  const auto result = number<int64_t>(key, value);
   if (!(result >= low && result <= high)) fail(key, value, "in " + std::to_string(low) + ".." + std::to_string(high));
-  return result;
+  return static_cast<int32_t>(result);
 }
 
 using Setter = std::function<void(PluginOptions&, std::string_view key, std::string_view value)>;
@@ -99,10 +98,10 @@ const std::vector<std::pair<const char*, Setter>>& setters() {
          else if (v == "whole") o.index.clustering = Clustering::kWhole;
          else fail(k, v, "incremental or whole");
        }},
-      {"min_context", [](O& o, S k, S v) { o.min_context = o.min_sparse = in_range<int32_t>(k, v, 0, 1 << 30); }},
-      {"min_sparse", [](O& o, S k, S v) { o.min_sparse = in_range<int32_t>(k, v, 0, 1 << 30); }},
-      {"max_rows", [](O& o, S k, S v) { o.max_rows = in_range<int32_t>(k, v, 1, 64); }},
-      {"places", [](O& o, S k, S v) { o.places = in_range<int32_t>(k, v, 0, 64); }},
+      {"min_context", [](O& o, S k, S v) { o.min_context = o.min_sparse = in_range(k, v, 0, 1 << 30); }},
+      {"min_sparse", [](O& o, S k, S v) { o.min_sparse = in_range(k, v, 0, 1 << 30); }},
+      {"max_rows", [](O& o, S k, S v) { o.max_rows = in_range(k, v, 1, 64); }},
+      {"places", [](O& o, S k, S v) { o.places = in_range(k, v, 0, 64); }},
       {"accept",
        [](O& o, S k, S v) {
          if (v != "any") fail(k, v, "any");

@@ -134,6 +134,7 @@ TEST(PluginOptions, OutOfRangeIsRefused) {
     EXPECT_NE(refusal(text), "") << text;
   }
   EXPECT_THAT(refusal("max_rows=65"), AllOf(HasSubstr("max_rows=65"), HasSubstr("1..64")));
+  EXPECT_THAT(refusal("min_sparse=3000000000"), HasSubstr("in 0..1073741824"));
   EXPECT_THAT(refusal("budget=99999999999"), AllOf(HasSubstr("budget=99999999999"), HasSubstr("at most 2147483647")));
   EXPECT_THAT(refusal("budget=-99999999999"), HasSubstr("at least 0"));
   EXPECT_THAT(refusal("seed=-1"), HasSubstr("from 0 on"));

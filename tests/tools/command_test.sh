@@ -85,6 +85,7 @@ refuses 1 "--yarn must be a number in 1..64" run -m "$model" --prompt hi --yarn 
 TACTIC=quality=best refuses 1 "quality=best: must be exact, high, balanced or fast" run -m "$model" --prompt hi
 refuses 1 "cannot write /dev/null: it is there and no regular file" trace --synthetic flat-128 -o /dev/null
 refuses 1 "cannot write /dev/null: it is there and no regular file" trace -m "$model" --records 0 -o /dev/null
+refuses 1 "--prompt (200) must be less than the trace's 100 tokens (-n)" trace -m "$model" --records 0 -n 100 --prompt 200 -o "$work/x"
 refuses 2 "--synthetic excludes --records" trace --synthetic flat-128 --records 0 -o "$work/x"
 printf '{"id":"a","task":"t","prompt":"hi there","answers":["x"],"metric":"any","max_tokens":2}\n' > "$work/items"
 refuses 1 "cannot write /dev/zero: it is there and no regular file" eval tasks -m "$model" --items "$work/items" -o /dev/zero

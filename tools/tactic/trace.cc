@@ -209,6 +209,10 @@ TraceInfo plan_queries(const TraceOptions& options) {
   info.kv_len = options.tokens;
   info.prompt_len = options.prompt > 0 ? options.prompt : options.tokens * 3 / 4;
   const int64_t decoded = info.kv_len - info.prompt_len;
+  if (decoded < 1) {
+    throw CommandError(format("--prompt (%lld) must be less than the trace's %lld tokens (-n)",
+                              static_cast<long long>(info.prompt_len), static_cast<long long>(info.kv_len)));
+  }
   if (options.queries > decoded) {
     throw CommandError(format("--queries %lld do not fit into %lld positions after a prompt of %lld (--prompt)",
                               static_cast<long long>(options.queries), static_cast<long long>(decoded),
