@@ -206,9 +206,9 @@ def kl_against_distance(rows):
 def score_against_kl(rows):
     """One point a task and mode: what it scores less than exact attention, and its KL at the answer's tokens. A task of
     one haystack has no interval and no point; how many these are stands above."""
-    kinds = (("score_minus", "score"), ("logprob_minus", "log-probability of the answer"))
     all_rows = [row for row in task_rows(rows) if row.get("kl")]
-    kinds = [(key, label) for key, label in kinds if any(key + "_95" in row for row in all_rows)]
+    kinds = [(key, label) for key, label in (("score_minus", "score"), ("logprob_minus", "log-probability of the answer"))
+             if any(key + "_95" in row for row in all_rows)]
     if not kinds:
         return None
     figure, axes = panels(len(kinds))

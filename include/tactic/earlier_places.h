@@ -2,9 +2,9 @@
 // before has looked there, nor does any cluster say so: a decode step that is told of them (DecodeQuery::likely_rows)
 // reads them for certain. Values of the first layer are functions of the token alone, so they tell where the current
 // token, and those before it, stood before; in models whose first layer's values depend on more nothing is found, nor
-// where V has fewer than 32 dimensions. A row is looked at once; after that a call compares 64 bits a visible row (0.6
-// ms at 100 thousand rows on one core, more where one token makes up much of the text) and keeps 8 bytes a row of
-// kv_len. Measured: docs/method.md, 3.7.
+// where V has fewer than 32 dimensions. A row is looked at once; after that a call compares 64 bits of every visible
+// row, and those of the rows before it where they agree, and keeps 8 bytes a row of kv_len. Measured:
+// docs/method.md, 3.7.
 //
 //   tactic::EarlierPlaces places;                                       // one per sequence
 //   places.find(first_layer, {}, {}, 8, rows);                          // once per token, after its rows are stored

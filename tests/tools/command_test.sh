@@ -92,11 +92,12 @@ refuses 1 "cannot write /dev/zero: it is there and no regular file" eval tasks -
 refuses 1 "cannot write $work/items: it is a file that is read" eval tasks -m "$model" --items "$work/items" -o "$work/items"
 printf 'A text of some length.\n' > "$work/prose"
 refuses 1 "cannot append to $work/prose: it is there and holds no JSON lines" eval tasks -m "$model" --items "$work/items" -o "$work/prose"
-refuses 1 "cannot append to $work/prose: it is there and holds no JSON lines" bench -m "$model" -d 64 --file "$work/prose" --json "$work/prose"
+refuses 1 "cannot append to $work/prose: it is there and holds no JSON lines" bench -m "$model" -d 64 --file "$work/long" --json "$work/prose"
 refuses 1 "cannot write $work/prose: it is a file that is read" trace -m "$model" -f "$work/prose" -n 64 -o "$work/prose"
 refuses 1 "cannot write $work/prose: it is a file that is read" inspect -m "$model" --file "$work/prose" -o "$work/prose"
 [ "$(cat "$work/prose")" = 'A text of some length.' ] || fail "the text has changed"
 refuses 1 "cannot write $work/items: it is a file that is read" eval kl -m "$model" --text "$work/items" --json "$work/items"
+refuses 1 "cannot write $work/items: it is a file that is read" bench -m "$model" -d 64 --file "$work/items" --json "$work/items"
 refuses 1 "cannot write $work/items: it is a file that is read" inspect -m "$model" --file "$work/items" -o "$work/page" --json "$work/items"
 refuses 1 "-o and --json name one file, $work/../${work##*/}/page" inspect -m "$model" --file "$work/prose" -o "$work/page" --json "$work/../${work##*/}/page"
 refuses 1 "--modes 'quest,budget=64': other methods are of tactic eval kl and eval trace only" eval tasks -m "$model" --items "$work/items" -o "$work/x" --modes quest,budget=64

@@ -125,12 +125,13 @@ def test_a_zero_byte_does_not_end_the_prompt(tmp_path):
 def test_a_field_of_another_kind_is_named(tmp_path):
     good = {"id": "a", "task": "t", "prompt": "A word or two.", "max_tokens": 2, "answers": ["x"], "metric": "any"}
     broken = [good | {"max_tokens": "two"}, good | {"max_tokens": 1.5}, good | {"prefix": None}, {"id": "a", "task": "t", "max_tokens": 2}]
-    broken += [good | {"metric": "some"}, good | {"answers": []}, good | {"answers": ["x", 5]}]
+    broken += [good | {"metric": "some"}, good | {"answers": []}, good | {"answers": ["x", 5]},
+               good | {"metric": "last_number", "answers": ["4."]}]
     (tmp_path / "items").write_text("".join(json.dumps(record) + "\n" for record in broken) + "[1]\n" + json.dumps(good) + "\n")
     said = run(tmp_path / "items", tmp_path / "out", modes="stock", code=3).stderr
     for number, text in enumerate(('max_tokens ("two") must be a whole number', "max_tokens (1.5) must be a whole number",
                                    "prefix (null) must be a string", "no field prompt", "metric 'some' is none of", "answers must be a list",
-                                   "answers must be a list", "not a JSON object"), 1):
+                                   "answers must be a list", "answers[0] ('4.') must be a whole number", "not a JSON object"), 1):
         assert f"items:{number}: skipped: {text}" in said
 
 

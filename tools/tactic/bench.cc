@@ -280,7 +280,7 @@ void bench(const BenchOptions& options) {
       std::find_if(modes.begin(), modes.end(), [](const Mode& mode) { return !mode.is_dense() && !mode.is_stock(); });
   if (options.watch_prefill && watcher == modes.end())
     throw CommandError("--watch-prefill needs a mode other than stock and dense");
-  JsonLines json(options.json);
+  JsonLines json(options.json, {options.file});
 
   std::vector<Mode> all_modes = modes;
   if (options.kl) all_modes.push_back(parse_mode("dense"));

@@ -346,8 +346,7 @@ void eval_kl(const EvalOptions& options) {
   parse_cache_type(options.cache_type);
   if (options.texts.empty() && options.records < 0) throw CommandError("nothing to evaluate; give --text or --records");
   if (options.recall && options.records < 0) throw CommandError("--recall goes with --records");
-  check_apart(options.json, options.texts);
-  JsonLines json(options.json);
+  JsonLines json(options.json, options.texts);
   std::vector<Mode> all_modes = {parse_mode("dense")};
   for (const EvalMode& mode : modes) all_modes.push_back(mode.mode);
   Host host(options.host, all_modes);

@@ -66,13 +66,17 @@ int64_t whole_field(const Json& json, const char* name) {
 // What the summary could not score is not worth an answer (eval/tasks/items.py has the same rules).
 void check_scored(const Json& json) {
   static const std::set<std::string> kMetrics = {"all", "any", "babilong", "last_number", "f1"};
-  if (const std::string metric = text_field(json, "metric", true); kMetrics.count(metric) == 0)
+  const std::string metric = text_field(json, "metric", true);
+  if (kMetrics.count(metric) == 0)
     throw CommandError("metric '" + metric + "' is none of all, any, babilong, last_number, f1");
   const auto answers = json.find("answers");
   if (answers == json.end()) throw CommandError("no field answers");
   if (!answers->is_array() || answers->empty() ||
       !std::all_of(answers->begin(), answers->end(), [](const Json& answer) { return answer.is_string(); }))
     throw CommandError("answers must be a list of at least one string");
+  const std::string first = answers->front();
+  if (metric == "last_number" && (first.empty() || first.find_first_not_of("0123456789") != std::string::npos))
+    throw CommandError("answers[0] ('" + first + "') must be a whole number for last_number");
 }
 
 Item parse_item(const std::string& line, const TasksOptions& options) {
@@ -315,8 +319,7 @@ void eval_tasks(const TasksOptions& options) {
   int64_t broken = 0, left = 0, unfit = 0;
   std::vector<Item> items = read_items(options, broken);
   check_regular(options.out);
-  check_apart(options.out, {options.items});
-  JsonLines out(options.out);
+  JsonLines out(options.out, {options.items});
   Host host(options.host, modes);
   const std::vector<std::string> model = model_parts(host);
   for (Item& item : items) item.fingerprint = fingerprint(item, options, model);

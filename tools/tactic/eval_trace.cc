@@ -350,7 +350,7 @@ void eval_trace(const EvalTraceOptions& options) {
   const std::vector<Family> families = parse_families(options.select);
   std::vector<Setting> settings;
   for (const Family& family : families) settings.insert(settings.end(), family.settings.begin(), family.settings.end());
-  JsonLines json(options.json);
+  JsonLines json(options.json, options.traces);
   std::vector<eval::Trace> traces;
   try {
     for (const std::string& path : options.traces) traces.emplace_back(path);

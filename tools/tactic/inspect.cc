@@ -90,8 +90,7 @@ void inspect(const InspectOptions& options) {
   const ggml_type cache_type = parse_cache_type(options.cache_type);
   check_writable(options.output, true);
   check_apart(options.output, {options.file, options.host.model_path});
-  check_apart(options.json, {options.file});
-  JsonLines json(options.json);
+  JsonLines json(options.json, {options.file});
   if (json.is_wanted() &&
       std::filesystem::weakly_canonical(options.output) == std::filesystem::weakly_canonical(options.json))
     throw CommandError("-o and --json name one file, " + options.json);

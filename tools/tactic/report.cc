@@ -185,9 +185,10 @@ void Table::print(std::FILE* file) const {
 
 std::string to_line(const Json& object) { return object.dump(-1, ' ', false, Json::error_handler_t::replace) + '\n'; }
 
-JsonLines::JsonLines(const std::string& path) : path_(path) {
+JsonLines::JsonLines(const std::string& path, const std::vector<std::string>& inputs) : path_(path) {
   if (!is_wanted()) return;
   check_writable(path);
+  check_apart(path, inputs);
   std::error_code error;
   if (!std::filesystem::is_regular_file(path, error)) return;
   char first = '{';

@@ -65,8 +65,8 @@ std::string to_line(const Json& object);
 /// run that ends before it leaves none. A last line that was cut short is closed first, so that it spoils no other.
 class JsonLines {
  public:
-  /// Throws CommandError if the file could not be written, or holds something else.
-  explicit JsonLines(const std::string& path);
+  /// Throws CommandError if the file could not be written, is one of the `inputs`, or holds something else.
+  JsonLines(const std::string& path, const std::vector<std::string>& inputs);
   bool is_wanted() const { return !path_.empty(); }
   /// What cannot be written is lost with all that follows; finish() says so, when everything was measured and shown.
   void write(const Json& object);
