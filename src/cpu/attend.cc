@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/prefetch.h"
 #include "cpu/steps.h"
 #include "cpu/task.h"
 
@@ -18,13 +19,13 @@ HWY_BEFORE_NAMESPACE();
 namespace tactic::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr int64_t kPrefetchRows = 12;  // ahead: 8 to 16 measure alike, 24 and more are slower
 // V rows up to this long are fetched while K rows are scored. Longer ones fill the queue of misses: at 256 bytes attend
 // reaches 84-88% of a gather's bandwidth without, 73-80% with; at 128 bytes 77-80% without, 89-96% with.
 constexpr size_t kFetchedValueBytes = 128;
 
 // The cache lines of a few rows, handed out one by one: prefetches spread between the arithmetic take 10% less time
 // than in one go, and V rows fetched to L2 while K rows are scored save the values' phase its misses.
+template <class Fetch>
 class Prefetcher {
  public:
   Prefetcher(const RowsView& k, size_t k_bytes, const RowsView* v, size_t v_bytes)
@@ -42,9 +43,9 @@ class Prefetcher {
   HWY_INLINE void fetch(size_t z) const {
     const size_t line = z / 4;
     if (line < k_lines_) {
-      __builtin_prefetch(k_rows_[z % 4] + std::min(line * 64, k_bytes_ - 1), 0, 3);
+      Fetch::line(k_rows_[z % 4] + std::min(line * 64, k_bytes_ - 1));
     } else {
-      __builtin_prefetch(v_rows_[z % 4] + std::min((line - k_lines_) * 64, v_bytes_ - 1), 0, 2);
+      FetchToL2::line(v_rows_[z % 4] + std::min((line - k_lines_) * 64, v_bytes_ - 1));
     }
   }
 
@@ -90,12 +91,12 @@ HWY_INLINE void store_four_sums(RowTag df, RowVec a, RowVec b, RowVec c, RowVec 
 }
 
 // kHeads query heads at once, four rows at a time.
-template <DType kType, int kHeads>
+template <class Fetch, DType kType, int kHeads>
 void score_rows(const RowsView& k, const RowsView* v, size_t v_bytes, int32_t head, const int32_t* tokens,
                 int64_t num_tokens, const float* q, size_t head_dim, float* scores, int64_t stride) {
   const RowTag df;
   const size_t lanes = hn::Lanes(df);
-  Prefetcher prefetcher(k, row_bytes(kType, static_cast<int64_t>(head_dim)), v, v_bytes);
+  Prefetcher<Fetch> prefetcher(k, row_bytes(kType, static_cast<int64_t>(head_dim)), v, v_bytes);
   const size_t lines = 4 * prefetcher.lines_per_row(), lines_per_step = (lines * lanes + head_dim - 1) / head_dim;
   const auto look_ahead = [&](int64_t t) {
     for (int64_t r = 0; r < 4; ++r) {
@@ -103,7 +104,7 @@ void score_rows(const RowsView& k, const RowsView* v, size_t v_bytes, int32_t he
       prefetcher.set(static_cast<size_t>(r), k.row(head, token), v != nullptr ? v->row(head, token) : nullptr);
     }
   };
-  for (int64_t t = 0; t < std::min(num_tokens, kPrefetchRows); t += 4) {
+  for (int64_t t = 0; t < std::min(num_tokens, Fetch::kRowsAhead); t += 4) {
     look_ahead(t);
     for (size_t z = 0; z < lines; ++z) prefetcher.fetch(z);
   }
@@ -111,8 +112,8 @@ void score_rows(const RowsView& k, const RowsView* v, size_t v_bytes, int32_t he
     const int64_t rest = num_tokens - t;
     const std::byte* rows[4];
     for (int64_t r = 0; r < 4; ++r) rows[r] = k.row(head, tokens[t + std::min(r, rest - 1)]);
-    size_t line = t + kPrefetchRows < num_tokens ? 0 : lines;
-    if (line == 0) look_ahead(t + kPrefetchRows);
+    size_t line = t + Fetch::kRowsAhead < num_tokens ? 0 : lines;
+    if (line == 0) look_ahead(t + Fetch::kRowsAhead);
     RowVec sums[kHeads][4];
     for (int g = 0; g < kHeads; ++g) {
       for (int r = 0; r < 4; ++r) sums[g][r] = hn::Zero(df);
@@ -145,7 +146,7 @@ void score_rows(const RowsView& k, const RowsView* v, size_t v_bytes, int32_t he
 }
 
 // kHeads query heads and kVecs vectors of the row at once, so that the sums stay in registers.
-template <DType kType, int kHeads, int kVecs>
+template <class Fetch, DType kType, int kHeads, int kVecs>
 void add_rows(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
               int64_t stride, size_t begin, size_t v_head_dim, float* out) {
   const RowTag df;
@@ -160,9 +161,9 @@ void add_rows(const RowsView& v, int32_t head, const int32_t* tokens, int64_t nu
   const size_t bytes = row_bytes(kType, static_cast<int64_t>((static_cast<size_t>(kVecs) * lanes + 31) / 32 * 32));
   for (int64_t t = 0; t < num_tokens; ++t) {
     const std::byte* row = v.row(head, tokens[t]);
-    if (t + kPrefetchRows < num_tokens) {
-      const std::byte* ahead = v.row(head, tokens[t + kPrefetchRows]) + first;
-      for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i);
+    if (t + Fetch::kRowsAhead < num_tokens) {
+      const std::byte* ahead = v.row(head, tokens[t + Fetch::kRowsAhead]) + first;
+      for (size_t i = 0; i < bytes; i += 64) Fetch::line(ahead + i);
     }
     RowVec values[kVecs];
     for (int j = 0; j < kVecs; ++j) values[j] = RowLoader<kType>::load(df, row, begin + static_cast<size_t>(j) * lanes);
@@ -179,7 +180,7 @@ void add_rows(const RowsView& v, int32_t head, const int32_t* tokens, int64_t nu
 }
 
 // As many vectors as fit beside the sums of kHeads heads in 16 registers.
-template <DType kType, int kHeads>
+template <class Fetch, DType kType, int kHeads>
 void value_rows(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
                 int64_t stride, size_t v_head_dim, float* out) {
   constexpr int kVecs = kHeads <= 2 ? 4 : kHeads == 3 ? 3 : 2;
@@ -187,41 +188,46 @@ void value_rows(const RowsView& v, int32_t head, const int32_t* tokens, int64_t 
   size_t begin = 0;
   if (kHeads == 3 && v_head_dim % (4 * lanes) == 0) {
     for (; begin < v_head_dim; begin += 4 * lanes) {
-      add_rows<kType, kHeads, 4>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
+      add_rows<Fetch, kType, kHeads, 4>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
     }
     return;
   }
   for (; begin + kVecs * lanes <= v_head_dim; begin += kVecs * lanes) {
-    add_rows<kType, kHeads, kVecs>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
+    add_rows<Fetch, kType, kHeads, kVecs>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
   }
   for (; begin < v_head_dim; begin += lanes) {
-    add_rows<kType, kHeads, 1>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
+    add_rows<Fetch, kType, kHeads, 1>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
   }
 }
 
-// Calls fn.template operator()<kType, kHeads>(first_head) for slices of at most four heads.
-template <DType kType, class Fn>
+// Calls fn.template operator()<Fetch, kType, kHeads>(first_head) for slices of at most four heads.
+template <class Fetch, DType kType, class Fn>
 HWY_INLINE void for_slices(int32_t group_size, Fn fn) {
   int32_t g = 0;
-  for (; group_size - g > 4 || group_size - g == 4; g += 4) fn.template operator()<kType, 4>(g);
+  for (; group_size - g > 4 || group_size - g == 4; g += 4) fn.template operator()<Fetch, kType, 4>(g);
   switch (group_size - g) {
-    case 3: return fn.template operator()<kType, 3>(g);
-    case 2: return fn.template operator()<kType, 2>(g);
-    case 1: return fn.template operator()<kType, 1>(g);
+    case 3: return fn.template operator()<Fetch, kType, 3>(g);
+    case 2: return fn.template operator()<Fetch, kType, 2>(g);
+    case 1: return fn.template operator()<Fetch, kType, 1>(g);
     default: return;
+  }
+}
+
+template <class Fetch, class Fn>
+HWY_INLINE void for_type(DType dtype, int32_t group_size, Fn fn) {
+  switch (dtype) {
+    case DType::kF32: return for_slices<Fetch, DType::kF32>(group_size, fn);
+    case DType::kF16: return for_slices<Fetch, DType::kF16>(group_size, fn);
+    case DType::kBF16: return for_slices<Fetch, DType::kBF16>(group_size, fn);
+    case DType::kQ8_0: return for_slices<Fetch, DType::kQ8_0>(group_size, fn);
+    case DType::kQ4_0: return for_slices<Fetch, DType::kQ4_0>(group_size, fn);
+    case DType::kF8E4M3: return;  // no view has it
   }
 }
 
 template <class Fn>
 HWY_INLINE void dispatch(DType dtype, int32_t group_size, Fn fn) {
-  switch (dtype) {
-    case DType::kF32: return for_slices<DType::kF32>(group_size, fn);
-    case DType::kF16: return for_slices<DType::kF16>(group_size, fn);
-    case DType::kBF16: return for_slices<DType::kBF16>(group_size, fn);
-    case DType::kQ8_0: return for_slices<DType::kQ8_0>(group_size, fn);
-    case DType::kQ4_0: return for_slices<DType::kQ4_0>(group_size, fn);
-    case DType::kF8E4M3: return;  // no view has it
-  }
+  fetches_to_l2() ? for_type<FetchToL2>(dtype, group_size, fn) : for_type<FetchToL1>(dtype, group_size, fn);
 }
 
 struct ScoreRows {
@@ -235,10 +241,11 @@ struct ScoreRows {
   size_t head_dim;
   float* scores;
   int64_t stride;
-  template <DType kType, int kHeads>
+  template <class Fetch, DType kType, int kHeads>
   void operator()(int32_t g) const {
-    score_rows<kType, kHeads>(k, g == 0 && v_bytes <= kFetchedValueBytes ? v : nullptr, v_bytes, head, tokens,
-                              num_tokens, q + static_cast<size_t>(g) * head_dim, head_dim, scores + g * stride, stride);
+    score_rows<Fetch, kType, kHeads>(k, g == 0 && v_bytes <= kFetchedValueBytes ? v : nullptr, v_bytes, head, tokens,
+                                     num_tokens, q + static_cast<size_t>(g) * head_dim, head_dim, scores + g * stride,
+                                     stride);
   }
 };
 
@@ -251,10 +258,10 @@ struct ValueRows {
   int64_t stride;
   size_t v_head_dim;
   float* out;
-  template <DType kType, int kHeads>
+  template <class Fetch, DType kType, int kHeads>
   void operator()(int32_t g) const {
-    value_rows<kType, kHeads>(v, head, tokens, num_tokens, weights + g * stride, stride, v_head_dim,
-                              out + static_cast<size_t>(g) * v_head_dim);
+    value_rows<Fetch, kType, kHeads>(v, head, tokens, num_tokens, weights + g * stride, stride, v_head_dim,
+                                     out + static_cast<size_t>(g) * v_head_dim);
   }
 };
 

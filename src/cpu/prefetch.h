@@ -1,0 +1,37 @@
+// How memory that no hardware prefetcher foresees is asked for ahead of its use. The functions must be inlined: a call
+// of one that only prefetches is dropped as having no effect.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+namespace tactic::cpu {
+
+/// Rows are asked for so many ahead, and to L1 or L2.
+struct FetchToL1 {
+  static constexpr int64_t kRowsAhead = 12;  // 8 to 16 measure alike, 24 and more are slower
+  [[gnu::always_inline]] static void line(const void* p) { __builtin_prefetch(p, 0, 3); }
+};
+struct FetchToL2 {
+  static constexpr int64_t kRowsAhead = 24;  // to 48
+  [[gnu::always_inline]] static void line(const void* p) { __builtin_prefetch(p, 0, 2); }
+};
+
+/// Cores of AMD have more misses on their way where lines are to go to L2 only: rows of 128 bytes at random places come
+/// at 13 instead of 8 GB/s to a core of a Zen 4. Others fetch to L1, as was measured on an Intel Xeon.
+inline bool fetches_to_l2() {
+#if defined(__x86_64__)
+  static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd") != 0);
+  return amd;
+#else
+  return false;
+#endif
+}
+
+/// All lines of something that will be read in a few microseconds.
+[[gnu::always_inline]] inline void fetch_to_l2(const void* begin, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) FetchToL2::line(static_cast<const std::byte*>(begin) + i);
+}
+
+}  // namespace tactic::cpu
