@@ -356,6 +356,19 @@ float max_score(const float* scores, int64_t num) {
   return nan ? std::numeric_limits<float>::quiet_NaN() : max;
 }
 
+float max_used(const float* dots, const float* sizes, int64_t num, float floor) {
+  const RowTag df;
+  RowVec best = hn::Set(df, floor), poison = hn::Zero(df);  // 0 times what is not finite is NaN
+  for (int64_t i = 0; i < num; i += static_cast<int64_t>(hn::Lanes(df))) {
+    const RowVec dot = hn::LoadU(df, dots + i);
+    const auto used = hn::Ne(hn::LoadU(df, sizes + i), hn::Zero(df));
+    best = hn::IfThenElse(used, hn::Max(best, dot), best);
+    poison = hn::MulAdd(hn::IfThenElseZero(used, dot), hn::Zero(df), poison);
+  }
+  const float zero = hn::GetLane(hn::SumOfLanes(df, poison));
+  return zero == 0 ? hn::GetLane(hn::MaxOfLanes(df, best)) : std::numeric_limits<float>::quiet_NaN();
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace tactic::cpu
 HWY_AFTER_NAMESPACE();
@@ -368,6 +381,7 @@ HWY_EXPORT(attend_values);
 HWY_EXPORT(exp_weights);
 HWY_EXPORT(sampled_weights);
 HWY_EXPORT(max_score);
+HWY_EXPORT(max_used);
 
 void attend_scores(const RowsView& k, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* q,
                    int32_t head_dim, int32_t group_size, float* scores, int64_t stride, const RowsView* v,
@@ -391,6 +405,10 @@ void sampled_weights(const float* scores, const float* log_weights, int64_t num,
 }
 
 float max_score(const float* scores, int64_t num) { return HWY_DYNAMIC_DISPATCH(max_score)(scores, num); }
+
+float max_used(const float* dots, const float* sizes, int64_t num, float floor) {
+  return HWY_DYNAMIC_DISPATCH(max_used)(dots, sizes, num, floor);
+}
 
 }  // namespace tactic::cpu
 #endif

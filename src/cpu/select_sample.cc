@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "core/random.h"
+#include "cpu/prefetch.h"
 #include "cpu/steps.h"
 
 #ifndef TACTIC_CPU_TAIL_SUMS_
@@ -123,6 +124,53 @@ void scale_capped(const float* u, size_t n, float tau, float* probability) {
   }
 }
 
+// The cluster of each draw from [0, num) clusters of a segment whose running sum begins at `sum`, and the sum before
+// each cluster. Returns the number of draws; `clusters` has room for 16 more. Written without a branch on how many
+// draws a cluster has, which nothing foresees.
+size_t drawn_clusters(const float* sizes, const float* probability, size_t num, double sum, double* before,
+                      int32_t* clusters) {
+  const hn::CappedTag<int32_t, 16> di;
+  const size_t lanes = hn::Lanes(di);
+  size_t n = 0;
+  auto whole = static_cast<int64_t>(sum);
+  for (size_t c = 0; c < num; ++c) {
+    before[c] = sum;
+    sum += probability[c] < 1 ? double{sizes[c]} * probability[c] : 0.0;
+    const auto passed = static_cast<int64_t>(sum);
+    const auto draws = static_cast<size_t>(passed - whole);
+    whole = passed;
+    const auto number = hn::Set(di, static_cast<int32_t>(c));
+    hn::StoreU(number, di, clusters + n);
+    for (size_t i = lanes; i < draws; i += lanes) hn::StoreU(number, di, clusters + n + i);
+    n += draws;
+  }
+  return n;
+}
+
+// Of each draw the member of its cluster after which the running sum reaches the draw's whole number: `first` for the
+// first of them. Two draws are more than one member apart, since a probability below 1 is so by 2^-24 or more.
+void drawn_members(const float* sizes, const float* probability, const double* before, const int32_t* clusters,
+                   size_t n, double first, int32_t* members) {
+  const hn::CappedTag<double, 8> dd;
+  const hn::Rebind<float, decltype(dd)> df;
+  const hn::Rebind<int32_t, decltype(dd)> di32;
+  const hn::Rebind<int64_t, decltype(dd)> di64;
+  const size_t lanes = hn::Lanes(dd);
+  HWY_ALIGN double steps[8];
+  for (size_t j = 0; j < lanes; ++j) steps[j] = first + static_cast<double>(j);
+  auto step = hn::Load(dd, steps);
+  for (size_t i = 0; i < n; i += lanes, step = hn::Add(step, hn::Set(dd, static_cast<double>(lanes)))) {
+    const auto c = hn::LoadU(di32, clusters + i);
+    const auto size = hn::PromoteTo(dd, hn::GatherIndex(df, sizes, c));
+    const auto p = hn::PromoteTo(dd, hn::GatherIndex(df, probability, c));
+    const auto at = hn::Div(hn::Sub(step, hn::GatherIndex(dd, before, hn::PromoteTo(di64, c))), p);
+    const auto down = hn::Trunc(hn::Min(at, size));
+    const auto member = hn::Sub(down, hn::IfThenElseZero(hn::Ge(down, at), hn::Set(dd, 1.0)));
+    const auto last = hn::Sub(size, hn::Set(dd, 1.0));
+    hn::StoreU(hn::DemoteTo(di32, hn::Min(hn::Max(member, hn::Zero(dd)), last)), di32, members + i);
+  }
+}
+
 // x = -ln(x) for x in (0, 1]; 1 gives exactly 0.
 void negative_logs(float* x, size_t n) {
   const Tag df;
@@ -143,6 +191,8 @@ namespace tactic::cpu {
 HWY_EXPORT(rms_weights);
 HWY_EXPORT(tail_sums);
 HWY_EXPORT(scale_capped);
+HWY_EXPORT(drawn_clusters);
+HWY_EXPORT(drawn_members);
 HWY_EXPORT(negative_logs);
 
 void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options,
@@ -170,103 +220,87 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
 
 namespace {
 
-// Drawn rows: what is known of them without a look at memory.
-struct Picks {
-  std::vector<int32_t> members, clusters;  // place among the segment's members, cluster number
-  std::vector<float> probabilities;
+// Memory for the draws of one segment, kept between steps.
+struct Draws {
+  std::vector<double> before;              // [num_clusters] running sum before each
+  std::vector<int32_t> firsts;             // [num_clusters] place of the first member
+  std::vector<int32_t> clusters, members;  // [draws] the cluster's number, and which of its readable members
   size_t count = 0;
 
-  void make_room(size_t more) {
-    if (count + more <= members.size()) return;
-    const size_t size = std::max(2 * members.size(), count + more);
-    members.resize(size), clusters.resize(size), probabilities.resize(size);
-  }
-  void set(int64_t member, int32_t cluster, float probability) {
-    members[count] = static_cast<int32_t>(member), clusters[count] = cluster, probabilities[count] = probability;
+  void draw(const float* sizes, const float* probability, size_t num_clusters, size_t num_rows, double sum) {
+    before.resize(num_clusters);
+    clusters.resize(num_rows + 17);  // one more than the rows' sum of probabilities, and a vector
+    members.resize(clusters.size());
+    count = HWY_DYNAMIC_DISPATCH(drawn_clusters)(sizes, probability, num_clusters, sum, before.data(), clusters.data());
+    std::fill_n(clusters.begin() + static_cast<std::ptrdiff_t>(count), 8, 0);  // the last vector's rest
+    HWY_DYNAMIC_DISPATCH(drawn_members)
+    (sizes, probability, before.data(), clusters.data(), count, std::floor(sum) + 1, members.data());
   }
 };
-
-// Calls take(j) for the members j of a cluster of `size` readable rows at which the running sum passes a whole number,
-// and returns the new sum. The first one, or one that is not taken, goes without a branch: take(j, 0 or 1).
-template <class Fn>
-double systematic(double sum, int64_t size, double p, Fn take) {
-  const double end = sum + static_cast<double>(size) * p;
-  double step = static_cast<double>(static_cast<int64_t>(sum) + 1);
-  const auto member = [&] {  // after which the sum reaches `step`
-    const double j = (step - sum) / p;
-    const auto truncated = static_cast<int64_t>(std::min(j, static_cast<double>(size)));
-    return truncated - static_cast<int64_t>(static_cast<double>(truncated) >= j);
-  };
-  int64_t last = std::clamp(member(), int64_t{0}, size - 1);
-  take(last, static_cast<size_t>(step <= end));
-  for (step += 1; step <= end && last + 1 < size; step += 1) {
-    last = std::clamp(member(), last + 1, size - 1);
-    take(last, size_t{1});
-  }
-  return end;
-}
-
-template <class T>
-void append(std::vector<T>& to, const T* from, size_t count) {
-  to.insert(to.end(), from, from + count);
-}
 
 }  // namespace
 
 void draw(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
           const Inclusion& inclusion, double offset, HeadSelection& out) {
+  thread_local Draws draws;
+  thread_local std::vector<int32_t> tokens, clusters;  // of the rows drawn
+  thread_local std::vector<float> weights;
   out.clear();
-  Picks sampled;
-  std::vector<int32_t> readable;  // places of a cluster's members that the query may read
+  tokens.clear(), clusters.clear(), weights.clear();
   int32_t base = 0;
   for (const Segment& segment : index.segments) {
-    double sum = segment_offset(offset, segment.row_begin);
-    const HeadClusters& clusters = segment.heads[static_cast<size_t>(head)];
+    const HeadClusters& stored = segment.heads[static_cast<size_t>(head)];
+    const auto num_clusters = static_cast<size_t>(segment.num_clusters);
     const float* sizes = scores.sizes.data() + base;
     const float* probability = inclusion.probability.data() + base;
     const auto row_begin = static_cast<int32_t>(segment.row_begin);
-    const size_t first_pick = sampled.count;
-    for (size_t m = 0; m < clusters.members.size(); m += 32) __builtin_prefetch(clusters.members.data() + m);
-    int32_t member = 0;
-    for (int32_t c = 0; c < segment.num_clusters; ++c) {
-      const int32_t first = member, stored = clusters.sizes[static_cast<size_t>(c)];
-      member += stored;
-      const float p = probability[c];
-      if (sizes[c] == 0 || p == 0) continue;
-      const auto size = static_cast<int64_t>(sizes[c]);
-      const bool all = size == stored;
-      if (!all) {
-        readable.clear();
-        for (int32_t m = first; m < member; ++m) {
-          if (filter.reads_indexed(row_begin + clusters.members[static_cast<size_t>(m)])) readable.push_back(m);
-        }
-      }
-      if (p >= 1) {
-        const size_t at = out.tokens.size(), count = static_cast<size_t>(size);
-        out.tokens.resize(at + count);
-        for (size_t m = 0; m < count; ++m) {
-          const auto place = all ? static_cast<size_t>(first) + m : static_cast<size_t>(readable[m]);
-          out.tokens[at + m] = row_begin + clusters.members[place];
-        }
-        out.clusters.resize(at + count, base + c);
-      } else {
-        sampled.make_room(static_cast<size_t>(size) + 1);
-        sum = systematic(sum, size, p, [&](int64_t m, size_t taken) {
-          sampled.set(all ? first + m : readable[static_cast<size_t>(m)], base + c, p);
-          sampled.count += taken;
-        });
-      }
+    const auto row_of = [&](int32_t place) { return row_begin + stored.members[static_cast<size_t>(place)]; };
+    fetch_to_l2(stored.members.data(), stored.members.size() * sizeof(uint16_t));
+    draws.firsts.resize(num_clusters);
+    bool all = true;  // the query may read every member
+    for (int32_t c = 0, first = 0; c < segment.num_clusters; ++c) {
+      const int32_t size = stored.sizes[static_cast<size_t>(c)];
+      draws.firsts[static_cast<size_t>(c)] = first;
+      all &= static_cast<int32_t>(sizes[c]) == size;
+      first += size;
     }
-    for (size_t i = first_pick; i < sampled.count; ++i)
-      sampled.members[i] = row_begin + clusters.members[static_cast<size_t>(sampled.members[i])];
+    // The place of a cluster's readable member of that number.
+    const auto place_of = [&](int32_t c, int32_t member) {
+      int32_t place = draws.firsts[static_cast<size_t>(c)] + member;
+      if (all || static_cast<int32_t>(sizes[c]) == stored.sizes[static_cast<size_t>(c)]) return place;
+      for (place -= member;; ++place) {
+        if (filter.reads_indexed(row_of(place)) && member-- == 0) return place;
+      }
+    };
+    for (int32_t c = 0; c < segment.num_clusters; ++c) {
+      if (probability[c] < 1) continue;
+      const size_t at = out.tokens.size(), size = static_cast<size_t>(sizes[c]);
+      out.tokens.resize(at + size);
+      if (all) {
+        const uint16_t* members = stored.members.data() + draws.firsts[static_cast<size_t>(c)];
+        for (size_t m = 0; m < size; ++m) out.tokens[at + m] = row_begin + members[m];
+      } else {
+        for (size_t m = 0; m < size; ++m) out.tokens[at + m] = row_of(place_of(c, static_cast<int32_t>(m)));
+      }
+      out.clusters.resize(at + size, base + c);
+    }
+    draws.draw(sizes, probability, num_clusters, stored.members.size(), segment_offset(offset, segment.row_begin));
+    const size_t at = tokens.size();
+    tokens.resize(at + draws.count), clusters.resize(at + draws.count), weights.resize(at + draws.count);
+    for (size_t i = 0; i < draws.count; ++i) {
+      const int32_t c = draws.clusters[i];
+      tokens[at + i] = row_of(place_of(c, draws.members[i]));
+      clusters[at + i] = base + c;
+      weights[at + i] = probability[c];
+    }
     base += padded_clusters(segment.num_clusters);
   }
+  HWY_DYNAMIC_DISPATCH(negative_logs)(weights.data(), weights.size());
   out.num_certain = static_cast<int64_t>(out.tokens.size());
   out.log_weights.resize(out.tokens.size(), 0.0f);
-  HWY_DYNAMIC_DISPATCH(negative_logs)(sampled.probabilities.data(), sampled.count);
-  append(out.tokens, sampled.members.data(), sampled.count);
-  append(out.log_weights, sampled.probabilities.data(), sampled.count);
-  append(out.clusters, sampled.clusters.data(), sampled.count);
+  out.tokens.insert(out.tokens.end(), tokens.begin(), tokens.end());
+  out.log_weights.insert(out.log_weights.end(), weights.begin(), weights.end());
+  out.clusters.insert(out.clusters.end(), clusters.begin(), clusters.end());
 }
 
 }  // namespace tactic::cpu

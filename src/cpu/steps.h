@@ -52,4 +52,8 @@ void sampled_weights(const float* scores, const float* log_weights, int64_t num,
 /// Largest score, -infinity for none; NaN if any is NaN.
 float max_score(const float* scores, int64_t num);
 
+/// The largest of `floor` and the dots of clusters whose size is not 0; NaN if any of those is not finite. `num`: a
+/// multiple of kCentroidBlock.
+float max_used(const float* dots, const float* sizes, int64_t num, float floor);
+
 }  // namespace tactic::cpu

@@ -124,12 +124,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
     const float* dots =
         task.clusters.dots.data() + static_cast<size_t>(g) * static_cast<size_t>(task.clusters.num_clusters);
     SoftmaxState& exact = task.exact_state[static_cast<size_t>(g)];
-    float max = exact.max;
-    for (int32_t c = 0; c < task.clusters.num_clusters; ++c) {
-      if (task.clusters.sizes[static_cast<size_t>(c)] == 0) continue;  // hidden or empty
-      task.not_finite = task.not_finite || !std::isfinite(dots[c]);
-      max = std::max(max, dots[c]);
-    }
+    const float max = max_used(dots, task.clusters.sizes.data(), task.clusters.num_clusters, exact.max);
     task.not_finite = task.not_finite || !std::isfinite(max);
     if (max == exact.max) continue;  // the usual case: a sink has the largest score
     exact.sum = exp_weights(task.exact.scores_of(g), task.exact.size(), max, task.exact.weights_of(g));
