@@ -232,5 +232,27 @@ TEST(MaxScore, FindsNanAnywhere) {
   }
 }
 
+TEST(MaxUsed, LooksAtClustersThatHoldRowsAlone) {
+  constexpr int64_t kCount = 48;
+  for (const int64_t target : highway_targets()) {
+    const OnTarget on(target);
+    for (int64_t at = 0; at < kCount; ++at) {
+      SCOPED_TRACE(text(target_name(target), ", at ", at));
+      std::vector<float> dots(kCount, -3.0f), sizes(kCount, 2.0f);
+      const auto max_used = [&] { return cpu::max_used(dots.data(), sizes.data(), kCount, -1.0f); };
+      ASSERT_EQ(max_used(), -1.0f);  // the floor
+      dots[at] = 5;
+      ASSERT_EQ(max_used(), 5.0f);
+      for (const float odd : {std::nanf(""), HUGE_VALF, -HUGE_VALF}) {
+        dots[at] = odd;
+        sizes[at] = 2;
+        ASSERT_TRUE(std::isnan(max_used())) << odd;
+        sizes[at] = 0;
+        ASSERT_EQ(max_used(), -1.0f) << odd;
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tactic::test

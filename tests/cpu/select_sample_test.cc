@@ -238,12 +238,17 @@ TEST(Draw, DrawsWhatTheReferenceDraws) {
         const Inclusion inclusion = setting.reference({.tau = tau});
         for (const double offset : {0.0, 0.3, 0.5, 0.999999}) {
           SCOPED_TRACE(text("kv_len ", kv_len, " visible ", seen, " tau ", tau, " offset ", offset));
-          const HeadSelection a = setting.cpu_draw(inclusion, offset), b = setting.reference_draw(inclusion, offset);
-          EXPECT_EQ(a.tokens, b.tokens);
-          EXPECT_EQ(a.clusters, b.clusters);
-          EXPECT_EQ(a.num_certain, b.num_certain);
-          ASSERT_EQ(a.log_weights.size(), b.log_weights.size());
-          for (size_t i = 0; i < a.log_weights.size(); ++i) ASSERT_FLOAT_EQ(a.log_weights[i], b.log_weights[i]);
+          const HeadSelection b = setting.reference_draw(inclusion, offset);
+          for (const int64_t target : highway_targets()) {
+            SCOPED_TRACE(target_name(target));
+            const OnTarget on(target);
+            const HeadSelection a = setting.cpu_draw(inclusion, offset);
+            EXPECT_EQ(a.tokens, b.tokens);
+            EXPECT_EQ(a.clusters, b.clusters);
+            EXPECT_EQ(a.num_certain, b.num_certain);
+            ASSERT_EQ(a.log_weights.size(), b.log_weights.size());
+            for (size_t i = 0; i < a.log_weights.size(); ++i) ASSERT_FLOAT_EQ(a.log_weights[i], b.log_weights[i]);
+          }
         }
       }
     }
@@ -299,10 +304,15 @@ TEST(Draw, ProbabilitiesNextToZeroAndOne) {
     std::fill(inclusion.probability.begin(), inclusion.probability.end(), p);
     for (const double offset : {0.0, 0.5}) {
       SCOPED_TRACE(text("p ", p, " offset ", offset));
-      const HeadSelection a = setting.cpu_draw(inclusion, offset), b = setting.reference_draw(inclusion, offset);
-      EXPECT_EQ(a.tokens, b.tokens);
-      EXPECT_NEAR(static_cast<double>(a.tokens.size()), setting.expected_tokens(inclusion),
-                  setting.num_segments() + 0.01);
+      const HeadSelection b = setting.reference_draw(inclusion, offset);
+      for (const int64_t target : highway_targets()) {
+        SCOPED_TRACE(target_name(target));
+        const OnTarget on(target);
+        const HeadSelection a = setting.cpu_draw(inclusion, offset);
+        EXPECT_EQ(a.tokens, b.tokens);
+        EXPECT_NEAR(static_cast<double>(a.tokens.size()), setting.expected_tokens(inclusion),
+                    setting.num_segments() + 0.01);
+      }
     }
   }
 }
