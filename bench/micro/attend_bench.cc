@@ -1,6 +1,6 @@
 // attend: rows of a random selection, K then V, against a plain random gather of rows of the same size by the same
-// number of threads. GB/s counts the bytes of the rows; `share` is attend's over the gather's, measured in turns in one
-// run.
+// number of threads, which asks for them in L1 or in L2. GB/s counts the bytes of the rows; `share` is attend's over
+// the faster gather's, measured in turns in one run.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -16,10 +16,9 @@ namespace {
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// The most the memory gives for rows at random places: every line is fetched ahead, as it comes fastest on this core,
-// and added up.
+// The most the memory gives for rows at random places: every line is fetched ahead and added up.
 template <class Fetch>
-uint64_t gather_with(const RowsView& rows, int32_t head, size_t bytes, const int32_t* tokens, int64_t num) {
+uint64_t gather(const RowsView& rows, int32_t head, size_t bytes, const int32_t* tokens, int64_t num) {
   uint64_t sum = 0;
   for (int64_t t = 0; t < num; ++t) {
     const std::byte* ahead = rows.row(head, tokens[std::min(t + 2 * Fetch::kRowsAhead, num - 1)]);
@@ -30,10 +29,7 @@ uint64_t gather_with(const RowsView& rows, int32_t head, size_t bytes, const int
   return sum;
 }
 
-uint64_t gather(const RowsView& rows, int32_t head, size_t bytes, const int32_t* tokens, int64_t num) {
-  return cpu::fetches_to_l2() ? gather_with<cpu::FetchToL2>(rows, head, bytes, tokens, num)
-                              : gather_with<cpu::FetchToL1>(rows, head, bytes, tokens, num);
-}
+enum class Reader { kGatherToL1, kGatherToL2, kAttend };
 
 void attend(benchmark::State& state) {
   const auto threads = static_cast<int32_t>(state.range(0));
@@ -44,12 +40,12 @@ void attend(benchmark::State& state) {
   const std::vector<float> q = random_queries(group, dim, 3);
   std::mt19937 random(5);
   std::vector<int32_t> tokens(static_cast<size_t>(num_tokens));
-  std::vector<double> shares, rates;
+  std::vector<double> shares, rates, to_l1, to_l2;
   std::vector<std::vector<float>> scores(static_cast<size_t>(threads)), out(static_cast<size_t>(threads));
   for (auto& s : scores) s.resize(static_cast<size_t>(group * num_tokens));
   for (auto& o : out) o.resize(static_cast<size_t>(group * dim));
   const size_t bytes = static_cast<size_t>(dim) * 2;
-  const auto step = [&](bool only_gather) {
+  const auto step = [&](Reader reader) {
     double time = 0;
     for (int32_t layer = 0; layer < layers; ++layer) {
       const KvView kv = cache.view(static_cast<size_t>(layer));
@@ -58,9 +54,10 @@ void attend(benchmark::State& state) {
         const double begin = seconds();
         cpu::parallel_ranges(threads, num_tokens, 16, [&](int64_t from, int64_t to) {
           const int64_t num = to - from;
-          if (only_gather) {
-            benchmark::DoNotOptimize(gather(kv.k, head, bytes, tokens.data() + from, num) +
-                                     gather(kv.v, head, bytes, tokens.data() + from, num));
+          if (reader != Reader::kAttend) {
+            const auto read = reader == Reader::kGatherToL1 ? gather<cpu::FetchToL1> : gather<cpu::FetchToL2>;
+            benchmark::DoNotOptimize(read(kv.k, head, bytes, tokens.data() + from, num) +
+                                     read(kv.v, head, bytes, tokens.data() + from, num));
             return;
           }
           auto& s = scores[static_cast<size_t>(omp_get_thread_num())];
@@ -74,18 +71,23 @@ void attend(benchmark::State& state) {
     }
     return time;
   };
+  const double gigabytes =
+      static_cast<double>(layers) * heads * static_cast<double>(num_tokens) * static_cast<double>(bytes) * 2 / 1e9;
   for (auto _ : state) {
-    const double plain = step(true), ours = step(false);
+    const double l1 = step(Reader::kGatherToL1), l2 = step(Reader::kGatherToL2), ours = step(Reader::kAttend);
     state.SetIterationTime(ours);
-    shares.push_back(plain / ours);
-    rates.push_back(static_cast<double>(layers) * heads * static_cast<double>(num_tokens) * static_cast<double>(bytes) *
-                    2 / ours / 1e9);
+    shares.push_back(std::min(l1, l2) / ours);
+    rates.push_back(gigabytes / ours);
+    to_l1.push_back(gigabytes / l1);
+    to_l2.push_back(gigabytes / l2);
   }
   const auto median = [](std::vector<double>& x) {
     std::nth_element(x.begin(), x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2), x.end());
     return x[x.size() / 2];
   };
   state.counters["GB/s"] = median(rates);
+  state.counters["gather_L1"] = median(to_l1);
+  state.counters["gather_L2"] = median(to_l2);
   state.counters["share"] = median(shares);
 }
 
