@@ -1,6 +1,7 @@
 // select_sample: inclusion probabilities from the scores of the clusters (docs/method.md 3), and draw: the rows.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "core/random.h"
 #include "cpu/prefetch.h"
@@ -223,7 +224,8 @@ namespace {
 // Memory for the draws of one segment, kept between steps.
 struct Draws {
   std::vector<double> before;              // [num_clusters] running sum before each
-  std::vector<int32_t> firsts;             // [num_clusters] place of the first member
+  std::vector<int32_t> firsts;             // [num_clusters] place of the first readable member
+  std::vector<uint16_t> readable;          // members that the query may read, where that is not all of them
   std::vector<int32_t> clusters, members;  // [draws] the cluster's number, and which of its readable members
   size_t count = 0;
 
@@ -253,47 +255,44 @@ void draw(const IndexState& index, int32_t head, const RowFilter& filter, const 
     const auto num_clusters = static_cast<size_t>(segment.num_clusters);
     const float* sizes = scores.sizes.data() + base;
     const float* probability = inclusion.probability.data() + base;
+    const int32_t first_cluster = std::exchange(base, base + padded_clusters(segment.num_clusters));
     const auto row_begin = static_cast<int32_t>(segment.row_begin);
-    const auto row_of = [&](int32_t place) { return row_begin + stored.members[static_cast<size_t>(place)]; };
     fetch_to_l2(stored.members.data(), stored.members.size() * sizeof(uint16_t));
     draws.firsts.resize(num_clusters);
     bool all = true;  // the query may read every member
-    for (int32_t c = 0, first = 0; c < segment.num_clusters; ++c) {
-      const int32_t size = stored.sizes[static_cast<size_t>(c)];
-      draws.firsts[static_cast<size_t>(c)] = first;
-      all &= static_cast<int32_t>(sizes[c]) == size;
-      first += size;
+    int32_t readable = 0;
+    for (int32_t c = 0; c < segment.num_clusters; ++c) {
+      draws.firsts[static_cast<size_t>(c)] = readable;
+      const auto size = static_cast<int32_t>(sizes[c]);
+      all &= size == stored.sizes[static_cast<size_t>(c)];
+      readable += size;
     }
-    // The place of a cluster's readable member of that number.
-    const auto place_of = [&](int32_t c, int32_t member) {
-      int32_t place = draws.firsts[static_cast<size_t>(c)] + member;
-      if (all || static_cast<int32_t>(sizes[c]) == stored.sizes[static_cast<size_t>(c)]) return place;
-      for (place -= member;; ++place) {
-        if (filter.reads_indexed(row_of(place)) && member-- == 0) return place;
+    if (readable == 0) continue;
+    const uint16_t* members = stored.members.data();
+    if (!all) {
+      draws.readable.clear();
+      for (const uint16_t member : stored.members) {
+        if (filter.reads_indexed(row_begin + member)) draws.readable.push_back(member);
       }
-    };
+      members = draws.readable.data();
+    }
     for (int32_t c = 0; c < segment.num_clusters; ++c) {
       if (probability[c] < 1) continue;
       const size_t at = out.tokens.size(), size = static_cast<size_t>(sizes[c]);
+      const uint16_t* from = members + draws.firsts[static_cast<size_t>(c)];
       out.tokens.resize(at + size);
-      if (all) {
-        const uint16_t* members = stored.members.data() + draws.firsts[static_cast<size_t>(c)];
-        for (size_t m = 0; m < size; ++m) out.tokens[at + m] = row_begin + members[m];
-      } else {
-        for (size_t m = 0; m < size; ++m) out.tokens[at + m] = row_of(place_of(c, static_cast<int32_t>(m)));
-      }
-      out.clusters.resize(at + size, base + c);
+      for (size_t m = 0; m < size; ++m) out.tokens[at + m] = row_begin + from[m];
+      out.clusters.resize(at + size, first_cluster + c);
     }
     draws.draw(sizes, probability, num_clusters, stored.members.size(), segment_offset(offset, segment.row_begin));
     const size_t at = tokens.size();
     tokens.resize(at + draws.count), clusters.resize(at + draws.count), weights.resize(at + draws.count);
     for (size_t i = 0; i < draws.count; ++i) {
       const int32_t c = draws.clusters[i];
-      tokens[at + i] = row_of(place_of(c, draws.members[i]));
-      clusters[at + i] = base + c;
+      tokens[at + i] = row_begin + members[draws.firsts[static_cast<size_t>(c)] + draws.members[i]];
+      clusters[at + i] = first_cluster + c;
       weights[at + i] = probability[c];
     }
-    base += padded_clusters(segment.num_clusters);
   }
   HWY_DYNAMIC_DISPATCH(negative_logs)(weights.data(), weights.size());
   out.num_certain = static_cast<int64_t>(out.tokens.size());
