@@ -2,7 +2,6 @@
 // of one that only prefetches is dropped as having no effect.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -19,7 +18,7 @@ struct FetchToL2 {
 };
 
 /// Cores of AMD have more misses on their way where lines are to go to L2 only: rows of 128 bytes at random places come
-/// at 13 instead of 8 GB/s to a core of a Zen 4. Others fetch to L1, as was measured on an Intel Xeon.
+/// to a core of a Zen 4 at 9 to 11 instead of 6.5 GB/s (bench/micro/attend_bench). Not measured elsewhere.
 inline bool fetches_to_l2() {
 #if defined(__x86_64__)
   static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd") != 0);

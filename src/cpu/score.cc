@@ -31,7 +31,7 @@ using V = hn::Vec<Tag>;
 
 // A vector of centroids: where their residuals, scales and dots are. In a block those of one dimension follow one
 // another.
-struct Lanes {
+struct CentroidVector {
   const int8_t* residuals;
   const float* scales;
   float* dots;
@@ -39,8 +39,8 @@ struct Lanes {
 
 // kHeads queries against two vectors of centroids, since one alone would wait for its sums.
 template <int kHeads>
-void score_two(const Lanes& first, const Lanes& second, size_t dim, const float* q, const float* mean_dots,
-               size_t stride) {
+void score_two(const CentroidVector& first, const CentroidVector& second, size_t dim, const float* q,
+               const float* mean_dots, size_t stride) {
   const Tag df;
   const hn::Rebind<int8_t, Tag> di8;
   const hn::Rebind<int32_t, Tag> di32;
@@ -70,7 +70,7 @@ float dot(const float* a, const float* b, size_t dim) {  // a multiple of 16 of 
   return hn::GetLane(hn::SumOfLanes(df, sum));
 }
 
-// At most four heads at a time. `next` is asked for meanwhile, as far as it is as long: one hundred lines at once would
+// At most four heads at a time. `next` is asked for meanwhile, as far as it is as long: a hundred lines at once would
 // only queue.
 void score_segment(const ScorePart& part, const ScorePart& next, size_t dim, const float* q, int32_t group_size,
                    float* dots, size_t stride) {
@@ -82,7 +82,7 @@ void score_segment(const ScorePart& part, const ScorePart& next, size_t dim, con
     float mean_dots[4] = {};
     for (int32_t g = 0; g < heads; ++g)
       mean_dots[g] = dot(queries + static_cast<size_t>(g) * dim, clusters.mean.data(), dim);
-    const auto lanes_at = [&](int32_t c) -> Lanes {
+    const auto vector_at = [&](int32_t c) -> CentroidVector {
       const auto block = static_cast<size_t>(c / kCentroidBlock * kCentroidBlock);
       return {clusters.residuals.data() + block * dim + static_cast<size_t>(c % kCentroidBlock),
               clusters.scales.data() + c, dots + static_cast<size_t>(first) * stride + (c - part.begin)};
@@ -92,7 +92,7 @@ void score_segment(const ScorePart& part, const ScorePart& next, size_t dim, con
       if (first == 0 && asked > 0)
         fetch_to_l2(next.clusters->residuals.data() + static_cast<size_t>(ahead) * dim,
                     static_cast<size_t>(asked) * dim);
-      const Lanes one = lanes_at(c), two = c + lanes < part.end ? lanes_at(c + lanes) : one;
+      const CentroidVector one = vector_at(c), two = c + lanes < part.end ? vector_at(c + lanes) : one;
       switch (heads) {
         case 4: score_two<4>(one, two, dim, queries, mean_dots, stride); break;
         case 3: score_two<3>(one, two, dim, queries, mean_dots, stride); break;
