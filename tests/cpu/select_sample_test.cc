@@ -232,7 +232,7 @@ TEST(SelectSample, ExtremeScoresStayNumbers) {
 
 // On every instruction set; returns what the reference draws.
 HeadSelection expect_reference_draw(const Setting& setting, const Inclusion& inclusion, double offset) {
-  const HeadSelection expected = setting.reference_draw(inclusion, offset);
+  HeadSelection expected = setting.reference_draw(inclusion, offset);
   for (const int64_t target : highway_targets()) {
     SCOPED_TRACE(target_name(target));
     const OnTarget on(target);
