@@ -8,54 +8,69 @@
 
 namespace tactic {
 
+/// Sums over drawn weights, divided by their probabilities, in the order of the draw.
+struct DrawnSums {
+  double differences = 0;  // of neighbors, squared, each with half of what is random in the two
+  double squares = 0;      // of those
+  double independent = 0;  // variance of the sum if the draws were independent
+  double sum = 0;
+  double last = 0, last_probability = 0;
+  int64_t count = 0;
+
+  void add(double weight, double probability) {
+    if (count > 0) {
+      const double square = 0.5 * (2 - probability - last_probability) * (weight - last) * (weight - last);
+      differences += square;
+      squares += square * square;
+    }
+    independent += weight * weight * (1 - probability);
+    sum += weight;
+    last = weight;
+    last_probability = probability;
+    ++count;
+  }
+};
+
 /// Variance of the sum of drawn weights under systematic sampling, from the draw itself (docs/method.md, measuring
-/// itself). add() takes the weights, divided by their probabilities, in the order of the draw.
+/// itself).
 class DrawnVariance {
  public:
-  void add(double weight, double probability) {
-    if (count_ > 0) {
-      const double square = 0.5 * (2 - probability - last_probability_) * (weight - last_) * (weight - last_);
-      differences_ += square;
-      squares_ += square * square;
-    }
-    independent_ += weight * weight * (1 - probability);
-    sum_ += weight;
-    last_ = weight;
-    last_probability_ = probability;
-    ++count_;
-  }
+  explicit DrawnVariance(const DrawnSums& sums) : sums_(sums) {}
   /// `usual`: what earlier steps of this head found relative to the squared sum, 0: nothing; taken where it is the
   /// larger one, since a draw that missed the heavy rows shows little scatter just then. `total`: of all weights.
   /// `tau`: what a row stands for is about total / tau. `count_variance`: of the number of draws.
   double variance(double total, double tau, double count_variance, double usual) const {
-    const auto n = static_cast<double>(count_);
-    const double mean = count_ > 0 ? sum_ / n : total / tau;
+    const auto n = static_cast<double>(sums_.count);
+    const double mean = sums_.count > 0 ? sums_.sum / n : total / tau;
     const double from_count = mean * mean * count_variance;
     const double unseen = total / tau * (total / tau);  // the heaviest row missed may always weigh as much as this
-    if (count_ < 2) return std::max(independent_, from_count) + unseen;
-    return std::max(own_variance(count_variance), usual * sum_ * sum_) + unseen;
+    if (sums_.count < 2) return std::max(sums_.independent, from_count) + unseen;
+    return std::max(own_variance(count_variance), usual * sums_.sum * sums_.sum) + unseen;
   }
   /// Variance over squared sum, for `usual` of later steps; 0 when two draws are not there.
-  double relative(double count_variance) const { return count_ < 2 ? 0 : own_variance(count_variance) / (sum_ * sum_); }
+  double relative(double count_variance) const {
+    return sums_.count < 2 ? 0 : own_variance(count_variance) / (sums_.sum * sums_.sum);
+  }
   /// What is usual for as many draws as there are, given what is for `all`: by their number, as scatter goes.
   double for_draws(double usual, int64_t all) const {
-    return usual * static_cast<double>(all) / static_cast<double>(std::max<int64_t>(count_, 1));
+    return usual * static_cast<double>(all) / static_cast<double>(std::max<int64_t>(sums_.count, 1));
   }
-  double freedom(double usual) const { return count_ < 2 ? 1 : own_freedom() + (usual > 0 ? kUsualFreedom : 0); }
+  double freedom(double usual) const { return sums_.count < 2 ? 1 : own_freedom() + (usual > 0 ? kUsualFreedom : 0); }
 
   static constexpr double kUsualFreedom = 10;  // degrees of freedom that earlier steps add
   static constexpr double kUsualRate = 0.05;   // at which they forget
 
  private:
   double own_variance(double count_variance) const {
-    const auto n = static_cast<double>(count_);
-    return differences_ / 2 * n / (n - 1) + sum_ / n * (sum_ / n) * count_variance;
+    const auto n = static_cast<double>(sums_.count);
+    return sums_.differences / 2 * n / (n - 1) + sums_.sum / n * (sums_.sum / n) * count_variance;
   }
   // 2/3 of the draws when the weights scatter normally, few when few of them make up the variance.
-  double own_freedom() const { return std::max(1.0, squares_ > 0 ? 2 * differences_ * differences_ / squares_ : 1.0); }
+  double own_freedom() const {
+    return std::max(1.0, sums_.squares > 0 ? 2 * sums_.differences * sums_.differences / sums_.squares : 1.0);
+  }
 
-  double differences_ = 0, squares_ = 0, independent_ = 0, sum_ = 0, last_ = 0, last_probability_ = 0;
-  int64_t count_ = 0;
+  DrawnSums sums_;
 };
 
 /// Rows that are neither read whole nor surely left out, as the draw sees them.

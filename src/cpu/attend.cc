@@ -1,18 +1,14 @@
 // attend: scores of listed K rows, and weighted sums of listed V rows. One read of a row serves the whole group.
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "cpu/prefetch.h"
 #include "cpu/steps.h"
-#include "cpu/task.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/attend.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "cpu/rows-inl.h"
-#include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -279,96 +275,6 @@ void attend_values(const RowsView& v, int32_t head, const int32_t* tokens, int64
            ValueRows{v, head, tokens, num_tokens, weights, stride, static_cast<size_t>(v_head_dim), out});
 }
 
-// Highway's Exp turns NaN, and what is beyond its range, into 0.
-HWY_INLINE RowVec exp_or_nan(RowTag df, RowVec x) {
-  const RowVec beyond = hn::IfThenElse(hn::IsNaN(x), x, hn::Set(df, HUGE_VALF));
-  return hn::IfThenElse(hn::Le(x, hn::Set(df, 88.0f)), hn::Exp(df, x), beyond);
-}
-
-float exp_weights(const float* scores, int64_t num, float max, float* weights) {
-  const RowTag df;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(df));
-  const RowVec shift = hn::Set(df, max);
-  RowVec sums = hn::Zero(df);
-  int64_t i = 0;
-  for (; i + lanes <= num; i += lanes) {
-    const RowVec w = exp_or_nan(df, hn::Sub(hn::LoadU(df, scores + i), shift));
-    sums = hn::Add(sums, w);
-    hn::StoreU(w, df, weights + i);
-  }
-  float sum = hn::GetLane(hn::SumOfLanes(df, sums));
-  if (i < num) {
-    float buffer[16];
-    for (int64_t j = 0; j < lanes; ++j) buffer[j] = i + j < num ? scores[i + j] : max;
-    hn::StoreU(exp_or_nan(df, hn::Sub(hn::LoadU(df, buffer), shift)), df, buffer);
-    for (int64_t j = 0; i + j < num; ++j) sum += weights[i + j] = buffer[j];
-  }
-  return sum;
-}
-
-void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
-                     WeightSums& sums) {
-  const RowTag df;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(df));
-  const RowVec shift = hn::Set(df, max), one = hn::Set(df, 1.0f);
-  RowVec sum = hn::Zero(df), variance = hn::Zero(df), largest = hn::Zero(df);
-  const auto add = [&](RowVec score, RowVec log_weight) HWY_ATTR {
-    const RowVec w = exp_or_nan(df, hn::Sub(hn::Add(score, log_weight), shift));
-    sum = hn::Add(sum, w);
-    variance = hn::MulAdd(hn::Mul(w, w), hn::Sub(one, hn::Exp(df, hn::Neg(log_weight))), variance);
-    largest = hn::Max(largest, w);
-    return w;
-  };
-  int64_t i = 0;
-  for (; i + lanes <= num; i += lanes)
-    hn::StoreU(add(hn::LoadU(df, scores + i), hn::LoadU(df, log_weights + i)), df, weights + i);
-  if (i < num) {
-    float score[16], log_weight[16];
-    for (int64_t j = 0; j < lanes; ++j) {
-      score[j] = i + j < num ? scores[i + j] : -HUGE_VALF;
-      log_weight[j] = i + j < num ? log_weights[i + j] : 0.0f;
-    }
-    hn::StoreU(add(hn::LoadU(df, score), hn::LoadU(df, log_weight)), df, score);
-    for (int64_t j = 0; i + j < num; ++j) weights[i + j] = score[j];
-  }
-  sums.sampled += hn::GetLane(hn::SumOfLanes(df, sum));
-  sums.variance += hn::GetLane(hn::SumOfLanes(df, variance));
-  sums.largest_sampled = std::max(sums.largest_sampled, hn::GetLane(hn::MaxOfLanes(df, largest)));
-}
-
-float max_score(const float* scores, int64_t num) {
-  const RowTag df;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(df));
-  RowVec best = hn::Set(df, -HUGE_VALF);
-  RowVec poison = hn::Zero(df);  // stays 0 but for NaN; Max alone may lose one
-  int64_t i = 0;
-  for (; i + lanes <= num; i += lanes) {
-    const RowVec s = hn::LoadU(df, scores + i);
-    best = hn::Max(best, s);
-    poison = hn::Or(poison, hn::IfThenElseZero(hn::IsNaN(s), s));
-  }
-  float max = hn::GetLane(hn::MaxOfLanes(df, best));
-  bool nan = !hn::AllTrue(df, hn::Eq(poison, hn::Zero(df)));
-  for (; i < num; ++i) {
-    max = scores[i] > max ? scores[i] : max;
-    nan = nan || scores[i] != scores[i];
-  }
-  return nan ? std::numeric_limits<float>::quiet_NaN() : max;
-}
-
-float max_used(const float* dots, const float* sizes, int64_t num, float floor) {
-  const RowTag df;
-  RowVec best = hn::Set(df, floor), poison = hn::Zero(df);  // 0 times what is not finite is NaN
-  for (int64_t i = 0; i < num; i += static_cast<int64_t>(hn::Lanes(df))) {
-    const RowVec dot = hn::LoadU(df, dots + i);
-    const auto used = hn::Ne(hn::LoadU(df, sizes + i), hn::Zero(df));
-    best = hn::IfThenElse(used, hn::Max(best, dot), best);
-    poison = hn::MulAdd(hn::IfThenElseZero(used, dot), hn::Zero(df), poison);
-  }
-  const float zero = hn::GetLane(hn::SumOfLanes(df, poison));
-  return zero == 0 ? hn::GetLane(hn::MaxOfLanes(df, best)) : std::numeric_limits<float>::quiet_NaN();
-}
-
 }  // namespace HWY_NAMESPACE
 }  // namespace tactic::cpu
 HWY_AFTER_NAMESPACE();
@@ -378,10 +284,6 @@ namespace tactic::cpu {
 
 HWY_EXPORT(attend_scores);
 HWY_EXPORT(attend_values);
-HWY_EXPORT(exp_weights);
-HWY_EXPORT(sampled_weights);
-HWY_EXPORT(max_score);
-HWY_EXPORT(max_used);
 
 void attend_scores(const RowsView& k, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* q,
                    int32_t head_dim, int32_t group_size, float* scores, int64_t stride, const RowsView* v,
@@ -393,21 +295,6 @@ void attend_scores(const RowsView& k, int32_t head, const int32_t* tokens, int64
 void attend_values(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
                    int64_t stride, int32_t v_head_dim, int32_t group_size, float* out) {
   HWY_DYNAMIC_DISPATCH(attend_values)(v, head, tokens, num_tokens, weights, stride, v_head_dim, group_size, out);
-}
-
-float exp_weights(const float* scores, int64_t num, float max, float* weights) {
-  return HWY_DYNAMIC_DISPATCH(exp_weights)(scores, num, max, weights);
-}
-
-void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
-                     WeightSums& sums) {
-  HWY_DYNAMIC_DISPATCH(sampled_weights)(scores, log_weights, num, max, weights, sums);
-}
-
-float max_score(const float* scores, int64_t num) { return HWY_DYNAMIC_DISPATCH(max_score)(scores, num); }
-
-float max_used(const float* dots, const float* sizes, int64_t num, float floor) {
-  return HWY_DYNAMIC_DISPATCH(max_used)(dots, sizes, num, floor);
 }
 
 }  // namespace tactic::cpu

@@ -4,6 +4,7 @@
 
 #include "core/drawn_variance.h"
 #include "core/read_on.h"
+#include "cpu/steps.h"
 #include "cpu/task.h"
 
 namespace tactic::cpu {
@@ -23,11 +24,14 @@ void sort_unique(std::vector<int32_t>& rows) {
 // themselves and not of what they were drawn to speak for.
 template <class Fn>
 void for_heavy_rows(const Task& task, const RowList& list, const std::vector<float>* log_weights, Fn found) {
+  thread_local std::vector<int32_t> places;
+  places.resize(static_cast<size_t>(list.size()));
   for (int32_t g = 0; g < task.group_size; ++g) {
     const float* weights = list.weights.data() + g * list.stride;
     const float limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
-    for (int64_t i = 0; i < list.size(); ++i) {
-      if (weights[i] <= limit) continue;
+    const int64_t count = heavier(weights, list.size(), limit, places.data());
+    for (int64_t j = 0; j < count; ++j) {
+      const int32_t i = places[static_cast<size_t>(j)];
       if (log_weights == nullptr || weights[i] * std::exp(-(*log_weights)[static_cast<size_t>(i)]) > limit) found(i);
     }
   }

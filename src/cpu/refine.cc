@@ -56,10 +56,14 @@ void settle_again(Task& task) {
 
 // Clusters of which a sampled row speaks for too large a share in any head: they were underestimated.
 std::vector<int32_t> underestimated(const Task& task) {
-  std::vector<int32_t> found;
-  for (int64_t i = next_heavy(task, 0, task.selected.size()); i < task.selected.size();
-       i = next_heavy(task, i + 1, task.selected.size()))
-    found.push_back(task.selection.clusters[static_cast<size_t>(i)]);
+  const int64_t certain = task.selection.num_certain, draws = task.selected.size() - certain;
+  std::vector<int32_t> places(static_cast<size_t>(draws)), found;
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    const float* weights = task.selected.weights.data() + g * task.selected.stride + certain;
+    const int64_t count = heavier(weights, draws, task.heavy[static_cast<size_t>(g)], places.data());
+    for (int64_t j = 0; j < count; ++j)
+      found.push_back(task.selection.clusters[static_cast<size_t>(certain + places[static_cast<size_t>(j)])]);
+  }
   std::sort(found.begin(), found.end());
   found.erase(std::unique(found.begin(), found.end()), found.end());
   return found;

@@ -1,6 +1,7 @@
 // The steps on the CPU: Highway for every instruction set, chosen at run time; f32 accumulation throughout.
 #pragma once
 
+#include "core/drawn_variance.h"
 #include "core/steps.h"
 
 namespace tactic::cpu {
@@ -55,5 +56,11 @@ float max_score(const float* scores, int64_t num);
 /// The largest of `floor` and the dots of clusters whose size is not 0; NaN if any of those is not finite. `num`: a
 /// multiple of kCentroidBlock.
 float max_used(const float* dots, const float* sizes, int64_t num, float floor);
+
+/// found[] = the places of weights above `limit`, ascending; returns how many. `found`: room for `num`.
+int64_t heavier(const float* weights, int64_t num, float limit, int32_t* found);
+
+/// Adds weights and the probabilities they were drawn with to `sums`, to which nothing was added before.
+void add_draws(const float* weights, const float* probabilities, int64_t num, DrawnSums& sums);
 
 }  // namespace tactic::cpu

@@ -19,21 +19,22 @@ void measure(const IndexState& index, const RowsView& k, int32_t head, const Hea
     std::vector<double> certain;
     for (const int32_t row : anyway.tokens) certain.push_back(score(row));
     for (int64_t i = 0; i < selection.num_certain; ++i) certain.push_back(score(selection.tokens[i]));
-    double max = -HUGE_VAL, sum = 0, rest = 0;
+    double max = -HUGE_VAL, sum = 0;
     for (const double s : certain) max = std::max(max, s);
     for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i)
       max = std::max(max, score(drawn.tokens[i]) + drawn.log_weights[i]);
     for (const double s : certain) sum += std::exp(s - max);
     // Rows of clusters read whole because of the draw are certain now; what they were drawn to speak for is still
     // missing.
-    DrawnVariance variance;
+    DrawnSums sums;
     for (size_t i = drawn.num_certain; i < drawn.tokens.size(); ++i) {
       const int32_t c = drawn.clusters[i];
       if (!speaks(readings[c], alone)) continue;
       const double weight = std::exp(score(drawn.tokens[i]) + drawn.log_weights[i] - max);
-      variance.add(weight, inclusion.probability[c]);
-      rest += weight;
+      sums.add(weight, inclusion.probability[c]);
     }
+    const DrawnVariance variance(sums);
+    double rest = sums.sum;
     for (int64_t i = 0; i < selection.num_certain; ++i) {
       if (readings[selection.clusters[i]] == Reading::kRefined && !alone)
         rest -= std::exp(score(selection.tokens[i]) - max);

@@ -50,7 +50,7 @@ TEST(DrawnVariance, AveragesToTheVarianceOfSystematicDraws) {
       const double truth = std::accumulate(weights.begin(), weights.end(), 0.0);
       for (int o = 0; o < kOffsets; ++o) {
         double at = (o + 0.5) / kOffsets, drawn_sum = 0;
-        DrawnVariance drawn;
+        DrawnSums drawn;
         for (size_t i = 0; i < weights.size(); ++i) {
           const double before = at;
           at += probabilities[i];
@@ -58,7 +58,7 @@ TEST(DrawnVariance, AveragesToTheVarianceOfSystematicDraws) {
           drawn.add(weights[i] / probabilities[i], probabilities[i]);
           drawn_sum += weights[i] / probabilities[i];
         }
-        estimated += drawn.relative(count_variance) * drawn_sum * drawn_sum / kOffsets;
+        estimated += DrawnVariance(drawn).relative(count_variance) * drawn_sum * drawn_sum / kOffsets;
         squared += (drawn_sum - truth) * (drawn_sum - truth) / kOffsets;
       }
       const double difference = (estimated - squared) / (truth * truth);
@@ -79,20 +79,21 @@ TEST(DrawnVariance, AveragesToTheVarianceOfSystematicDraws) {
 // Beside what the draw shows there is always a row of the ordinary weight, 1 / tau of the total, that may have been
 // missed.
 TEST(DrawnVariance, FewDraws) {
-  EXPECT_NEAR(DrawnVariance().variance(2, 10, 0.1, 0), 0.04 * 0.1 + 0.04, 1e-12);
-  DrawnVariance drawn;
-  drawn.add(3, 0.25);
-  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0), 9 * 0.75 + 100, 1e-12);
-  EXPECT_EQ(drawn.relative(0.2), 0);
-  drawn.add(3, 0.25);
-  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0), 9 * 0.2 + 100, 1e-12)
+  EXPECT_NEAR(DrawnVariance(DrawnSums()).variance(2, 10, 0.1, 0), 0.04 * 0.1 + 0.04, 1e-12);
+  DrawnSums sums;
+  sums.add(3, 0.25);
+  EXPECT_NEAR(DrawnVariance(sums).variance(100, 10, 0.2, 0), 9 * 0.75 + 100, 1e-12);
+  EXPECT_EQ(DrawnVariance(sums).relative(0.2), 0);
+  sums.add(3, 0.25);
+  EXPECT_NEAR(DrawnVariance(sums).variance(100, 10, 0.2, 0), 9 * 0.2 + 100, 1e-12)
       << "equal weights err by the number of draws alone";
-  EXPECT_NEAR(drawn.relative(0.2), 9 * 0.2 / 36, 1e-12);
-  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0.5), 0.5 * 36 + 100, 1e-12) << "more scatter is usual";
-  EXPECT_NEAR(drawn.variance(100, 10, 0.2, 0.01), 9 * 0.2 + 100, 1e-12) << "less is";
-  EXPECT_NEAR(drawn.freedom(0.5), 1 + DrawnVariance::kUsualFreedom, 1e-12);
-  EXPECT_NEAR(drawn.for_draws(0.5, 2), 0.5, 1e-12);
-  EXPECT_NEAR(drawn.for_draws(0.5, 6), 1.5, 1e-12) << "a third of the draws, three times the relative variance";
+  EXPECT_NEAR(DrawnVariance(sums).relative(0.2), 9 * 0.2 / 36, 1e-12);
+  EXPECT_NEAR(DrawnVariance(sums).variance(100, 10, 0.2, 0.5), 0.5 * 36 + 100, 1e-12) << "more scatter is usual";
+  EXPECT_NEAR(DrawnVariance(sums).variance(100, 10, 0.2, 0.01), 9 * 0.2 + 100, 1e-12) << "less is";
+  EXPECT_NEAR(DrawnVariance(sums).freedom(0.5), 1 + DrawnVariance::kUsualFreedom, 1e-12);
+  EXPECT_NEAR(DrawnVariance(sums).for_draws(0.5, 2), 0.5, 1e-12);
+  EXPECT_NEAR(DrawnVariance(sums).for_draws(0.5, 6), 1.5, 1e-12)
+      << "a third of the draws, three times the relative variance";
 }
 
 TEST(DrawnVariance, CountOfDrawsIsRoundedBySegment) {
