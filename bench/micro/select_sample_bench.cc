@@ -23,9 +23,11 @@ void select_sample(benchmark::State& state) {
   options.target_error = 0.01f;
   Inclusion inclusion;
   HeadSelection selection;
+  Undrawn undrawn;
   for (auto _ : state) {
     cpu::select_sample(layer.scores, params, options, inclusion);
-    if (state.range(0) != 0) cpu::draw(layer.index.state(), 0, layer.filter, layer.scores, inclusion, 0.5, selection);
+    if (state.range(0) != 0)
+      cpu::draw(layer.index.state(), 0, layer.filter, layer.scores, inclusion, 0.5, selection, undrawn);
   }
   state.counters["tokens"] = static_cast<double>(selection.tokens.size());
 }

@@ -1,7 +1,5 @@
 #include "core/drawn_variance.h"
 
-#include <cmath>
-
 namespace tactic {
 
 Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability,
@@ -13,9 +11,7 @@ Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, c
     for (const size_t end = c + static_cast<size_t>(padded_clusters(segment.num_clusters)); c < end; ++c) {
       if (speaks(readings[c], alone)) expected += double{sizes[c]} * probability[c];
     }
-    rows.any = rows.any || expected > 0;
-    const double part = expected - std::floor(expected);
-    rows.count_variance += part * (1 - part);
+    rows.add(expected);
   }
   return rows;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "core/steps.h"
@@ -14,20 +15,31 @@ struct DrawnSums {
   double squares = 0;      // of those
   double independent = 0;  // variance of the sum if the draws were independent
   double sum = 0;
-  double last = 0, last_probability = 0;
   int64_t count = 0;
+  double first = 0, first_left = 0, last = 0, last_left = 0;  // weights, and 1 - their probabilities
 
   void add(double weight, double probability) {
+    const double left = 1 - probability;
+    append({0, 0, weight * weight * left, weight, 1, weight, left, weight, left});
+  }
+  /// Those of the draws that come next.
+  void append(const DrawnSums& next) {
+    if (next.count == 0) return;
     if (count > 0) {
-      const double square = 0.5 * (2 - probability - last_probability) * (weight - last) * (weight - last);
+      const double step = next.first - last, square = 0.5 * (last_left + next.first_left) * step * step;
       differences += square;
       squares += square * square;
+    } else {
+      first = next.first;
+      first_left = next.first_left;
     }
-    independent += weight * weight * (1 - probability);
-    sum += weight;
-    last = weight;
-    last_probability = probability;
-    ++count;
+    differences += next.differences;
+    squares += next.squares;
+    independent += next.independent;
+    sum += next.sum;
+    count += next.count;
+    last = next.last;
+    last_left = next.last_left;
   }
 };
 
@@ -77,6 +89,12 @@ class DrawnVariance {
 struct Undrawn {
   bool any = false;           // something can be drawn
   double count_variance = 0;  // a segment's number of draws is one of the two whole numbers around its expectation
+
+  void add(double expected) {  // a segment's
+    const double part = expected - std::floor(expected);
+    any = any || expected > 0;
+    count_variance += part * (1 - part);
+  }
 };
 /// `probability`, `readings`, `sizes`: [num_clusters]. `alone`: as in speaks().
 Undrawn undrawn_rows(const IndexState& index, const std::vector<float>& sizes, const std::vector<float>& probability,

@@ -62,10 +62,10 @@ Sinks counted_sinks(const IndexState& index, int32_t head, const RowFilter& filt
 
 void leave_out(const std::vector<int32_t>& rows, HeadSelection& selection) {
   if (rows.empty()) return;
-  uint64_t low_bits[16] = {};  // nearly all rows are told apart by these
-  for (const int32_t row : rows) low_bits[(row >> 6) & 15] |= uint64_t{1} << (row & 63);
+  uint64_t low_bits[128] = {};  // nearly all rows are told apart by these
+  for (const int32_t row : rows) low_bits[(row >> 6) & 127] |= uint64_t{1} << (row & 63);
   const auto leaves = [&](int32_t row) {
-    return ((low_bits[(row >> 6) & 15] >> (row & 63)) & 1) != 0 && std::binary_search(rows.begin(), rows.end(), row);
+    return ((low_bits[(row >> 6) & 127] >> (row & 63)) & 1) != 0 && std::binary_search(rows.begin(), rows.end(), row);
   };
   const size_t size = selection.tokens.size();
   size_t kept = 0;

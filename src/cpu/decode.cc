@@ -20,9 +20,10 @@ constexpr int64_t kDenseChunk = 256;  // rows whose scores are kept at a time
 
 // What one thread has of one task's output.
 struct Partial {
-  std::vector<SoftmaxState> state;  // [group_size]; of a sparse task the maximum alone, which all threads share
-  std::vector<float> values;        // [group_size, v_head_dim] sum of weights times values
-  std::vector<WeightSums> sums;     // [group_size] of selected rows
+  std::vector<SoftmaxState> state;   // [group_size]; of a sparse task the maximum alone, which all threads share
+  std::vector<float> values;         // [group_size, v_head_dim] sum of weights times values
+  std::vector<WeightSums> sums;      // [group_size] of selected rows
+  std::vector<int32_t> maybe_heavy;  // their places, for learn
   bool used = false;
 };
 
@@ -121,8 +122,9 @@ class CpuRun : public BackendRun {
   }
 
   void phases(const DecodeOptions& options, int32_t thread, int32_t threads, TeamError& error) {
-    const auto for_tasks = [&](auto fn) {  // a task each, in turn
-      for (size_t t = static_cast<size_t>(thread); t < tasks_.size(); t += static_cast<size_t>(threads)) fn(t);
+    const auto for_tasks = [&](auto fn) {  // whole ones, of which share() gives this thread most
+      const size_t n = tasks_.size(), parts = static_cast<size_t>(threads), part = static_cast<size_t>(thread);
+      for (size_t t = n * part / parts; t < n * (part + 1) / parts; ++t) fn(t);
     };
     const auto wait = [&] {  // a caller alone waits for no one: the team around it, if there is one, is another's
       if (threads > 1) {
@@ -195,6 +197,7 @@ class CpuRun : public BackendRun {
       partial.used = true;
       partial.state.assign(static_cast<size_t>(task.group_size), {});
       partial.sums.assign(static_cast<size_t>(task.group_size), {});
+      partial.maybe_heavy.clear();
       partial.values.assign(static_cast<size_t>(task.group_size) * static_cast<size_t>(task.v_head_dim()), 0.0f);
     }
     return partial;
@@ -217,7 +220,9 @@ class CpuRun : public BackendRun {
           Partial& partial = partial_of(task, thread);
           score_rows(task, task.selected, begin, end);
           weigh_rows(task, begin, end, partial.sums.data());
-          const bool refines = options.select == Select::kSample && draws_too_heavy(task, partial.sums.data());
+          const bool sample = options.select == Select::kSample;
+          if (sample) note_heavy(task, task.selected, begin, end, partial.sums.data(), partial.maybe_heavy);
+          const bool refines = sample && draws_too_heavy(task, partial.sums.data());
           for (int64_t at = begin; at < end;) {  // rows too heavy to be a sample wait until their clusters are read
             const int64_t heavy = refines ? next_heavy(task, at, end) : end;
             value_rows(task, task.selected, at, heavy, partial);
@@ -304,14 +309,13 @@ class CpuRun : public BackendRun {
   void settle_task(size_t t, const DecodeOptions& options, int32_t threads) {
     Task& task = tasks_[t];
     std::vector<WeightSums> sums(static_cast<size_t>(task.group_size));
-    for (int32_t thread = 0; thread < threads; ++thread) {
+    task.maybe_heavy_selected.clear();
+    for (int32_t thread = 0; thread < threads; ++thread) {  // in the order of the rows
       const Partial& partial = partials_[static_cast<size_t>(thread) * tasks_.size() + t];
-      for (size_t g = 0; partial.used && g < sums.size(); ++g) {
-        sums[g].certain += partial.sums[g].certain;
-        sums[g].sampled += partial.sums[g].sampled;
-        sums[g].variance += partial.sums[g].variance;
-        sums[g].largest_sampled = std::max(sums[g].largest_sampled, partial.sums[g].largest_sampled);
-      }
+      if (!partial.used) continue;
+      for (size_t g = 0; g < sums.size(); ++g) sums[g].append(partial.sums[g]);
+      task.maybe_heavy_selected.insert(task.maybe_heavy_selected.end(), partial.maybe_heavy.begin(),
+                                       partial.maybe_heavy.end());
     }
     settle_weights(task, options, sums.data());
   }

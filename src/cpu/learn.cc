@@ -20,37 +20,32 @@ void sort_unique(std::vector<int32_t>& rows) {
   rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
 }
 
-// Calls found(i) for the rows of `list` that weigh more than kHeavy in some head, weights being those of the rows
-// themselves and not of what they were drawn to speak for.
-template <class Fn>
-void for_heavy_rows(const Task& task, const RowList& list, const std::vector<float>* log_weights, Fn found) {
-  thread_local std::vector<int32_t> places;
-  places.resize(static_cast<size_t>(list.size()));
+// Whether the row at place i weighs more than kHeavy in some head; `probability`: that it was drawn with, since what it
+// was drawn to speak for does not count.
+bool is_heavy(const Task& task, const RowList& list, int64_t i, float probability) {
   for (int32_t g = 0; g < task.group_size; ++g) {
-    const float* weights = list.weights.data() + g * list.stride;
-    const float limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
-    const int64_t count = heavier(weights, list.size(), limit, places.data());
-    for (int64_t j = 0; j < count; ++j) {
-      const int32_t i = places[static_cast<size_t>(j)];
-      if (log_weights == nullptr || weights[i] * std::exp(-(*log_weights)[static_cast<size_t>(i)]) > limit) found(i);
-    }
+    const float weight = list.weights[static_cast<size_t>(g * list.stride + i)] * probability;
+    if (weight > kHeavy * task.state[static_cast<size_t>(g)].sum) return true;
   }
+  return false;
 }
 
 // Heavy rows whose clusters were not meant to be read whole are suspects; the rows after all heavy ones are expected to
 // weigh much in the next step.
 void find_heavy(const Task& task, Calibration& known) {
   std::vector<int32_t> expected, surprises;
-  const auto look = [&](const RowList& list, const std::vector<float>* log_weights, int64_t first_surprise) {
-    for_heavy_rows(task, list, log_weights, [&](int64_t i) {
-      const int32_t row = list.tokens[static_cast<size_t>(i)];
-      if (i >= first_surprise) surprises.push_back(row);
-      if (task.filter.reads_indexed(row + 1)) expected.push_back(row + 1);
-    });
+  const auto look = [&](const RowList& list, int64_t i, bool surprise, float probability) {
+    if (!is_heavy(task, list, i, probability)) return;
+    const int32_t row = list.tokens[static_cast<size_t>(i)];
+    if (surprise) surprises.push_back(row);
+    if (task.filter.reads_indexed(row + 1)) expected.push_back(row + 1);
   };
-  look(task.exact, nullptr, task.exact.size());
-  look(task.selected, &task.selection.log_weights, task.selection.num_certain);
-  look(task.refined, nullptr, 0);
+  for (const int32_t i : task.maybe_heavy_exact) look(task.exact, i, false, 1);
+  for (const int32_t i : task.maybe_heavy_selected) {
+    const bool drawn = i >= task.selection.num_certain;
+    look(task.selected, i, drawn, drawn ? std::exp(-task.selection.log_weights[static_cast<size_t>(i)]) : 1);
+  }
+  for (int64_t i = 0; i < task.refined.size(); ++i) look(task.refined, i, true, 1);
   sort_unique(expected);
   if (expected.size() > kExpected) expected.resize(kExpected);
   known.expected.insert(known.expected.end(), expected.begin(), expected.end());
@@ -60,6 +55,19 @@ void find_heavy(const Task& task, Calibration& known) {
 }
 
 }  // namespace
+
+void note_heavy(const Task& task, const RowList& list, int64_t begin, int64_t end, const WeightSums* sums,
+                std::vector<int32_t>& places) {
+  for (int32_t g = 0; g < task.group_size; ++g) {
+    const size_t before = places.size();
+    places.resize(before + static_cast<size_t>(end - begin));
+    const double least = task.exact_state[static_cast<size_t>(g)].sum + (sums == nullptr ? 0 : sums[g].certain);
+    const int64_t count = heavier(list.weights.data() + g * list.stride + begin, end - begin,
+                                  kHeavy * static_cast<float>(least), places.data() + before);
+    places.resize(before + static_cast<size_t>(count));
+    for (size_t i = before; i < places.size(); ++i) places[i] += static_cast<int32_t>(begin);
+  }
+}
 
 void forget_expected(Task& task, const DecodeOptions& options) {
   if (options.select != Select::kSample) return;  // learns nothing

@@ -3,56 +3,47 @@
 #include <cmath>
 
 #include "core/drawn_variance.h"
-#include "cpu/steps.h"
 #include "cpu/task.h"
 
 namespace tactic::cpu {
 
 namespace {
 
-// The draws whose clusters speak, and those among them of refined clusters: places in the order of the draw.
-struct Speaking {
-  std::vector<size_t> draws, refined;
-  std::vector<float> probabilities, weights;  // of the draws; weights of one head at a time
+// Whether every draw speaks.
+bool all_speak(const Task& task, bool alone) { return !alone && !task.silenced; }
 
-  void list(const Task& task, bool alone) {
-    draws.clear(), refined.clear(), probabilities.clear();
-    const auto first = static_cast<size_t>(task.selection.num_certain);
-    for (size_t i = 0; first + i < task.selection.clusters.size(); ++i) {
-      const auto cluster = static_cast<size_t>(task.selection.clusters[first + i]);
-      const Reading reading = task.readings[cluster];
-      if (!speaks(reading, alone)) continue;
-      draws.push_back(i);
-      probabilities.push_back(task.inclusion.probability[cluster]);
-      if (reading == Reading::kRefined) refined.push_back(i);
-    }
-    weights.resize(draws.size());
+// Head g's draws whose clusters speak.
+DrawnSums speaking(const Task& task, int32_t g, bool alone) {
+  if (all_speak(task, alone)) return task.draws[static_cast<size_t>(g)];
+  DrawnSums sums;
+  const auto first = static_cast<size_t>(task.selection.num_certain), draws = task.selection.clusters.size() - first;
+  for (size_t i = 0; i < draws; ++i) {
+    const auto cluster = static_cast<size_t>(task.selection.clusters[first + i]);
+    if (speaks(task.readings[cluster], alone))
+      sums.add(task.drawn_weights[static_cast<size_t>(g) * draws + i], task.inclusion.probability[cluster]);
   }
-  DrawnSums sums(const float* drawn) {
-    for (size_t i = 0; i < draws.size(); ++i) weights[i] = drawn[draws[i]];
-    DrawnSums sums;
-    add_draws(weights.data(), probabilities.data(), static_cast<int64_t>(weights.size()), sums);
-    return sums;
-  }
-};
+  return sums;
+}
 
 }  // namespace
 
 std::vector<HeadMass> measure(Task& task, bool alone, bool first) {
-  thread_local Speaking speaking;
   const Calibration& known = task.query->index->state().calibration[static_cast<size_t>(task.head)];
-  const Undrawn undrawn =
-      undrawn_rows(task.query->index->state(), task.clusters.sizes, task.inclusion.probability, task.readings, alone);
+  const Undrawn undrawn = all_speak(task, alone) ? task.undrawn
+                                                 : undrawn_rows(task.query->index->state(), task.clusters.sizes,
+                                                                task.inclusion.probability, task.readings, alone);
   std::vector<HeadMass> masses;
   const bool read = all_read(task.clusters.sizes, task.readings);
   const int64_t draws = task.selected.size() - task.selection.num_certain;
-  speaking.list(task, alone);
   for (int32_t g = 0; g < task.group_size; ++g) {
-    const DrawnSums sums = speaking.sums(task.drawn.data() + g * draws);
+    const DrawnSums sums = speaking(task, g, alone);
     const DrawnVariance drawn(sums);
     double rest = sums.sum;  // what was drawn, less the true weights of rows read whole because of that
-    const float* weights = task.selected.weights_of(g) + task.selection.num_certain;
-    for (const size_t i : speaking.refined) rest -= weights[i];
+    for (size_t i = 0; i < task.certain_since.size() && !alone; ++i) {
+      const int64_t at = task.certain_since[i];
+      const auto cluster = static_cast<size_t>(task.selection.clusters[static_cast<size_t>(at)]);
+      if (task.readings[cluster] == Reading::kRefined) rest -= task.selected.weights_of(g)[at];
+    }
     for (int64_t i = 0; i < task.refined.size() && !alone; ++i) {
       if (task.readings[static_cast<size_t>(task.refined_from[static_cast<size_t>(i)])] == Reading::kRefined)
         rest -= task.refined.weights_of(g)[i];

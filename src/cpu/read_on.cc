@@ -13,6 +13,7 @@ void reach_mass(Task& task, float target_mass) {
     if (next.read.empty()) break;
     for (const int32_t c : next.read) task.readings[static_cast<size_t>(c)] = Reading::kWhole;
     for (const int32_t c : next.silent) task.readings[static_cast<size_t>(c)] = Reading::kWhole;
+    task.silenced = true;
     read_whole(task, next.read);
     read = true;
   }

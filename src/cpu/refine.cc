@@ -24,12 +24,16 @@ void make_certain(Task& task, size_t at) {
   const bool added = !is_heavy(task, static_cast<int64_t>(at));
   log_weight = 0;
   for (int32_t g = 0; g < task.group_size; ++g) {
+    const auto head = static_cast<size_t>(g);
     float& weight = task.selected.weights_of(g)[at];
     const float before = added ? weight : 0.0f;
+    task.drawn[head] = std::max(0.0, task.drawn[head] - weight);
     weight *= probability;
+    task.certain[head] += weight;
     task.changes.push_back(weight - before);
   }
   task.corrected.tokens.push_back(task.selected.tokens[at]);
+  task.certain_since.push_back(static_cast<int64_t>(at));
 }
 
 // Room for the scores of rows that were added; the weights of the rows before stay.
@@ -39,18 +43,6 @@ void grow_scores(RowList& list, int32_t group_size, int64_t old_size) {
   for (int32_t g = group_size - 1; g > 0; --g) {
     std::copy_backward(list.weights.begin() + g * old_stride, list.weights.begin() + g * old_stride + old_size,
                        list.weights.begin() + g * list.stride + old_size);
-  }
-}
-
-// Sums over all weights anew, some clusters having been read whole.
-void settle_again(Task& task) {
-  for (int32_t g = 0; g < task.group_size; ++g) {
-    WeightSums sum;
-    const float* weights = task.selected.weights_of(g);
-    for (int64_t i = 0; i < task.selected.size(); ++i)
-      (task.selection.log_weights[static_cast<size_t>(i)] == 0 ? sum.certain : sum.sampled) += weights[i];
-    for (int64_t i = 0; i < task.refined.size(); ++i) sum.certain += task.refined.weights_of(g)[i];
-    settle_head(task, g, sum);
   }
 }
 
@@ -73,7 +65,7 @@ std::vector<int32_t> underestimated(const Task& task) {
 
 bool draws_too_heavy(const Task& task, const WeightSums* sums) {
   for (size_t g = 0; g < task.heavy.size(); ++g) {
-    if (sums[g].largest_sampled > task.heavy[g]) return true;
+    if (sums[g].largest_drawn > task.heavy[g]) return true;
   }
   return false;
 }
@@ -118,10 +110,11 @@ void read_whole(Task& task, const std::vector<int32_t>& numbers) {
   attend_scores(task.query->kv.k, task.head, task.refined.tokens.data() + old_size, added, task.q.data(),
                 task.head_dim(), task.group_size, task.refined.scores.data() + old_size, task.refined.stride);
   for (int32_t g = 0; g < task.group_size; ++g) {
-    exp_weights(task.refined.scores_of(g) + old_size, added, task.state[static_cast<size_t>(g)].max,
-                task.refined.weights_of(g) + old_size);
+    task.certain[static_cast<size_t>(g)] +=
+        exp_weights(task.refined.scores_of(g) + old_size, added, task.state[static_cast<size_t>(g)].max,
+                    task.refined.weights_of(g) + old_size);
+    settle_head(task, g);
   }
-  settle_again(task);
 }
 
 void refine(Task& task) {

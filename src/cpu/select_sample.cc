@@ -13,6 +13,29 @@ namespace tactic::cpu {
 struct TailSums {
   double first = 0, second = 0;  // sum of size * w^2 / u and of size * w^2 over clusters with tau * u < 1
 };
+
+// What is drawn of one segment, cluster by cluster; memory kept between steps.
+struct SegmentDraw {
+  double expected = 0;  // number of draws
+  size_t num_readable = 0, num_drawn = 0, num_whole = 0;
+  std::vector<double> before;          // [num_clusters] running sum before each
+  std::vector<int32_t> firsts;         // [num_clusters] place of the first readable member
+  std::vector<int32_t> drawn, places;  // [num_drawn] the cluster of each draw, and which of its readable members
+  std::vector<int32_t> whole;          // [num_whole] the clusters that are read whole
+  std::vector<int32_t> rows, numbers;  // of those: rows, and the clusters' numbers over all segments
+  std::vector<uint16_t> readable;      // members that the query may read, where that is not all of them
+
+  void reserve(size_t num_clusters, size_t num_members) {
+    constexpr size_t kVector = 16;  // whole vectors are stored
+    before.resize(num_clusters);
+    firsts.resize(num_clusters);
+    whole.resize(num_clusters);
+    drawn.resize(num_members + 1 + kVector);  // the rows' sum of probabilities, rounded up
+    places.resize(drawn.size());
+    rows.resize(num_members + kVector);
+    numbers.resize(rows.size());
+  }
+};
 }  // namespace tactic::cpu
 #endif
 
@@ -125,50 +148,87 @@ void scale_capped(const float* u, size_t n, float tau, float* probability) {
   }
 }
 
-// The cluster of each draw from [0, num) clusters of a segment whose running sum begins at `sum`, and the sum before
-// each cluster. Returns the number of draws; `clusters` has room for 16 more. Written without a branch on how many
-// draws a cluster has, which nothing foresees.
-size_t drawn_clusters(const float* sizes, const float* probability, size_t num, double sum, double* before,
-                      int32_t* clusters) {
-  const hn::CappedTag<int32_t, 16> di;
+// Goes through [0, num) clusters of a segment whose running sum begins at `begin`. Written without a branch on how many
+// draws a cluster has, or on whether it is read whole, which nothing foresees.
+void walk_clusters(const float* sizes, const float* probability, size_t num, double begin, SegmentDraw& out) {
+  const hn::CappedTag<int32_t, 4> di;  // more draws of one cluster are rare, and longer stores slower
   const size_t lanes = hn::Lanes(di);
-  size_t n = 0;
-  auto whole = static_cast<int64_t>(sum);
+  double* before = out.before.data();
+  int32_t *firsts = out.firsts.data(), *drawn = out.drawn.data(), *whole = out.whole.data();
+  size_t num_drawn = 0, num_whole = 0;
+  int32_t readable = 0;
+  double sum = begin, expected = 0;
+  auto passed = static_cast<int64_t>(sum);
   for (size_t c = 0; c < num; ++c) {
+    const bool is_drawn = probability[c] < 1;
     before[c] = sum;
-    sum += probability[c] < 1 ? double{sizes[c]} * probability[c] : 0.0;
-    const auto passed = static_cast<int64_t>(sum);
-    const auto draws = static_cast<size_t>(passed - whole);
-    whole = passed;
+    firsts[c] = readable;
+    readable += static_cast<int32_t>(sizes[c]);
+    whole[num_whole] = static_cast<int32_t>(c);
+    num_whole += is_drawn ? 0 : 1;
+    const double part = double{sizes[c]} * probability[c] * static_cast<double>(is_drawn);
+    sum += part;
+    expected += part;  // not the difference of the sums, in which the least would vanish
+    const auto now = static_cast<int64_t>(sum);
+    const auto draws = static_cast<size_t>(now - passed);
+    passed = now;
     const auto number = hn::Set(di, static_cast<int32_t>(c));
-    hn::StoreU(number, di, clusters + n);
-    for (size_t i = lanes; i < draws; i += lanes) hn::StoreU(number, di, clusters + n + i);
-    n += draws;
+    hn::StoreU(number, di, drawn + num_drawn);
+    for (size_t i = lanes; i < draws; i += lanes) hn::StoreU(number, di, drawn + num_drawn + i);
+    num_drawn += draws;
+  }
+  out.expected = expected;
+  out.num_drawn = num_drawn, out.num_whole = num_whole, out.num_readable = static_cast<size_t>(readable);
+}
+
+// The rows of the clusters read whole. Returns how many.
+size_t whole_rows(const float* sizes, const uint16_t* members, int32_t row_begin, int32_t first_cluster,
+                  SegmentDraw& out) {
+  const hn::CappedTag<int32_t, 16> di;
+  const hn::Rebind<uint16_t, decltype(di)> du16;
+  const size_t lanes = hn::Lanes(di);
+  const auto begin = hn::Set(di, row_begin);
+  size_t n = 0;
+  for (size_t w = 0; w < out.num_whole; ++w) {
+    const auto c = static_cast<size_t>(out.whole[w]);
+    const auto first = static_cast<size_t>(out.firsts[c]), size = static_cast<size_t>(sizes[c]);
+    const auto number = hn::Set(di, first_cluster + static_cast<int32_t>(c));
+    for (size_t m = 0; m < size; m += lanes) {
+      hn::StoreU(number, di, out.numbers.data() + n + m);
+      if (first + m + lanes <= out.num_readable) {
+        hn::StoreU(hn::Add(hn::PromoteTo(di, hn::LoadU(du16, members + first + m)), begin), di,
+                   out.rows.data() + n + m);
+      } else {
+        for (size_t i = m; i < size; ++i) out.rows[n + i] = row_begin + members[first + i];
+        break;
+      }
+    }
+    n += size;
   }
   return n;
 }
 
 // Of each draw the member of its cluster after which the running sum reaches the draw's whole number: `first` for the
 // first of them. Two draws are more than one member apart, since a probability below 1 is so by 2^-24 or more.
-void drawn_members(const float* sizes, const float* probability, const double* before, const int32_t* clusters,
-                   size_t n, double first, int32_t* members) {
+void drawn_members(const float* sizes, const float* probability, double first, SegmentDraw& out) {
   const hn::CappedTag<double, 8> dd;
   const hn::Rebind<float, decltype(dd)> df;
   const hn::Rebind<int32_t, decltype(dd)> di32;
   const hn::Rebind<int64_t, decltype(dd)> di64;
   const size_t lanes = hn::Lanes(dd);
+  std::fill_n(out.drawn.data() + out.num_drawn, lanes, 0);  // the last vector's rest
   HWY_ALIGN double steps[8];
   for (size_t j = 0; j < lanes; ++j) steps[j] = first + static_cast<double>(j);
   auto step = hn::Load(dd, steps);
-  for (size_t i = 0; i < n; i += lanes, step = hn::Add(step, hn::Set(dd, static_cast<double>(lanes)))) {
-    const auto c = hn::LoadU(di32, clusters + i);
+  for (size_t i = 0; i < out.num_drawn; i += lanes, step = hn::Add(step, hn::Set(dd, static_cast<double>(lanes)))) {
+    const auto c = hn::LoadU(di32, out.drawn.data() + i);
     const auto size = hn::PromoteTo(dd, hn::GatherIndex(df, sizes, c));
     const auto p = hn::PromoteTo(dd, hn::GatherIndex(df, probability, c));
-    const auto at = hn::Div(hn::Sub(step, hn::GatherIndex(dd, before, hn::PromoteTo(di64, c))), p);
+    const auto at = hn::Div(hn::Sub(step, hn::GatherIndex(dd, out.before.data(), hn::PromoteTo(di64, c))), p);
     const auto down = hn::Trunc(hn::Min(at, size));
     const auto member = hn::Sub(down, hn::IfThenElseZero(hn::Ge(down, at), hn::Set(dd, 1.0)));
     const auto last = hn::Sub(size, hn::Set(dd, 1.0));
-    hn::StoreU(hn::DemoteTo(di32, hn::Min(hn::Max(member, hn::Zero(dd)), last)), di32, members + i);
+    hn::StoreU(hn::DemoteTo(di32, hn::Min(hn::Max(member, hn::Zero(dd)), last)), di32, out.places.data() + i);
   }
 }
 
@@ -192,7 +252,8 @@ namespace tactic::cpu {
 HWY_EXPORT(rms_weights);
 HWY_EXPORT(tail_sums);
 HWY_EXPORT(scale_capped);
-HWY_EXPORT(drawn_clusters);
+HWY_EXPORT(walk_clusters);
+HWY_EXPORT(whole_rows);
 HWY_EXPORT(drawn_members);
 HWY_EXPORT(negative_logs);
 
@@ -219,77 +280,55 @@ void select_sample(const ClusterScores& scores, const SelectParams& params, cons
   HWY_DYNAMIC_DISPATCH(scale_capped)(u, n, out.tau, out.probability.data());
 }
 
-namespace {
-
-// Memory for the draws of one segment, kept between steps.
-struct Draws {
-  std::vector<double> before;              // [num_clusters] running sum before each
-  std::vector<int32_t> firsts;             // [num_clusters] place of the first readable member
-  std::vector<uint16_t> readable;          // members that the query may read, where that is not all of them
-  std::vector<int32_t> clusters, members;  // [draws] the cluster's number, and which of its readable members
-  size_t count = 0;
-
-  void draw(const float* sizes, const float* probability, size_t num_clusters, size_t num_rows, double sum) {
-    before.resize(num_clusters);
-    clusters.resize(num_rows + 17);  // one more than the rows' sum of probabilities, and a vector
-    members.resize(clusters.size());
-    count = HWY_DYNAMIC_DISPATCH(drawn_clusters)(sizes, probability, num_clusters, sum, before.data(), clusters.data());
-    std::fill_n(clusters.begin() + static_cast<std::ptrdiff_t>(count), 8, 0);  // the last vector's rest
-    HWY_DYNAMIC_DISPATCH(drawn_members)
-    (sizes, probability, before.data(), clusters.data(), count, std::floor(sum) + 1, members.data());
-  }
-};
-
-}  // namespace
-
 void draw(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
-          const Inclusion& inclusion, double offset, HeadSelection& out) {
-  thread_local Draws draws;
-  thread_local std::vector<int32_t> tokens, clusters;  // of the rows drawn
-  thread_local std::vector<float> weights;
+          const Inclusion& inclusion, double offset, HeadSelection& out, Undrawn& undrawn) {
+  thread_local SegmentDraw kept;
+  thread_local std::vector<int32_t> kept_tokens, kept_clusters;
+  thread_local std::vector<float> kept_weights;
+  SegmentDraw& part = kept;
+  std::vector<int32_t>&tokens = kept_tokens, &clusters = kept_clusters;  // of the rows drawn
+  std::vector<float>& weights = kept_weights;
+  const auto fetch_members = [&](size_t s) {
+    if (s == index.segments.size()) return;
+    const std::vector<uint16_t>& members = index.segments[s].heads[static_cast<size_t>(head)].members;
+    fetch_to_l2(members.data(), members.size() * sizeof(uint16_t));
+  };
+  fetch_members(0);
   out.clear();
+  undrawn = {};
   tokens.clear(), clusters.clear(), weights.clear();
   int32_t base = 0;
-  for (const Segment& segment : index.segments) {
+  for (size_t s = 0; s < index.segments.size(); ++s) {
+    const Segment& segment = index.segments[s];
     const HeadClusters& stored = segment.heads[static_cast<size_t>(head)];
     const auto num_clusters = static_cast<size_t>(segment.num_clusters);
     const float* sizes = scores.sizes.data() + base;
     const float* probability = inclusion.probability.data() + base;
     const int32_t first_cluster = std::exchange(base, base + padded_clusters(segment.num_clusters));
     const auto row_begin = static_cast<int32_t>(segment.row_begin);
-    fetch_to_l2(stored.members.data(), stored.members.size() * sizeof(uint16_t));
-    draws.firsts.resize(num_clusters);
-    bool all = true;  // the query may read every member
-    int32_t readable = 0;
-    for (int32_t c = 0; c < segment.num_clusters; ++c) {
-      draws.firsts[static_cast<size_t>(c)] = readable;
-      const auto size = static_cast<int32_t>(sizes[c]);
-      all &= size == stored.sizes[static_cast<size_t>(c)];
-      readable += size;
-    }
-    if (readable == 0) continue;
+    fetch_members(s + 1);
+    part.reserve(num_clusters, stored.members.size());
+    const double sum = segment_offset(offset, segment.row_begin);
+    HWY_DYNAMIC_DISPATCH(walk_clusters)(sizes, probability, num_clusters, sum, part);
+    undrawn.add(part.expected);
+    if (part.num_readable == 0) continue;
     const uint16_t* members = stored.members.data();
-    if (!all) {
-      draws.readable.clear();
+    if (part.num_readable < stored.members.size()) {
+      part.readable.clear();
       for (const uint16_t member : stored.members) {
-        if (filter.reads_indexed(row_begin + member)) draws.readable.push_back(member);
+        if (filter.reads_indexed(row_begin + member)) part.readable.push_back(member);
       }
-      members = draws.readable.data();
+      members = part.readable.data();
     }
-    for (int32_t c = 0; c < segment.num_clusters; ++c) {
-      if (probability[c] < 1) continue;
-      const size_t at = out.tokens.size(), size = static_cast<size_t>(sizes[c]);
-      const uint16_t* from = members + draws.firsts[static_cast<size_t>(c)];
-      out.tokens.resize(at + size);
-      for (size_t m = 0; m < size; ++m) out.tokens[at + m] = row_begin + from[m];
-      out.clusters.resize(at + size, first_cluster + c);
-    }
-    draws.draw(sizes, probability, num_clusters, stored.members.size(), segment_offset(offset, segment.row_begin));
+    const size_t rows = HWY_DYNAMIC_DISPATCH(whole_rows)(sizes, members, row_begin, first_cluster, part);
+    out.tokens.insert(out.tokens.end(), part.rows.data(), part.rows.data() + rows);
+    out.clusters.insert(out.clusters.end(), part.numbers.data(), part.numbers.data() + rows);
+    HWY_DYNAMIC_DISPATCH(drawn_members)(sizes, probability, std::floor(sum) + 1, part);
     const size_t at = tokens.size();
-    tokens.resize(at + draws.count), clusters.resize(at + draws.count), weights.resize(at + draws.count);
-    for (size_t i = 0; i < draws.count; ++i) {
-      const int32_t c = draws.clusters[i];
-      tokens[at + i] = row_begin + members[draws.firsts[static_cast<size_t>(c)] + draws.members[i]];
+    tokens.resize(at + part.num_drawn), clusters.resize(tokens.size()), weights.resize(tokens.size());
+    for (size_t i = 0; i < part.num_drawn; ++i) {
+      const int32_t c = part.drawn[i];
+      tokens[at + i] = row_begin + members[part.firsts[static_cast<size_t>(c)] + part.places[i]];
       clusters[at + i] = first_cluster + c;
       weights[at + i] = probability[c];
     }

@@ -18,9 +18,10 @@ void score(const IndexState& index, int32_t head, const RowFilter& filter, const
 void select_sample(const ClusterScores& scores, const SelectParams& params, const DecodeOptions& options,
                    Inclusion& out);
 
-/// Draws rows with those probabilities by systematic sampling, segment by segment; offset in [0, 1).
+/// Draws rows with those probabilities by systematic sampling, segment by segment; offset in [0, 1). `undrawn`: as
+/// undrawn_rows() has it before anything is read.
 void draw(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
-          const Inclusion& inclusion, double offset, HeadSelection& out);
+          const Inclusion& inclusion, double offset, HeadSelection& out, Undrawn& undrawn);
 
 /// The best-ranked clusters of each query head up to `budget` tokens, and the union over the group.
 void select_topk(const IndexState& index, int32_t head, const RowFilter& filter, const ClusterScores& scores,
@@ -44,11 +45,10 @@ void attend_values(const RowsView& v, int32_t head, const int32_t* tokens, int64
 /// weights[i] = exp(scores[i] - max) for i < num; returns their sum. NaN stays NaN.
 float exp_weights(const float* scores, int64_t num, float max, float* weights);
 
-struct WeightSums;
-
-/// weights[i] = exp(scores[i] + log_weights[i] - max); adds to sums.sampled, variance and largest_sampled.
-void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
-                     WeightSums& sums);
+/// weights[i] = exp(scores[i] + log_weights[i] - max), log_weights being negative logarithms of probabilities. Appends
+/// them to `sums`. Returns the largest, 0 for none.
+float sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
+                      DrawnSums& sums);
 
 /// Largest score, -infinity for none; NaN if any is NaN.
 float max_score(const float* scores, int64_t num);
@@ -59,8 +59,5 @@ float max_used(const float* dots, const float* sizes, int64_t num, float floor);
 
 /// found[] = the places of weights above `limit`, ascending; returns how many. `found`: room for `num`.
 int64_t heavier(const float* weights, int64_t num, float limit, int32_t* found);
-
-/// Adds weights and the probabilities they were drawn with to `sums`, to which nothing was added before.
-void add_draws(const float* weights, const float* probabilities, int64_t num, DrawnSums& sums);
 
 }  // namespace tactic::cpu

@@ -15,7 +15,7 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   task.group_size = query.num_q_heads / query.kv.num_kv_heads;
   task.refined_clusters = task.probed = 0;
   task.beta = task.inclusion.tau = 0;
-  task.changed = task.late_changed = task.not_finite = false;
+  task.changed = task.late_changed = task.not_finite = task.silenced = false;
   const auto dim = static_cast<size_t>(query.kv.head_dim), group = static_cast<size_t>(task.group_size);
   task.q.resize(group * dim);
   if (!task.again) task.q_norms2.assign(group, 0);
@@ -24,6 +24,8 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   task.masses.assign(group, {});
   task.independent_variance.assign(group, 0);
   task.certain.assign(group, 0);
+  task.drawn.assign(group, 0);
+  task.draws.assign(group, {});
   task.relative_variance.assign(group, 0);
   for (size_t g = 0; g < group && !task.again; ++g) {
     const float* q = query.q + (head * task.group_size + static_cast<int64_t>(g)) * query.q_head_stride;
@@ -40,6 +42,8 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   task.refined_from.clear();
   task.corrected.tokens.clear();
   task.changes.clear();
+  task.certain_since.clear();
+  task.maybe_heavy_exact.clear();
   task.expected.clear();
   if (!task.sparse) return;
   const IndexState& index = query.index->state();
@@ -103,7 +107,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
       params.sink_clusters = task.sinks.clusters;
       select_sample(task.clusters, params, options, task.inclusion);
       draw(index, task.head, task.filter, task.clusters, task.inclusion,
-           random_offset(*task.query, task.head, options.seed), task.selection);
+           random_offset(*task.query, task.head, options.seed), task.selection, task.undrawn);
       break;
     }
     case Select::kTopK:
@@ -131,6 +135,7 @@ void select_rows(Task& task, const DecodeOptions& options) {
     exact.max = max;
   }
   if (options.select != Select::kSample) return;
+  note_heavy(task, task.exact, 0, task.exact.size(), nullptr, task.maybe_heavy_exact);
   task.heavy.resize(task.exact_state.size());
   for (size_t g = 0; g < task.heavy.size(); ++g)
     task.heavy[g] =
@@ -150,12 +155,10 @@ void list_changes(Task& task) {
 
 }  // namespace
 
-double settle_head(Task& task, int32_t g, const WeightSums& sum) {
-  const SoftmaxState& exact = task.exact_state[static_cast<size_t>(g)];
-  const double total = exact.sum + sum.certain + sum.sampled;
+double settle_head(Task& task, int32_t g) {
+  const double total = task.certain[static_cast<size_t>(g)] + task.drawn[static_cast<size_t>(g)];
   if (!(total > 1e-20 && total < 1e30)) task.not_finite = true;
-  task.state[static_cast<size_t>(g)] = {exact.max, static_cast<float>(total)};
-  task.certain[static_cast<size_t>(g)] = total - sum.sampled;
+  task.state[static_cast<size_t>(g)] = {task.exact_state[static_cast<size_t>(g)].max, static_cast<float>(total)};
   return task.not_finite ? 0 : total;
 }
 
@@ -167,25 +170,31 @@ void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums) {
     const float* scores = task.selected.scores_of(g);
     float* weights = task.selected.weights_of(g);
     sums[g].certain += exp_weights(scores + begin, middle - begin, max, weights + begin);
-    sampled_weights(scores + middle, selection.log_weights.data() + middle, end - middle, max, weights + middle,
-                    sums[g]);
+    sums[g].largest_drawn =
+        std::max(sums[g].largest_drawn, sampled_weights(scores + middle, selection.log_weights.data() + middle,
+                                                        end - middle, max, weights + middle, sums[g].drawn));
   }
 }
 
 void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums) {
   const bool sample = options.select == Select::kSample;
   for (int32_t g = 0; g < task.group_size; ++g) {
-    const double total = settle_head(task, g, sums[g]);
-    task.independent_variance[static_cast<size_t>(g)] = sums[g].variance / (total * total);
+    const auto head = static_cast<size_t>(g);
+    task.certain[head] = task.exact_state[head].sum + sums[g].certain;
+    task.drawn[head] = sums[g].drawn.sum;
+    task.draws[head] = sums[g].drawn;
+    const double total = settle_head(task, g);
+    task.independent_variance[head] = sums[g].drawn.independent / (total * total);
   }
   if (task.not_finite || !sample) return;
   task.readings.resize(task.inclusion.probability.size());
   for (size_t c = 0; c < task.readings.size(); ++c)
     task.readings[c] = task.inclusion.probability[c] >= 1 ? Reading::kWhole : Reading::kDrawn;
-  task.drawn.clear();
-  for (int32_t g = 0; g < task.group_size; ++g) {
+  task.drawn_weights.clear();
+  for (int32_t g = 0; g < task.group_size && options.target_mass > 0; ++g) {
     const float* weights = task.selected.weights_of(g);
-    task.drawn.insert(task.drawn.end(), weights + task.selection.num_certain, weights + task.selected.size());
+    task.drawn_weights.insert(task.drawn_weights.end(), weights + task.selection.num_certain,
+                              weights + task.selected.size());
   }
   if (draws_too_heavy(task, sums)) refine(task);
   task.masses = measure(task, false, true);

@@ -1,8 +1,10 @@
 // The state of one (query, KV head) during a decode step: filled phase by phase, memory kept between steps.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
+#include "core/drawn_variance.h"
 #include "core/expected_rows.h"
 #include "core/read_on.h"
 #include "core/steps.h"
@@ -25,6 +27,20 @@ struct RowList {
   float* weights_of(int32_t g) { return weights.data() + g * stride; }
 };
 
+/// What is known of the weights of selected rows.
+struct WeightSums {
+  double certain = 0;
+  DrawnSums drawn;
+  float largest_drawn = 0;
+
+  /// Those of the rows that come next.
+  void append(const WeightSums& next) {
+    certain += next.certain;
+    drawn.append(next.drawn);
+    largest_drawn = std::max(largest_drawn, next.largest_drawn);
+  }
+};
+
 struct Task {
   const DecodeQuery* query = nullptr;
   int32_t query_number = 0;
@@ -40,6 +56,7 @@ struct Task {
   ClusterScores clusters;
   Inclusion inclusion;
   HeadSelection selection;
+  Undrawn undrawn;                        // by the draw
   RowList selected;                       // the selection's rows; log weights in `selection`
   RowList refined;                        // rows added by refinement
   std::vector<int32_t> refined_from;      // the cluster of each of those
@@ -50,13 +67,17 @@ struct Task {
   std::vector<HeadMass> masses;           // [group_size] of the certain rows
   std::vector<double> independent_variance;  // [group_size] of all weights, relative, had the draws been independent
   std::vector<Reading> readings;             // [num_clusters]
-  std::vector<float> drawn;     // [group_size, draws] weights of the draw, also of rows that lost theirs since
-  std::vector<double> certain;  // [group_size] sums of weights of all certain rows
-  std::vector<double> relative_variance;  // [group_size] of the draw, 0: unknown
-  std::vector<float> changes;             // [corrected rows, group_size] of their weights
+  std::vector<double> certain, drawn;        // [group_size] sums of weights: of all certain rows, of all others
+  std::vector<DrawnSums> draws;              // [group_size] as drawn, also of rows that are certain since
+  std::vector<float> drawn_weights;          // [group_size, draws] those, kept for steps that promise a mass
+  std::vector<int64_t> certain_since;        // places of those rows among the selected ones
+  bool silenced = false;                     // some clusters that were drawn from do not speak any more
+  std::vector<double> relative_variance;     // [group_size] of the draw, 0: unknown
+  std::vector<float> changes;                // [corrected rows, group_size] of their weights
   Sinks sinks;
   std::vector<float> sink_sums;  // [group_size] their part of exact_state's sums
   std::vector<float> heavy;      // [group_size] weight from which on a drawn row refines its cluster
+  std::vector<int32_t> maybe_heavy_exact, maybe_heavy_selected;  // places, for learn
   float beta = 0;
   double variance_ratio = 1;  // that the prediction was made with
   int64_t refined_clusters = 0, probed = 0;
@@ -74,15 +95,13 @@ void begin_task(Task& task, const std::vector<int32_t>& recent);
 /// Exact rows are scored: choose the other rows to read.
 void select_rows(Task& task, const DecodeOptions& options);
 
-/// What one thread knows of the weights of the selected rows it scored.
-struct WeightSums {
-  double certain = 0, sampled = 0;  // sums of weights
-  double variance = 0;              // sum of weight^2 (1 - inclusion probability) over sampled rows
-  float largest_sampled = 0;
-};
-
 /// Turns the scores of selected rows [begin, end) into weights and adds them up: sums [group_size].
 void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums);
+
+/// Adds the places among [begin, end) of rows that learn may find heavy: they are, beside the exact rows and, unless
+/// null, the certain ones of `sums` [group_size] alone.
+void note_heavy(const Task& task, const RowList& list, int64_t begin, int64_t end, const WeightSums* sums,
+                std::vector<int32_t>& places);
 
 /// Whether a drawn row among those of `sums` [group_size] is too heavy to be a sample.
 bool draws_too_heavy(const Task& task, const WeightSums* sums);
@@ -96,7 +115,7 @@ int64_t next_heavy(const Task& task, int64_t begin, int64_t end);
 void settle_weights(Task& task, const DecodeOptions& options, const WeightSums* sums);
 
 /// Head g's state from the sums of weights. Returns the total, or 0 when it is out of range.
-double settle_head(Task& task, int32_t g, const WeightSums& sum);
+double settle_head(Task& task, int32_t g);
 
 /// Reads the clusters of which a sampled row speaks for too large a share in any head: they were underestimated.
 void refine(Task& task);

@@ -3,9 +3,7 @@
 #include <cmath>
 #include <limits>
 
-#include "core/drawn_variance.h"
 #include "cpu/steps.h"
-#include "cpu/task.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/weights.cc"
@@ -46,34 +44,90 @@ float exp_weights(const float* scores, int64_t num, float max, float* weights) {
   return sum;
 }
 
-void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
-                     WeightSums& sums) {
+// As many draws as are summed up while their weights and what is left of their probabilities are at hand; those of the
+// draw before stand in front of them.
+constexpr int64_t kDraws = 64;
+struct DrawBlock {
+  float weights[kDraws + 1], left[kDraws + 1];
+};
+
+// What the draws [1, 1 + num) of the block add, each with the one before.
+void sum_draws(const DrawBlock& block, int64_t num, DrawnSums& sums) {
+  const hn::CappedTag<double, 8> dd;
+  const hn::Rebind<float, decltype(dd)> df;
+  using Vec = hn::Vec<decltype(dd)>;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(dd));
+  const auto load = [&](const float* from) HWY_ATTR { return hn::PromoteTo(dd, hn::LoadU(df, from)); };
+  const Vec half = hn::Set(dd, 0.5);
+  Vec differences = hn::Zero(dd), squares = differences, independent = differences, sum = differences;
+  int64_t i = 0;
+  for (; i + lanes <= num; i += lanes) {
+    const Vec weight = load(block.weights + i + 1), left = load(block.left + i + 1);
+    const Vec step = hn::Sub(weight, load(block.weights + i)), lefts = hn::Add(left, load(block.left + i));
+    const Vec square = hn::Mul(hn::Mul(half, lefts), hn::Mul(step, step));
+    differences = hn::Add(differences, square);
+    squares = hn::MulAdd(square, square, squares);
+    independent = hn::MulAdd(hn::Mul(weight, weight), left, independent);
+    sum = hn::Add(sum, weight);
+  }
+  sums.differences += hn::GetLane(hn::SumOfLanes(dd, differences));
+  sums.squares += hn::GetLane(hn::SumOfLanes(dd, squares));
+  sums.independent += hn::GetLane(hn::SumOfLanes(dd, independent));
+  sums.sum += hn::GetLane(hn::SumOfLanes(dd, sum));
+  for (; i < num; ++i) {
+    const double weight = block.weights[i + 1], left = block.left[i + 1], step = weight - block.weights[i];
+    const double square = 0.5 * (left + block.left[i]) * step * step;
+    sums.differences += square;
+    sums.squares += square * square;
+    sums.independent += weight * weight * left;
+    sums.sum += weight;
+  }
+}
+
+float sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
+                      DrawnSums& sums) {
+  if (num == 0) return 0;
   const RowTag df;
   const auto lanes = static_cast<int64_t>(hn::Lanes(df));
   const RowVec shift = hn::Set(df, max), one = hn::Set(df, 1.0f);
-  RowVec sum = hn::Zero(df), variance = hn::Zero(df), largest = hn::Zero(df);
-  const auto add = [&](RowVec score, RowVec log_weight) HWY_ATTR {
-    const RowVec w = exp_or_nan(df, hn::Sub(hn::Add(score, log_weight), shift));
-    sum = hn::Add(sum, w);
-    variance = hn::MulAdd(hn::Mul(w, w), hn::Sub(one, hn::Exp(df, hn::Neg(log_weight))), variance);
-    largest = hn::Max(largest, w);
-    return w;
-  };
-  int64_t i = 0;
-  for (; i + lanes <= num; i += lanes)
-    hn::StoreU(add(hn::LoadU(df, scores + i), hn::LoadU(df, log_weights + i)), df, weights + i);
-  if (i < num) {
-    float score[16], log_weight[16];
-    for (int64_t j = 0; j < lanes; ++j) {
-      score[j] = i + j < num ? scores[i + j] : -HUGE_VALF;
-      log_weight[j] = i + j < num ? log_weights[i + j] : 0.0f;
+  RowVec largest = hn::Zero(df);
+  DrawBlock block;
+  DrawnSums own;
+  for (int64_t at = 0; at < num; at += kDraws) {
+    const int64_t count = std::min(kDraws, num - at);
+    for (int64_t i = 0; i < count; i += lanes) {
+      RowVec score, log_weight;
+      if (i + lanes <= count) {
+        score = hn::LoadU(df, scores + at + i);
+        log_weight = hn::LoadU(df, log_weights + at + i);
+      } else {
+        float rest[2][16];
+        for (int64_t j = 0; j < lanes; ++j) {
+          rest[0][j] = i + j < count ? scores[at + i + j] : -HUGE_VALF;
+          rest[1][j] = i + j < count ? log_weights[at + i + j] : 0.0f;
+        }
+        score = hn::LoadU(df, rest[0]);
+        log_weight = hn::LoadU(df, rest[1]);
+      }
+      const RowVec w = exp_or_nan(df, hn::Sub(hn::Add(score, log_weight), shift));
+      largest = hn::Max(largest, w);
+      hn::StoreU(w, df, block.weights + 1 + i);
+      hn::StoreU(hn::Sub(one, hn::Exp(df, hn::Neg(log_weight))), df, block.left + 1 + i);
     }
-    hn::StoreU(add(hn::LoadU(df, score), hn::LoadU(df, log_weight)), df, score);
-    for (int64_t j = 0; i + j < num; ++j) weights[i + j] = score[j];
+    std::copy_n(block.weights + 1, count, weights + at);
+    if (at == 0) {  // the first has none before it, and differs from itself by nothing
+      block.weights[0] = block.weights[1];
+      block.left[0] = block.left[1];
+      own.first = block.weights[1];
+      own.first_left = block.left[1];
+    }
+    sum_draws(block, count, own);
+    own.last = block.weights[0] = block.weights[count];
+    own.last_left = block.left[0] = block.left[count];
   }
-  sums.sampled += hn::GetLane(hn::SumOfLanes(df, sum));
-  sums.variance += hn::GetLane(hn::SumOfLanes(df, variance));
-  sums.largest_sampled = std::max(sums.largest_sampled, hn::GetLane(hn::MaxOfLanes(df, largest)));
+  own.count = num;
+  sums.append(own);
+  return hn::GetLane(hn::MaxOfLanes(df, largest));
 }
 
 float max_score(const float* scores, int64_t num) {
@@ -130,33 +184,6 @@ int64_t heavier(const float* weights, int64_t num, float limit, int32_t* found) 
   return count;
 }
 
-void add_draws(const float* weights, const float* probabilities, int64_t num, DrawnSums& sums) {
-  const hn::CappedTag<double, 8> dd;
-  const hn::Rebind<float, decltype(dd)> df;
-  using Vec = hn::Vec<decltype(dd)>;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(dd));
-  const auto load = [&](const float* from) HWY_ATTR { return hn::PromoteTo(dd, hn::LoadU(df, from)); };
-  const Vec one = hn::Set(dd, 1.0), half = hn::Set(dd, 0.5);
-  Vec differences = hn::Zero(dd), squares = differences, independent = differences, sum = differences;
-  int64_t i = 0;
-  if (num > 0) sums.add(weights[i], probabilities[i]), i = 1;
-  for (; i + lanes <= num; i += lanes) {
-    const Vec weight = load(weights + i), left = hn::Sub(one, load(probabilities + i));
-    const Vec step = hn::Sub(weight, load(weights + i - 1)), left_before = hn::Sub(one, load(probabilities + i - 1));
-    const Vec square = hn::Mul(hn::Mul(half, hn::Add(left, left_before)), hn::Mul(step, step));
-    differences = hn::Add(differences, square);
-    squares = hn::MulAdd(square, square, squares);
-    independent = hn::MulAdd(hn::Mul(weight, weight), left, independent);
-    sum = hn::Add(sum, weight);
-  }
-  sums.differences += hn::GetLane(hn::SumOfLanes(dd, differences));
-  sums.squares += hn::GetLane(hn::SumOfLanes(dd, squares));
-  sums.independent += hn::GetLane(hn::SumOfLanes(dd, independent));
-  sums.sum += hn::GetLane(hn::SumOfLanes(dd, sum));
-  if (i > 1) sums.last = weights[i - 1], sums.last_probability = probabilities[i - 1], sums.count += i - 1;
-  for (; i < num; ++i) sums.add(weights[i], probabilities[i]);
-}
-
 }  // namespace HWY_NAMESPACE
 }  // namespace tactic::cpu
 HWY_AFTER_NAMESPACE();
@@ -169,15 +196,14 @@ HWY_EXPORT(sampled_weights);
 HWY_EXPORT(max_score);
 HWY_EXPORT(max_used);
 HWY_EXPORT(heavier);
-HWY_EXPORT(add_draws);
 
 float exp_weights(const float* scores, int64_t num, float max, float* weights) {
   return HWY_DYNAMIC_DISPATCH(exp_weights)(scores, num, max, weights);
 }
 
-void sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
-                     WeightSums& sums) {
-  HWY_DYNAMIC_DISPATCH(sampled_weights)(scores, log_weights, num, max, weights, sums);
+float sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
+                      DrawnSums& sums) {
+  return HWY_DYNAMIC_DISPATCH(sampled_weights)(scores, log_weights, num, max, weights, sums);
 }
 
 float max_score(const float* scores, int64_t num) { return HWY_DYNAMIC_DISPATCH(max_score)(scores, num); }
@@ -188,10 +214,6 @@ float max_used(const float* dots, const float* sizes, int64_t num, float floor) 
 
 int64_t heavier(const float* weights, int64_t num, float limit, int32_t* found) {
   return HWY_DYNAMIC_DISPATCH(heavier)(weights, num, limit, found);
-}
-
-void add_draws(const float* weights, const float* probabilities, int64_t num, DrawnSums& sums) {
-  HWY_DYNAMIC_DISPATCH(add_draws)(weights, probabilities, num, sums);
 }
 
 }  // namespace tactic::cpu

@@ -49,7 +49,14 @@ struct Setting {
   }
   HeadSelection cpu_draw(const Inclusion& inclusion, double offset) const {
     HeadSelection out;
-    cpu::draw(index->state(), 0, filter, scores, inclusion, offset, out);
+    Undrawn undrawn;
+    cpu::draw(index->state(), 0, filter, scores, inclusion, offset, out, undrawn);
+    std::vector<Reading> readings(inclusion.probability.size());
+    for (size_t c = 0; c < readings.size(); ++c)
+      readings[c] = inclusion.probability[c] < 1 ? Reading::kDrawn : Reading::kWhole;
+    const Undrawn expected = undrawn_rows(index->state(), scores.sizes, inclusion.probability, readings, false);
+    EXPECT_EQ(undrawn.any, expected.any);
+    EXPECT_NEAR(undrawn.count_variance, expected.count_variance, 1e-9);
     return out;
   }
   HeadSelection reference_draw(const Inclusion& inclusion, double offset) const {
