@@ -174,6 +174,10 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
   const RowsView& rows = values ? layer->view.v : layer->view.k;
   if (cache->ne[1] != layer->cells || row_bytes != rows.token_stride_bytes) return nullptr;  // another cache's by now
   const ggml_tensor* cells = node->src[1];
+  if (cells->ne[1] > 1 || cells->ne[2] > 1 || node->data != cache->data) {  // numbers of rows of a part of the cache
+    compare_again();
+    return nullptr;
+  }
   for (size_t s = 0; values && s < layer->streams.size(); ++s) layer->streams[s]->written.clear();
   int64_t run_begin = -1, run_end = -1;  // cells mostly come in order
   const auto flush = [&] {
@@ -272,9 +276,12 @@ void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector
   uint64_t generation;
   {
     const std::lock_guard lock(mutex_);
-    if ((unseen && had_rows) || changed) ++generation_;  // written unseen: what else was?
+    const bool written_unseen = unseen && had_rows;
+    // What came back has been compared, and what the step before showed too, unless that is still due.
+    const bool compared = changed && !written_unseen && entry.verified == generation_;
+    if (written_unseen || changed) ++generation_;  // what else was?
     generation = generation_;
-    if (changed) entry.verified = generation;
+    if (compared) entry.verified = generation;
   }
   if (first && (entry.passages.current().steps == 1 || changed || entry.verified != generation))
     entry.earlier_places.forget_all();

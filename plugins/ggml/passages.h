@@ -14,6 +14,7 @@ using WordBits = std::pair<size_t, uint64_t>;  // which 64 cells, and bits of so
 struct Passage {
   std::vector<uint64_t> visible;    // cells of the last step's first row
   int64_t num_visible = 0;          // of those
+  int64_t position = 0;             // of that row: grows with every token, also where a full window shows no more cells
   int32_t newest = -1;              // the last step's last written cell
   uint64_t steps = 0;               // since it began
   uint64_t steps_since_prompt = 0;  // since more rows were written than a decode step has

@@ -55,6 +55,22 @@ TEST_F(Steps, ARewindInAFullWindowBeginsAPassage) {
   EXPECT_EQ(steps(), 1u);
 }
 
+TEST_F(Steps, APositionGrowsWithEveryTokenInAFullWindowToo) {
+  const auto position = [&] { return entry_.passages.current().position; };
+  step(0, 280, 279);
+  EXPECT_EQ(position(), 280);
+  step(0, 281, 280);
+  EXPECT_EQ(position(), 281);
+  step(0, 300, 299);  // a few rows at once
+  EXPECT_EQ(position(), 300);
+  for (int64_t i = 1; i < 100; ++i) {
+    step(i, 300 + i, 299 + i);
+    EXPECT_EQ(position(), 300 + i);
+  }
+  step(99, 399, 398);  // the newest row anew: another passage
+  EXPECT_EQ(position(), 300);
+}
+
 TEST_F(Steps, RowsTakenBackLeaveTheIndexAndThoseOfAnotherSequenceDoNot) {
   step(0, 500, 499);
   step(0, 450, 449);  // fifty tokens were taken back
@@ -248,6 +264,21 @@ TEST_F(Nets, WhatCameBackIsRewrittenIfAnyOfItChanged) {
   EXPECT_EQ(indexed(caches_[0], 364, kShown), kShown - 364);
   show(caches_[1], kShown);
   EXPECT_EQ(indexed(caches_[1], 700, 704), 0) << "in any other layer too";
+}
+
+TEST_F(Nets, AComparisonThatIsDueIsMadeThoughWhatCameBackChanged) {
+  for (const bool told : {false, true}) {  // by a step that found a changed row, or by a cell never seen written
+    Cache& cache = caches_[told ? 1 : 0];
+    show(cache, kShown, 300, 364);
+    show(cache, kShown, 300, 364);
+    change(cache, 310, 2);
+    change(cache, 600, 4);
+    if (told) watch_.compare_again();
+    show(cache, told ? kShown : kShown + 1);
+    EXPECT_EQ(indexed(cache, 300, 364), 0);
+    EXPECT_EQ(indexed(cache, 600, 604), 0) << "told " << told;
+    EXPECT_EQ(indexed(cache, 576, 640), 60);
+  }
 }
 
 TEST_F(Nets, TokensOfCellsThatChangedUnseenAreLookedAtAgain) {

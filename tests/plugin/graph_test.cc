@@ -54,6 +54,43 @@ TEST_F(Graph, SlidingWindow) {
   EXPECT_GT(windowed_error(1536, 1024), kBound) << "the mask does not matter";
 }
 
+// In a full window every step sees as many rows as the one before, and draws others all the same.
+TEST_F(Graph, StepsInAFullWindowDrawAnew) {
+  configure(kIndexOptions + ",tau=60,refine=1,beta=1,places=0");
+  constexpr int64_t kCells = 1024;
+  constexpr int kSteps = 40, kFirst = 8;
+  Layer layer(kCells);
+  Rows rows(31);
+  const std::vector<float> keys = rows.keys(kCells), values = rows.values(kCells), q = rows.query();
+  const std::vector<float> mask(kCells, 0.0f);
+  layer.write(0, keys, values);
+  const std::vector<double> exact = layer.reference(q, mask);
+  const auto error = [&](const auto& out, double scale) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < exact.size(); ++i) {
+      difference += std::pow(out[i] * scale - exact[i], 2);
+      norm += exact[i] * exact[i];
+    }
+    return std::sqrt(difference / norm);
+  };
+  std::vector<double> sum(exact.size(), 0);
+  double alone = 0;
+  for (int64_t step = 0; step < kSteps; ++step) {  // the cell of the newest token, which says what was there before
+    const auto row = [&](const std::vector<float>& all) {
+      return std::vector<float>(all.begin() + step * kRowElements, all.begin() + (step + 1) * kRowElements);
+    };
+    layer.write(step, row(keys), row(values));
+    const std::vector<float> out = layer.attend(q, mask);
+    if (step < kFirst) continue;  // they read more
+    for (size_t i = 0; i < out.size(); ++i) sum[i] += out[i];
+    alone += error(out, 1) / (kSteps - kFirst);
+  }
+  const double mean = error(sum, 1.0 / (kSteps - kFirst));
+  std::printf("  full window: error %.4f of a step, %.4f of the mean of %d\n", alone, mean, kSteps - kFirst);
+  EXPECT_EQ(take_totals().sparse_queries, kSteps);
+  EXPECT_LT(mean, 0.4 * alone);
+}
+
 // Between min_context and min_sparse a window is not worth a cluster, a context that grows is: it will be long.
 TEST_F(Graph, AContextThatGrowsIsClusteredBeforeItIsSelectedFrom) {
   configure("segment=256,provisional=64");
