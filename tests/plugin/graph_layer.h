@@ -68,14 +68,19 @@ class Layer {
     for (size_t i = 0; i < cells.size(); ++i) cells[i] = (begin + static_cast<int64_t>(i)) % cells_;
     ASSERT_EQ(write_cells(cells, k, v), GGML_STATUS_SUCCESS);
   }
-  ggml_status write_cells(std::vector<int64_t> numbers, const std::vector<float>& k, const std::vector<float>& v) {
+  /// `from`: the tensors written to begin with this cell, and the numbers count from it.
+  ggml_status write_cells(std::vector<int64_t> numbers, const std::vector<float>& k, const std::vector<float>& v,
+                          int64_t from = 0) {
     const auto count = static_cast<int64_t>(numbers.size());
     const ContextPtr context = make_context();
     ggml_tensor* k_rows = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, kRowElements, count);
     ggml_tensor* v_rows = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, kRowElements, count);
     ggml_tensor* cells = ggml_new_tensor_1d(context.get(), GGML_TYPE_I64, count);
     const auto all_streams = [&](ggml_tensor* cache) {
-      return ggml_reshape_2d(context.get(), cache, kRowElements, cells_ * cache->ne[2]);
+      ggml_tensor* const all = ggml_reshape_2d(context.get(), cache, kRowElements, cells_ * cache->ne[2]);
+      return from == 0 ? all
+                       : ggml_view_2d(context.get(), all, kRowElements, all->ne[1] - from, all->nb[1],
+                                      static_cast<size_t>(from) * all->nb[1]);
     };
     ggml_tensor* k_set = ggml_set_rows(context.get(), all_streams(k_), k_rows, cells);
     ggml_tensor* v_set = ggml_set_rows(context.get(), all_streams(v_), v_rows, cells);
