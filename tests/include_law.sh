@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# include <- core <- {reference, cpu, cuda} <- {plugins, python, tools, eval, bench}; ggml headers only where ggml is; at most
+# include <- core <- {reference, cpu, cuda} <- {plugins, tools, eval, bench}; ggml headers only where ggml is; at most
 # 500 lines a file. Prints what breaks the law.
 set -euo pipefail
 CDPATH='' cd -- "${1:-$(dirname -- "$0")/..}"
 
 files() { find "$@" -type f -regex '.*\.\(h\|cc\|cu\|cuh\|cpp\|py\|sh\)' 2>/dev/null || true; }
-sources() { files include src plugins python tools eval bench tests scripts; }
+sources() { files include src plugins tools eval bench tests scripts; }
 broken=0
 forbid() { # PATTERN of included headers, FOLDER...
   local pattern=$1; shift
@@ -13,7 +13,7 @@ forbid() { # PATTERN of included headers, FOLDER...
   [ -z "$found" ] || { echo "$found"; broken=1; }
 }
 
-users='plugins|tools|eval|bench|tests|python'
+users='plugins|tools|eval|bench|tests'
 forbid "core/|reference/|cpu/|cuda/|$users" include
 forbid "reference/|cpu/|cuda/|$users" src/core
 forbid "cpu/|cuda/|$users" src/reference

@@ -36,7 +36,7 @@ typedef struct {
    size follows from the shape. */
 typedef struct {
   size_t struct_size;
-  int32_t whole_clustering; /* 0: incremental */
+  int32_t whole_clustering; /* 1; 0: incremental */
   int32_t cluster_tokens, segment_tokens, provisional_tokens, provisional_cluster_tokens, iterations, sink_tokens;
   float outlier_fraction;
   uint64_t seed;
@@ -117,8 +117,8 @@ int tactic_index_set_num_threads(tactic_index* index, int32_t num_threads);
 /* Rows that hold something, and those of them that are in clusters and unchanged since; 0 for NULL. */
 int64_t tactic_index_rows_written(const tactic_index* index);
 int64_t tactic_index_rows_indexed(const tactic_index* index);
-/* max_segments: in full segments, a call with less than 1 builds provisional ones alone; < 0: all that is due. Returns
- * 1 when another call with this budget would find something to do. */
+/* max_segments: in full segments, a call with less than 1 builds provisional ones alone; < 0, and with whole_clustering
+ * any: all that is due. Returns 1 when another call with this budget would find something to do. */
 int tactic_index_maintain(tactic_index* index, const tactic_kv* kv, double max_segments);
 /* Number of rows that had changed, or -1. Segments with many of them are dropped whole. */
 int64_t tactic_index_verify(tactic_index* index, const tactic_kv* kv);
@@ -138,7 +138,7 @@ void tactic_places_free(tactic_places* places);
 /* These rows were overwritten. */
 int tactic_places_forget(tactic_places* places, int64_t row_begin, int64_t count);
 /* first_layer: its k may be missing. visible: [(kv_len + 63) / 64], or NULL for all; written: [num_written] rows of the
- * last write where they need not be the last, or NULL. rows: room for 4 * most, ascending. Returns how many, or -1. */
+ * last write where they need not be the last, or NULL; those that are not visible are passed over. rows: room for 4 * most, ascending. Returns how many, or -1. */
 int32_t tactic_places_find(tactic_places* places, const tactic_kv* first_layer, const uint64_t* visible,
                            const int32_t* written, size_t num_written, int32_t most, int32_t* rows);
 

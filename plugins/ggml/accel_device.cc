@@ -84,15 +84,19 @@ ggml_guid_t backend_guid() {
   return &guid;
 }
 
-ggml_backend_t device_init(ggml_backend_dev_t device, const char*) {
+ggml_backend_t device_init(ggml_backend_dev_t device, const char*) try {
+  auto context = std::make_unique<AccelBackend>();
   auto* backend = new ggml_backend{};
   backend->guid = backend_guid();
   backend->iface.get_name = backend_name;
   backend->iface.free = backend_free;
   backend->iface.graph_compute = backend_compute;
   backend->device = device;
-  backend->context = new AccelBackend;
+  backend->context = context.release();
   return backend;
+} catch (const std::exception& error) {
+  log_error("no backend: %s", error.what());
+  return nullptr;
 }
 
 // The CPU's own buffer type object: the scheduler compares pointers. With a GPU it becomes that GPU's pinned host type.

@@ -62,6 +62,14 @@ int32_t in_range(std::string_view key, std::string_view value, int32_t low, int3
   return static_cast<int32_t>(result);
 }
 
+// A preset named where a selector belongs.
+std::string preset_hint(std::string_view name) {
+  for (const Preset& preset : kPresets) {
+    if (name == preset.name) return "; quality=" + std::string(name) + " is a preset";
+  }
+  return "";
+}
+
 using Setter = std::function<void(PluginOptions&, std::string_view key, std::string_view value)>;
 
 const std::vector<std::pair<const char*, Setter>>& setters() {
@@ -74,7 +82,7 @@ const std::vector<std::pair<const char*, Setter>>& setters() {
            o.enabled = v != "off";
            if (o.enabled) o.decode.select = select_from_name(v);
          } catch (const Error& error) {
-           throw Error(error.what() + std::string(", off"));
+           throw Error(error.what() + std::string(", off") + preset_hint(v));
          }
        }},
       {"error", [](O& o, S k, S v) { o.decode.target_error = number<float>(k, v); }},

@@ -1,5 +1,7 @@
 #include "plugin_stats.h"
 
+#include <fcntl.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -42,7 +44,12 @@ void PluginStats::open(const std::string& path) {
   }
   path_ = path;
   if (path.empty()) return;
-  file_ = std::fopen(path.c_str(), "a");
+  // A pipe without a reader is refused; the host must not wait for one.
+  const int descriptor = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0666);
+  if (descriptor >= 0) {
+    ::fcntl(descriptor, F_SETFL, ::fcntl(descriptor, F_GETFL) & ~O_NONBLOCK);
+    file_ = ::fdopen(descriptor, "a");
+  }
   if (file_ == nullptr) log_error("cannot write statistics to %s: %s", path.c_str(), std::strerror(errno));
 }
 

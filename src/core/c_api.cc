@@ -169,6 +169,8 @@ tactic_index* tactic_index_create(const tactic_index_options* options, int32_t n
   return guarded<tactic_index*>(nullptr, [&] {
     const tactic_index_options o = sized(options, "options");
     tactic::IndexOptions d;
+    if (o.whole_clustering != 0 && o.whole_clustering != 1)
+      throw tactic::Error("whole_clustering (" + std::to_string(o.whole_clustering) + ") must be 0 or 1");
     d.clustering = o.whole_clustering != 0 ? tactic::Clustering::kWhole : tactic::Clustering::kIncremental;
     d.cluster_tokens = o.cluster_tokens;
     d.segment_tokens = o.segment_tokens;

@@ -50,19 +50,22 @@ void check_strides_of(const KvView& kv, const char* name, const RowsView& rows, 
     check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row, kMaxTokenStride);
   if (rows.page_table != nullptr && kv.kv_len > rows.page_tokens)
     check_stride(name, "page_stride_bytes", rows.page_stride_bytes, row, kMaxTokenStride);
-  // Either the heads of a token lie within its stride, or the tokens of a head (or of its page) within the head's.
   const int64_t tokens = rows.page_table == nullptr ? kv.kv_len : std::min<int64_t>(kv.kv_len, rows.page_tokens);
-  if (tokens < 2 || kv.num_kv_heads < 2) return;
-  const auto reach = [&](int64_t count, int64_t stride) { return (count - 1) * stride + static_cast<int64_t>(row); };
-  const int64_t heads_reach = reach(kv.num_kv_heads, rows.head_stride_bytes),
-                tokens_reach = reach(tokens, rows.token_stride_bytes);
-  if (rows.token_stride_bytes >= heads_reach || rows.head_stride_bytes >= tokens_reach) return;
-  throw Error(std::string(name) + " token_stride_bytes" + value_of(rows.token_stride_bytes) + " must be at least " +
-              std::to_string(heads_reach) + ", or head_stride_bytes" + value_of(rows.head_stride_bytes) + " at least " +
-              std::to_string(tokens_reach) + ": rows of different heads overlap");
+  check_overlap(name, kv.num_kv_heads, tokens, rows.head_stride_bytes, rows.token_stride_bytes, row);
 }
 
 }  // namespace
+
+void check_overlap(const std::string& name, int64_t num_heads, int64_t tokens, int64_t head_stride,
+                   int64_t token_stride, size_t row) {
+  if (tokens < 2 || num_heads < 2) return;
+  const auto reach = [&](int64_t count, int64_t stride) { return (count - 1) * stride + static_cast<int64_t>(row); };
+  const int64_t heads_reach = reach(num_heads, head_stride), tokens_reach = reach(tokens, token_stride);
+  if (token_stride >= heads_reach || head_stride >= tokens_reach) return;
+  throw Error(name + " token_stride_bytes" + value_of(token_stride) + " must be at least " +
+              std::to_string(heads_reach) + ", or head_stride_bytes" + value_of(head_stride) + " at least " +
+              std::to_string(tokens_reach) + ": rows of different heads overlap");
+}
 
 void check_stride(const std::string& name, const char* which, int64_t stride, size_t row, int64_t limit) {
   if (stride < static_cast<int64_t>(row))

@@ -20,6 +20,10 @@ inline constexpr int64_t kMaxTokenStride = int64_t{1} << 31, kMaxHeadStride = in
 /// `limit`.
 void check_stride(const std::string& name, const char* which, int64_t stride, size_t row, int64_t limit);
 
+/// Throws Error unless either the heads of a token lie within its stride, or the `tokens` of a head within the head's.
+void check_overlap(const std::string& name, int64_t num_heads, int64_t tokens, int64_t head_stride,
+                   int64_t token_stride, size_t row);
+
 /// Strides are at least a row, small enough for 64-bit offsets, and keep the rows of heads apart. For a view that is
 /// check_view()ed.
 void check_strides(const KvView& kv);

@@ -63,9 +63,11 @@ void EarlierPlaces::find(const KvView& first_layer, std::span<const uint64_t> vi
   rows.clear();
   check_values(first_layer);
   if (most < 0) throw Error("most (" + std::to_string(most) + ") must be at least 0");
-  if (most == 0 || first_layer.v_head_dim < kFewestBits || first_layer.kv_len == 0) return;
   const int64_t end = first_layer.kv_len;
   const auto words = static_cast<size_t>((end + 63) / 64);
+  known_.resize(words);
+  if (end % 64 != 0) known_.back() &= (uint64_t{1} << (end % 64)) - 1;  // rows from kv_len on are gone
+  if (most == 0 || first_layer.v_head_dim < kFewestBits || end == 0) return;
   if (visible.empty()) {
     visible_.assign(words, ~uint64_t{0});
   } else {
@@ -74,8 +76,6 @@ void EarlierPlaces::find(const KvView& first_layer, std::span<const uint64_t> vi
   }
   if (end % 64 != 0) visible_.back() &= (uint64_t{1} << (end % 64)) - 1;
   signatures_.resize(words * 64);
-  known_.resize(words);
-  if (end % 64 != 0) known_.back() &= (uint64_t{1} << (end % 64)) - 1;  // rows from kv_len on are gone
   const auto look_again = [&](int64_t row) { known_[static_cast<size_t>(row / 64)] &= ~(uint64_t{1} << (row % 64)); };
   const auto shown = [&](int64_t row) {
     return row >= 0 && row < end && ((visible_[static_cast<size_t>(row / 64)] >> (row % 64)) & 1) != 0;

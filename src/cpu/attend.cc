@@ -48,7 +48,7 @@ class Prefetcher {
  private:
   static size_t lines(const RowsView& rows, size_t bytes) {
     const bool aligned = rows.token_stride_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(rows.row(0, 0)) % 64 == 0 &&
-                         rows.head_stride_bytes % 64 == 0;
+                         rows.head_stride_bytes % 64 == 0 && rows.page_stride_bytes % 64 == 0;
     return (bytes + 63) / 64 + (aligned ? 0 : 1);
   }
 

@@ -138,6 +138,14 @@ TEST(CInterface, AFactorOfTauReadsMoreAndAWrongOneIsNamed) {
   EXPECT_NE(std::strstr(tactic_last_error(), "tau_factor (-1"), nullptr) << tactic_last_error();
 }
 
+TEST(CInterface, WholeClusteringIsAFlag) {
+  tactic_index_options options;
+  tactic_index_options_init(&options);
+  options.whole_clustering = 7;
+  EXPECT_EQ(tactic_index_create(&options, kHeads, kDim, kDim), nullptr);
+  EXPECT_STREQ(tactic_last_error(), "whole_clustering (7) must be 0 or 1");
+}
+
 TEST(CInterface, NoNumberOfQueriesAndNoScaleIsTaken) {
   Step step;
   tactic_query query = step.query;
@@ -412,6 +420,8 @@ TEST(CInterface, EarlierPlacesAreThoseOfCpp) {
     EXPECT_EQ(result, -1);
     EXPECT_NE(std::strstr(tactic_last_error(), message), nullptr) << tactic_last_error();
   };
+  const int32_t hidden[] = {-1, 5000};
+  EXPECT_EQ(tactic_places_find(places, &kv, visible.data(), hidden, 2, kMost, rows.data()), 4) << "passed over";
   fails(tactic_places_find(places, &kv, nullptr, nullptr, 1, kMost, rows.data()), "written must not be null");
   fails(tactic_places_find(places, &kv, nullptr, nullptr, 0, kMost, nullptr), "rows must not be null");
   fails(tactic_places_find(places, nullptr, nullptr, nullptr, 0, kMost, rows.data()), "first_layer must not be null");

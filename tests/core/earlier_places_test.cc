@@ -205,6 +205,12 @@ TEST(EarlierPlaces, RewrittenNewestRowsAreLookedAtAgain) {
   text.set(10, 5);
   text.set(11, 6);
   EXPECT_EQ(find(12, {}, 1), around({6})) << "5, 6 stood there before; the 7 of row 10 is gone";
+  text.set(8, 6);
+  text.earlier_places.forget(8, 1);
+  EXPECT_EQ(find(12), around({6, 8}));
+  text.set(8, 20);
+  EXPECT_EQ(find(0), Rows{});
+  EXPECT_EQ(find(12), around({6})) << "no row was left";
 }
 
 TEST(EarlierPlaces, NeedEnoughValuesAndARow) {

@@ -54,6 +54,10 @@ ask "a full disk" $sparse TACTIC_STATS=/dev/full
 ask "statistics nowhere" $sparse TACTIC_STATS="$work/no/such/folder"
 [ "$(lines 'cannot write statistics')" = 1 ] || fail "the missing folder is named $(lines 'cannot write statistics') times"
 
+mkfifo "$work/no_reader"
+ask "statistics into a pipe that nobody reads" $sparse TACTIC_STATS="$work/no_reader"
+[ "$(lines 'cannot write statistics')" = 1 ] || fail "the pipe is named $(lines 'cannot write statistics') times"
+
 for quality in high exact; do
 ask "statistics of $quality" "$sparse,quality=$quality" TACTIC_STATS="$work/stats_$quality"
 python3 - "$work/stats_$quality" <<'PY' || fail "the statistics of $quality are no good"

@@ -54,22 +54,6 @@ TEST_F(Graph, SlidingWindow) {
   EXPECT_GT(windowed_error(1536, 1024), kBound) << "the mask does not matter";
 }
 
-// The host numbers the cells of a whole cache. Rows written through a part of one count as unseen.
-TEST_F(Graph, RowsWrittenThroughAPartOfTheCacheAreCompared) {
-  constexpr int64_t kCells = 2048, kFrom = 512;
-  Layer layer(kCells);
-  Rows rows(33);
-  std::vector<float> mask(kCells, 0.0f);
-  layer.write(0, rows.keys(kCells), rows.values(kCells));
-  layer.attend(rows.query(), mask);
-  const std::vector<float> q = rows.query();
-  std::vector<float> keys(4 * kRowElements), values(4 * kRowElements, 50.0f);
-  for (size_t i = 0; i < keys.size(); ++i) keys[i] = 4 * q[i % kRowElements];
-  ASSERT_EQ(layer.write_cells({88, 89, 90, 91}, keys, values, kFrom), GGML_STATUS_SUCCESS);
-  EXPECT_LT(layer.error(q, mask), kBound);
-  EXPECT_EQ(take_totals().sparse_queries, 2);
-}
-
 // In a full window every step sees as many rows as the one before, and draws others all the same.
 TEST_F(Graph, StepsInAFullWindowDrawAnew) {
   configure(kIndexOptions + ",tau=60,refine=1,beta=1,places=0");

@@ -123,5 +123,23 @@ TEST_F(UnseenChanges, AreNoticedByTheRowsRead) {
   EXPECT_GT(without, kBound);
 }
 
+// The host numbers the cells of a whole cache. Rows written through a part of one count as unseen.
+TEST_F(UnseenChanges, RowsWrittenThroughAPartOfTheCacheAreCompared) {
+  forget_indexes();
+  configure(kSparse);
+  constexpr int64_t kCells = 2048, kFrom = 512;
+  Layer layer(kCells);
+  Rows rows(33);
+  std::vector<float> mask(kCells, 0.0f);
+  layer.write(0, rows.keys(kCells), rows.values(kCells));
+  layer.attend(rows.query(), mask);
+  const std::vector<float> q = rows.query();
+  std::vector<float> keys(4 * kRowElements), values(4 * kRowElements, 50.0f);
+  for (size_t i = 0; i < keys.size(); ++i) keys[i] = 4 * q[i % kRowElements];
+  ASSERT_EQ(layer.write_cells({88, 89, 90, 91}, keys, values, kFrom), GGML_STATUS_SUCCESS);
+  EXPECT_LT(layer.error(q, mask), kBound);
+  EXPECT_EQ(take_totals().sparse_queries, 2);
+}
+
 }  // namespace
 }  // namespace tactic::test

@@ -53,6 +53,7 @@ refuses 1 "$work" run --prompt x -m "$work"
 
 # Options of the plug-in.
 refuses 1 "mode 'sampel': select=sampel is none of dense, sample, fit, topk" run -m "$model" --prompt x --tactic sampel
+refuses 1 "select=high is none of dense, sample, fit, topk, off; quality=high is a preset" bench -m "$model" -d 64 --modes high
 refuses 1 "quality=best: must be exact, high, balanced or fast" bench -m "$model" -d 64 --modes quality=best
 refuses 1 "budget (0) must be at least 1" eval kl -m "$model" --records 0 --modes topk,budget=0
 refuses 1 "cache type 'q9' is none of" run -m "$model" --prompt x --cache-type q9
@@ -68,6 +69,9 @@ refuses 1 "inspect shows the plug-in's work; 'stock' has none" inspect -m "$mode
 refuses 1 "inspect shows which rows are chosen; 'quality=exact' reads all" inspect -m "$model" --file "$0" --tactic quality=exact
 refuses 1 "depth 500 and 32 steps are below min_sparse (2048)" inspect -m "$model" --file "$0" -d 500
 refuses 1 "--watch-prefill needs a mode other than stock and dense" bench -m "$model" -d 64 --watch-prefill --modes 'select=off,seed=1;quality=exact'
+printf 'what the plug-in says on its own\n'
+TACTIC=qualty=high TACTIC_STATS=$work/none/x call 0 run -m "$model" --prompt x -n 2 -t 2 --tactic sample
+[ "$(grep -cE '^tactic: (.*qualty|cannot write statistics to)' "$work/err")" = 2 ] || fail "not two lines: $(cat "$work/err")"
 printf 'a safeguard taken out\n'
 call 0 run -m "$model" --prompt x -n 2 -t 2 --tactic sample,fault=verify
 says "tactic: fault= takes a safeguard out"

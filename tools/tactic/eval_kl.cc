@@ -234,22 +234,20 @@ struct Summary {
 };
 
 Summary summarize(const std::vector<TokenComparison>& tokens, int64_t steps) {
-  std::vector<double> kl, nll, exact_nll;
-  int64_t same = 0;
+  std::vector<double> kl, nll, exact_nll, same;
   for (const TokenComparison& t : tokens) {
     kl.push_back(t.kl);
     nll.push_back(t.nll);
     exact_nll.push_back(t.exact_nll);
-    same += t.top == t.exact_top ? 1 : 0;
+    same.push_back(t.top == t.exact_top ? 1 : 0);
   }
-  const auto count = static_cast<int64_t>(tokens.size());
   return {.mean_kl = mean(kl),
           .median_kl = median(kl),
           .p99_kl = quantile(kl, 0.99),
           .max_kl = *std::max_element(kl.begin(), kl.end()),
           .mean_interval = bootstrap_mean(kl, static_cast<size_t>(steps), 16),
-          .same_top = static_cast<double>(same) / static_cast<double>(count),
-          .same_top_interval = wilson(same, count),
+          .same_top = mean(same),
+          .same_top_interval = wilson_of_series(same, static_cast<size_t>(steps), 16),
           .perplexity = std::exp(mean(nll)),
           .exact_perplexity = std::exp(mean(exact_nll))};
 }
@@ -405,8 +403,8 @@ void add_eval(CLI::App& app) {
       "\n"
       "Example:\n  tactic eval kl -m model.gguf --text book.txt --records 0 -d 6144 -n 384 --modes "
       "'stock;sample,error=0.03'\n"
-      "Exact: attention over the whole stored cache, summed in f32. Intervals: bootstrap over blocks of 16 tokens "
-      "(eight at least); Wilson.");
+      "Exact: attention over the whole stored cache, summed in f32. Intervals: over blocks of 16 tokens (eight "
+      "at least), bootstrap; of rates Wilson's, as wide as the blocks scatter.");
   verb->callback([options] { eval_kl(*options); });
   add_eval_paper(*eval);
   add_eval_trace(*eval);

@@ -381,7 +381,8 @@ void eval_tasks(const TasksOptions& options) {
               finished > 0 ? (" in " + options.out).c_str() : " answered", static_cast<long long>(left),
               static_cast<long long>(unfit), static_cast<long long>(broken));
   std::fflush(stdout);
-  if (unfit + broken > 0 || finished == 0) throw CommandError("not every item has an answer", 3);
+  if (unfit > 0 || finished == 0) throw CommandError("not every item has an answer", 3);
+  if (broken > 0) throw CommandError("not every line of " + options.items + " is an item", 3);
 }
 
 }  // namespace

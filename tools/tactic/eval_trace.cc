@@ -100,7 +100,7 @@ std::vector<Family> parse_families(const std::string& text) {
         }
         const plugin::PluginOptions parsed = plugin::parse_options(one);
         if (!parsed.enabled)
-          throw CommandError("--select '" + mode.name + "': llama.cpp's own attention is not evaluated on traces");
+          throw CommandError("--select: llama.cpp's own attention (stock, off) is not evaluated on traces");
         if (const plugin::PluginOptions usual;
             parsed.min_context != usual.min_context || parsed.min_sparse != usual.min_sparse)
           throw CommandError("--select '" + mode.name +

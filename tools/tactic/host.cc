@@ -15,6 +15,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 
 namespace tactic::tool {
 namespace {
@@ -51,6 +52,12 @@ void say_own_errors(const std::string& errors) {
     if (errors.compare(begin, 8, "tactic: ") == 0) std::fputs(errors.substr(begin, end - begin).c_str(), stderr);
     begin = end;
   }
+}
+
+std::string take_host_errors() {
+  HostLog& log = host_log();
+  const std::lock_guard lock(log.mutex);
+  return std::exchange(log.errors, {});
 }
 
 std::string with_reason(const std::string& what) {
@@ -109,10 +116,7 @@ void check_model_file(const std::string& path) {
 }  // namespace
 
 std::string take_host_error() {
-  HostLog& log = host_log();
-  const std::lock_guard lock(log.mutex);
-  std::string text;
-  text.swap(log.errors);
+  std::string text = take_host_errors();
   text.resize(std::min(text.size(), text.find('\n')));
   return text;
 }
@@ -191,7 +195,7 @@ Host::Host(const HostOptions& options, const std::vector<Mode>& modes) : options
   }
   for (const Mode& mode : modes) configure(mode);
 
-  say_own_errors(take_host_error());
+  say_own_errors(take_host_errors());
   configure(parse_mode("stock"));
   model_ = llama_model_load_from_file(options.model_path.c_str(), llama_model_default_params());
   if (model_ == nullptr) throw CommandError(with_reason("cannot load the model " + options.model_path));

@@ -165,7 +165,7 @@ void require_exact(const tactic_totals& totals, ggml_type cache_type);
 int32_t default_threads();
 /// "f16", "q8_0", ... Throws CommandError when the cache cannot be of this type.
 ggml_type parse_cache_type(const std::string& name);
-/// What llama.cpp complained about since the last call, the first line of it; empty if nothing.
+/// The first line of what llama.cpp complained about since the last call; empty if nothing.
 std::string take_host_error();
 
 }  // namespace tactic::tool

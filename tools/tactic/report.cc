@@ -61,44 +61,66 @@ double quantile(std::span<const double> values, double q) {
   return sorted[below] + (rank - static_cast<double>(below)) * (sorted[above] - sorted[below]);
 }
 
-std::optional<Interval> bootstrap_mean(std::span<const double> values, size_t series_length, size_t block,
-                                       int resamples, uint64_t seed) {
-  struct Block {
-    double sum;
-    size_t count;
-  };
+namespace {
+
+constexpr size_t kFewestBlocks = 8;  // of one or two, all resamples would be nearly the same
+
+struct Block {
+  double sum, count;
+};
+
+std::vector<Block> blocks_of(std::span<const double> values, size_t series_length, size_t block) {
   std::vector<Block> blocks;
   for (size_t begin = 0; begin < values.size();) {
     const size_t series_end = std::min(values.size(), (begin / series_length + 1) * series_length);
     const auto part = values.subspan(begin, std::min(block, series_end - begin));
-    blocks.push_back({mean(part) * static_cast<double>(part.size()), part.size()});
+    blocks.push_back({mean(part) * static_cast<double>(part.size()), static_cast<double>(part.size())});
     begin += part.size();
   }
-  if (blocks.size() < 8) return std::nullopt;  // of one or two, all resamples would be nearly the same
+  return blocks;
+}
+
+}  // namespace
+
+std::optional<Interval> bootstrap_mean(std::span<const double> values, size_t series_length, size_t block,
+                                       int resamples, uint64_t seed) {
+  const std::vector<Block> blocks = blocks_of(values, series_length, block);
+  if (blocks.size() < kFewestBlocks) return std::nullopt;
   std::mt19937_64 random(seed);
   std::uniform_int_distribution<size_t> pick(0, blocks.size() - 1);
   std::vector<double> means;
   for (int r = 0; r < resamples; ++r) {
-    double sum = 0;
-    size_t count = 0;
+    double sum = 0, count = 0;
     for (size_t i = 0; i < blocks.size(); ++i) {
       const Block& b = blocks[pick(random)];
       sum += b.sum;
       count += b.count;
     }
-    means.push_back(sum / static_cast<double>(count));
+    means.push_back(sum / count);
   }
   return Interval{quantile(means, 0.025), quantile(means, 0.975)};
 }
 
-Interval wilson(int64_t successes, int64_t trials) {
-  if (trials == 0) return {0, 1};
+Interval wilson(double successes, double trials) {
+  if (!(trials > 0)) return {0, 1};
   constexpr double z = 1.959964;
-  const double n = static_cast<double>(trials);
-  const double p = static_cast<double>(successes) / n;
+  const double n = trials, p = successes / n;
   const double center = (p + z * z / (2 * n)) / (1 + z * z / n);
   const double half = z * std::sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n);
   return {std::max(0.0, center - half), std::min(1.0, center + half)};
+}
+
+Interval wilson_of_series(std::span<const double> successes, size_t series_length, size_t block) {
+  const auto n = static_cast<double>(successes.size());
+  const std::vector<Block> blocks = blocks_of(successes, series_length, block);
+  if (successes.empty()) return wilson(0, 0);
+  const double rate = mean(successes), independent = n * rate * (1 - rate);  // variance of the sum
+  double variance = 0;
+  for (const Block& b : blocks) variance += (b.sum - rate * b.count) * (b.sum - rate * b.count);
+  const auto count = static_cast<double>(blocks.size());
+  const bool known = blocks.size() >= kFewestBlocks && independent > 0;
+  const double effect = known ? std::max(1.0, variance * count / (count - 1) / independent) : 1.0;
+  return wilson(rate * n / effect, n / effect);
 }
 
 ReadFigures::ReadFigures(const tactic_totals& totals, double kv_len) : tokens_per_kv_head(kv_len) {

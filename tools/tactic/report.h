@@ -31,7 +31,10 @@ inline double median(std::span<const double> values) { return quantile(values, 0
 std::optional<Interval> bootstrap_mean(std::span<const double> values, size_t series_length, size_t block,
                                        int resamples = 2000, uint64_t seed = 1);
 /// 95% interval of a rate.
-Interval wilson(int64_t successes, int64_t trials);
+Interval wilson(double successes, double trials);
+/// The same for the rate of trials that come in series in which neighbors vary together: so many fewer of them count as
+/// the rates of blocks scatter more than those of independent trials. With fewer than eight blocks all count.
+Interval wilson_of_series(std::span<const double> successes, size_t series_length, size_t block);
 
 /// What the plug-in read, over some steps of a mode. A mode that took no node read everything.
 struct ReadFigures {
