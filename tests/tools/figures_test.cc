@@ -155,7 +155,7 @@ TEST(Totals, AreAddedFieldByField) {
   part.mass_variance = 0.25;
   part.index_memory_bytes = 7, part.kv_memory_bytes = 8;
   add_totals(sum, part);
-  EXPECT_EQ(std::memcmp(&sum, &part, sizeof sum), 0);
+  EXPECT_EQ(std::memcmp(&sum, &part, sizeof sum), 0);  // NOLINT(bugprone-suspicious-memory-comparison)
   add_totals(sum, part);
   next = 1;
   for (const int64_t field :
