@@ -190,7 +190,7 @@ TEST(Batch, NamesWhatDoesNotFit) {
             "v head_stride_bytes (240) must be at least a row's 256 bytes");
   EXPECT_EQ(message([](DecodeBatch& b) { b.k.sequence_stride_bytes = 0; }),
             "k sequence_stride_bytes (0) must be at least a row's 256 bytes");
-  EXPECT_EQ(message([](DecodeBatch& b) { b.k.sequence_stride_bytes = 0, b.num_sequences = 1; }), "v's") << "alone";
+  EXPECT_EQ(message([](DecodeBatch& b) { b.k.sequence_stride_bytes = 0, b.num_sequences = 1; }), "no error");
   EXPECT_EQ(message([](DecodeBatch& b) { b.v.token_stride_bytes = 256; }),
             "v token_stride_bytes (256) must be at least 2048, or head_stride_bytes (256) at least 512: rows of "
             "different heads overlap");
