@@ -227,7 +227,7 @@ TEST(Batch, NamesWhatDoesNotFit) {
   EXPECT_EQ(message([](DecodeBatch& b) {
               b.k.dtype = b.v.dtype = DType::kF8E4M3;
               b.k.head_scales = &kScale;
-              b.k.token_stride_bytes = 136;
+              b.k.token_stride_bytes = 2056;
             }),
             "no error");
   EXPECT_THROW(cuda::validate(DecodeLimits{1, 30, 8, 128, 1, {}}), Error);
