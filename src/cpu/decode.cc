@@ -20,10 +20,9 @@ constexpr int64_t kDenseChunk = 256;  // rows whose scores are kept at a time
 
 // What one thread has of one task's output.
 struct Partial {
-  std::vector<SoftmaxState> state;   // [group_size]; of a sparse task the maximum alone, which all threads share
-  std::vector<float> values;         // [group_size, v_head_dim] sum of weights times values
-  std::vector<WeightSums> sums;      // [group_size] of selected rows
-  std::vector<int32_t> maybe_heavy;  // their places, for learn
+  std::vector<SoftmaxState> state;  // [group_size]; of a sparse task the maximum alone, which all threads share
+  std::vector<float> values;        // [group_size, v_head_dim] sum of weights times values
+  std::vector<WeightSums> sums;     // [group_size] of selected rows
   bool used = false;
 };
 
@@ -197,7 +196,6 @@ class CpuRun : public BackendRun {
       partial.used = true;
       partial.state.assign(static_cast<size_t>(task.group_size), {});
       partial.sums.assign(static_cast<size_t>(task.group_size), {});
-      partial.maybe_heavy.clear();
       partial.values.assign(static_cast<size_t>(task.group_size) * static_cast<size_t>(task.v_head_dim()), 0.0f);
     }
     return partial;
@@ -220,9 +218,7 @@ class CpuRun : public BackendRun {
           Partial& partial = partial_of(task, thread);
           score_rows(task, task.selected, begin, end);
           weigh_rows(task, begin, end, partial.sums.data());
-          const bool sample = options.select == Select::kSample;
-          if (sample) note_heavy(task, task.selected, begin, end, partial.sums.data(), partial.maybe_heavy);
-          const bool refines = sample && draws_too_heavy(task, partial.sums.data());
+          const bool refines = options.select == Select::kSample && draws_too_heavy(task, partial.sums.data());
           for (int64_t at = begin; at < end;) {  // rows too heavy to be a sample wait until their clusters are read
             const int64_t heavy = refines ? next_heavy(task, at, end) : end;
             value_rows(task, task.selected, at, heavy, partial);
@@ -309,13 +305,9 @@ class CpuRun : public BackendRun {
   void settle_task(size_t t, const DecodeOptions& options, int32_t threads) {
     Task& task = tasks_[t];
     std::vector<WeightSums> sums(static_cast<size_t>(task.group_size));
-    task.maybe_heavy_selected.clear();
     for (int32_t thread = 0; thread < threads; ++thread) {  // in the order of the rows
       const Partial& partial = partials_[static_cast<size_t>(thread) * tasks_.size() + t];
-      if (!partial.used) continue;
-      for (size_t g = 0; g < sums.size(); ++g) sums[g].append(partial.sums[g]);
-      task.maybe_heavy_selected.insert(task.maybe_heavy_selected.end(), partial.maybe_heavy.begin(),
-                                       partial.maybe_heavy.end());
+      for (size_t g = 0; partial.used && g < sums.size(); ++g) sums[g].append(partial.sums[g]);
     }
     settle_weights(task, options, sums.data());
   }

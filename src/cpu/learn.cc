@@ -20,32 +20,41 @@ void sort_unique(std::vector<int32_t>& rows) {
   rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
 }
 
-// Whether the row at place i weighs more than kHeavy in some head; `probability`: that it was drawn with, since what it
-// was drawn to speak for does not count.
-bool is_heavy(const Task& task, const RowList& list, int64_t i, float probability) {
+// Calls found(i) for rows [begin, end) of `list` that weigh more than kHeavy in some head; `log_weights`, where they
+// were drawn: what they were drawn to speak for does not count.
+template <class Fn>
+void for_heavy_rows(const Task& task, const RowList& list, int64_t begin, int64_t end,
+                    const std::vector<float>* log_weights, Fn found) {
+  thread_local std::vector<int32_t> places;
+  places.resize(static_cast<size_t>(end - begin));
   for (int32_t g = 0; g < task.group_size; ++g) {
-    const float weight = list.weights[static_cast<size_t>(g * list.stride + i)] * probability;
-    if (weight > kHeavy * task.state[static_cast<size_t>(g)].sum) return true;
+    const float* weights = list.weights.data() + g * list.stride;
+    const float limit = kHeavy * task.state[static_cast<size_t>(g)].sum;
+    const int64_t count = heavier(weights + begin, end - begin, limit, places.data());
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t i = begin + places[static_cast<size_t>(j)];
+      if (log_weights == nullptr || weights[i] * std::exp(-(*log_weights)[static_cast<size_t>(i)]) > limit) found(i);
+    }
   }
-  return false;
 }
 
 // Heavy rows whose clusters were not meant to be read whole are suspects; the rows after all heavy ones are expected to
 // weigh much in the next step.
 void find_heavy(const Task& task, Calibration& known) {
   std::vector<int32_t> expected, surprises;
-  const auto look = [&](const RowList& list, int64_t i, bool surprise, float probability) {
-    if (!is_heavy(task, list, i, probability)) return;
-    const int32_t row = list.tokens[static_cast<size_t>(i)];
-    if (surprise) surprises.push_back(row);
-    if (task.filter.reads_indexed(row + 1)) expected.push_back(row + 1);
+  const auto look = [&](const RowList& list, int64_t begin, int64_t end, const std::vector<float>* log_weights,
+                        bool surprise) {
+    for_heavy_rows(task, list, begin, end, log_weights, [&](int64_t i) {
+      const int32_t row = list.tokens[static_cast<size_t>(i)];
+      if (surprise) surprises.push_back(row);
+      if (task.filter.reads_indexed(row + 1)) expected.push_back(row + 1);
+    });
   };
-  for (const int32_t i : task.maybe_heavy_exact) look(task.exact, i, false, 1);
-  for (const int32_t i : task.maybe_heavy_selected) {
-    const bool drawn = i >= task.selection.num_certain;
-    look(task.selected, i, drawn, drawn ? std::exp(-task.selection.log_weights[static_cast<size_t>(i)]) : 1);
-  }
-  for (int64_t i = 0; i < task.refined.size(); ++i) look(task.refined, i, true, 1);
+  const int64_t certain = task.selection.num_certain;
+  look(task.exact, 0, task.exact.size(), nullptr, false);
+  look(task.selected, 0, certain, nullptr, false);
+  look(task.selected, certain, task.selected.size(), &task.selection.log_weights, true);
+  look(task.refined, 0, task.refined.size(), nullptr, true);
   sort_unique(expected);
   if (expected.size() > kExpected) expected.resize(kExpected);
   known.expected.insert(known.expected.end(), expected.begin(), expected.end());
@@ -55,19 +64,6 @@ void find_heavy(const Task& task, Calibration& known) {
 }
 
 }  // namespace
-
-void note_heavy(const Task& task, const RowList& list, int64_t begin, int64_t end, const WeightSums* sums,
-                std::vector<int32_t>& places) {
-  for (int32_t g = 0; g < task.group_size; ++g) {
-    const size_t before = places.size();
-    places.resize(before + static_cast<size_t>(end - begin));
-    const double least = task.exact_state[static_cast<size_t>(g)].sum + (sums == nullptr ? 0 : sums[g].certain);
-    const int64_t count = heavier(list.weights.data() + g * list.stride + begin, end - begin,
-                                  kHeavy * static_cast<float>(least), places.data() + before);
-    places.resize(before + static_cast<size_t>(count));
-    for (size_t i = before; i < places.size(); ++i) places[i] += static_cast<int32_t>(begin);
-  }
-}
 
 void forget_expected(Task& task, const DecodeOptions& options) {
   if (options.select != Select::kSample) return;  // learns nothing

@@ -43,7 +43,6 @@ void begin_task(Task& task, const std::vector<int32_t>& recent) {
   task.corrected.tokens.clear();
   task.changes.clear();
   task.certain_since.clear();
-  task.maybe_heavy_exact.clear();
   task.expected.clear();
   if (!task.sparse) return;
   const IndexState& index = query.index->state();
@@ -135,7 +134,6 @@ void select_rows(Task& task, const DecodeOptions& options) {
     exact.max = max;
   }
   if (options.select != Select::kSample) return;
-  note_heavy(task, task.exact, 0, task.exact.size(), nullptr, task.maybe_heavy_exact);
   task.heavy.resize(task.exact_state.size());
   for (size_t g = 0; g < task.heavy.size(); ++g)
     task.heavy[g] =

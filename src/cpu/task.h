@@ -77,7 +77,6 @@ struct Task {
   Sinks sinks;
   std::vector<float> sink_sums;  // [group_size] their part of exact_state's sums
   std::vector<float> heavy;      // [group_size] weight from which on a drawn row refines its cluster
-  std::vector<int32_t> maybe_heavy_exact, maybe_heavy_selected;  // places, for learn
   float beta = 0;
   double variance_ratio = 1;  // that the prediction was made with
   int64_t refined_clusters = 0, probed = 0;
@@ -97,11 +96,6 @@ void select_rows(Task& task, const DecodeOptions& options);
 
 /// Turns the scores of selected rows [begin, end) into weights and adds them up: sums [group_size].
 void weigh_rows(Task& task, int64_t begin, int64_t end, WeightSums* sums);
-
-/// Adds the places among [begin, end) of rows that learn may find heavy: they are, beside the exact rows and, unless
-/// null, the certain ones of `sums` [group_size] alone.
-void note_heavy(const Task& task, const RowList& list, int64_t begin, int64_t end, const WeightSums* sums,
-                std::vector<int32_t>& places);
 
 /// Whether a drawn row among those of `sums` [group_size] is too heavy to be a sample.
 bool draws_too_heavy(const Task& task, const WeightSums* sums);
