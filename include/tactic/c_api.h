@@ -138,7 +138,8 @@ void tactic_places_free(tactic_places* places);
 /* These rows were overwritten. */
 int tactic_places_forget(tactic_places* places, int64_t row_begin, int64_t count);
 /* first_layer: its k may be missing. visible: [(kv_len + 63) / 64], or NULL for all; written: [num_written] rows of the
- * last write where they need not be the last, or NULL; those that are not visible are passed over. rows: room for 4 * most, ascending. Returns how many, or -1. */
+ * last write where they need not be the last, or NULL; those that are not visible are passed over. rows: room for
+ * 4 * most, ascending. Returns how many, or -1. */
 int32_t tactic_places_find(tactic_places* places, const tactic_kv* first_layer, const uint64_t* visible,
                            const int32_t* written, size_t num_written, int32_t most, int32_t* rows);
 

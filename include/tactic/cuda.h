@@ -30,7 +30,7 @@ using Stream = void*;
 struct DeviceRows {
   const void* data = nullptr;
   DType dtype = DType::kF16;
-  int64_t sequence_stride_bytes = 0;
+  int64_t sequence_stride_bytes = 0;  // without page tables, of several sequences: at least a row's
   int64_t head_stride_bytes = 0;
   int64_t token_stride_bytes = 0;
   int64_t page_stride_bytes = 0;  // with page tables: pages lie this far apart, whatever the sequence

@@ -39,7 +39,8 @@ class EarlierPlaces {
   /// visible row. `first_layer`: the first layer's cache, of which the values of head 0 are read, K may be missing.
   /// `visible`: a bit per row, as DecodeQuery::visible, rows past its end are hidden; empty: all of kv_len. `written`:
   /// rows of the last write where they need not be the last ones; the newest row is the last of them that is visible,
-  /// or else the last visible one; those that are not visible are passed over. Throws Error if the view cannot be read or `most` is below 0.
+  /// or else the last visible one; those that are not visible are passed over. Throws Error if the view cannot be read
+  /// or `most` is below 0.
   void find(const KvView& first_layer, std::span<const uint64_t> visible, std::span<const int32_t> written,
             int32_t most, std::vector<int32_t>& rows);
 

@@ -50,9 +50,9 @@ class KvIndex {
   /// Clusters what is due. `max_segments` bounds the work of this call, negative: all that is due. A full segment
   /// counts as 1, a provisional one as (provisional_tokens / segment_tokens)^2 * cluster_tokens /
   /// provisional_cluster_tokens (1/16 with clusters of 16, 9/256 with clusters of 9), so that a call with less than 1
-  /// builds provisional ones alone. With Clustering::kWhole any call clusters
-  /// all that is due. Returns whether another call with this budget would find something to do. Throws
-  /// Error if `kv` does not fit the shape or kv_len is less than the rows written.
+  /// builds provisional ones alone. With Clustering::kWhole any call clusters all that is due. Returns whether another
+  /// call with this budget would find something to do. Throws Error if `kv` does not fit the shape or kv_len is less
+  /// than the rows written.
   bool maintain(const KvView& kv, double max_segments = -1);
 
   /// Compares the check values of indexed rows in [row_begin, row_begin + count); rows that differ count as rewritten.

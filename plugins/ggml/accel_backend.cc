@@ -225,7 +225,7 @@ void AccelBackend::use_index(CacheLayer& layer, size_t stream, int64_t row, cons
     StreamIndex& entry = *layer.streams[stream];
     query.index = &entry.index;
     query.tau_factor = entry.tau_factor();
-    query.position += entry.passages.current().position - entry.passages.current().num_visible;
+    query.position = entry.passages.position_of(bits.visible, bits.num_visible, row);
     if (options.decode.select == Select::kSample) name_likely_rows(layer, stream, options.places, bits, query);
   } catch (const std::exception& error) {
     log_error("layer %d is read densely: %s", layer.layer, error.what());

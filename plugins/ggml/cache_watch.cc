@@ -45,8 +45,9 @@ template <class Fn>
 void for_rows(const std::vector<WordBits>& words, Fn fn) {
   int64_t begin = 0, end = 0;
   for (const auto& [word, bits] : words) {
+    const auto first = static_cast<int64_t>(word) * 64;
     for_runs(bits, [&](int at, int length) {
-      const int64_t row = static_cast<int64_t>(word) * 64 + at;
+      const int64_t row = first + at;
       if (row != end) {
         if (end > begin) fn(begin, end - begin);
         begin = row;
@@ -174,11 +175,11 @@ std::shared_ptr<CacheLayer> CacheWatch::note_write(const ggml_tensor* node, cons
   const RowsView& rows = values ? layer->view.v : layer->view.k;
   if (cache->ne[1] != layer->cells || row_bytes != rows.token_stride_bytes) return nullptr;  // another cache's by now
   const ggml_tensor* cells = node->src[1];
+  for (size_t s = 0; values && s < layer->streams.size(); ++s) layer->streams[s]->written.clear();
   if (cells->ne[1] > 1 || cells->ne[2] > 1 || node->data != cache->data) {  // numbers of rows of a part of the cache
     compare_again();
     return nullptr;
   }
-  for (size_t s = 0; values && s < layer->streams.size(); ++s) layer->streams[s]->written.clear();
   int64_t run_begin = -1, run_end = -1;  // cells mostly come in order
   const auto flush = [&] {
     if (run_begin < 0) return;

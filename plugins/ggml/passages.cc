@@ -25,6 +25,12 @@ void Passages::note_write(int64_t begin, int64_t end) {
   }
 }
 
+int64_t Passages::position_of(const std::vector<uint64_t>& visible, int64_t num_visible, int64_t row) const {
+  const Passage& passage = current();
+  if (passage.position == passage.num_visible || others(passage.visible, visible) > row) return num_visible;
+  return passage.position + others(visible, passage.visible);
+}
+
 bool Passages::go_on(const std::vector<uint64_t>& visible, int64_t num_visible, int32_t newest, bool prompt,
                      std::vector<WordBits>& taken_back) {
   taken_back.clear();

@@ -14,7 +14,7 @@ using WordBits = std::pair<size_t, uint64_t>;  // which 64 cells, and bits of so
 struct Passage {
   std::vector<uint64_t> visible;    // cells of the last step's first row
   int64_t num_visible = 0;          // of those
-  int64_t position = 0;             // of that row: grows with every token, also where a full window shows no more cells
+  int64_t position = 0;             // of that row: goes on growing where a full window shows no more cells
   int32_t newest = -1;              // the last step's last written cell
   uint64_t steps = 0;               // since it began
   uint64_t steps_since_prompt = 0;  // since more rows were written than a decode step has
@@ -30,6 +30,11 @@ class Passages {
   /// The one under way.
   Passage& current() { return passages_.front(); }
   const Passage& current() const { return passages_.front(); }
+
+  /// The position of a row of the step under way that shows these cells, `row` rows after the first: of the first
+  /// row's sequence if it lacks no more of that one's cells than a window leaves behind; of others it is the number of
+  /// their cells.
+  int64_t position_of(const std::vector<uint64_t>& visible, int64_t num_visible, int64_t row) const;
 
   /// Cells [begin, end) were written.
   void note_write(int64_t begin, int64_t end);

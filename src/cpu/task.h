@@ -68,9 +68,9 @@ struct Task {
   std::vector<double> independent_variance;  // [group_size] of all weights, relative, had the draws been independent
   std::vector<Reading> readings;             // [num_clusters]
   std::vector<double> certain, drawn;        // [group_size] sums of weights: of all certain rows, of all others
-  std::vector<DrawnSums> draws;              // [group_size] as drawn, also of rows that are certain since
-  std::vector<float> drawn_weights;          // [group_size, draws] those, kept for steps that promise a mass
-  std::vector<int64_t> certain_since;        // places of those rows among the selected ones
+  std::vector<int64_t> certain_since;        // places among the selected rows of those drawn that are certain now
+  std::vector<DrawnSums> draws;              // [group_size] as drawn, of those too
+  std::vector<float> drawn_weights;          // [group_size, draws] likewise, kept for steps that promise a mass
   bool silenced = false;                     // some clusters that were drawn from do not speak any more
   std::vector<double> relative_variance;     // [group_size] of the draw, 0: unknown
   std::vector<float> changes;                // [corrected rows, group_size] of their weights

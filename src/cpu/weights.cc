@@ -44,11 +44,11 @@ float exp_weights(const float* scores, int64_t num, float max, float* weights) {
   return sum;
 }
 
-// As many draws as are summed up while their weights and what is left of their probabilities are at hand; those of the
-// draw before stand in front of them.
+// As many draws as are summed up while their weights and what is left of their probabilities are at hand. The draw
+// before stands in front of them, behind them what adds nothing to differences: the last weight, and nothing left.
 constexpr int64_t kDraws = 64;
 struct DrawBlock {
-  float weights[kDraws + 1], left[kDraws + 1];
+  float weights[kDraws + 1 + 8], left[kDraws + 1 + 8];
 };
 
 // What the draws [1, 1 + num) of the block add, each with the one before.
@@ -60,28 +60,19 @@ void sum_draws(const DrawBlock& block, int64_t num, DrawnSums& sums) {
   const auto load = [&](const float* from) HWY_ATTR { return hn::PromoteTo(dd, hn::LoadU(df, from)); };
   const Vec half = hn::Set(dd, 0.5);
   Vec differences = hn::Zero(dd), squares = differences, independent = differences, sum = differences;
-  int64_t i = 0;
-  for (; i + lanes <= num; i += lanes) {
+  for (int64_t i = 0; i < num; i += lanes) {
     const Vec weight = load(block.weights + i + 1), left = load(block.left + i + 1);
     const Vec step = hn::Sub(weight, load(block.weights + i)), lefts = hn::Add(left, load(block.left + i));
     const Vec square = hn::Mul(hn::Mul(half, lefts), hn::Mul(step, step));
     differences = hn::Add(differences, square);
     squares = hn::MulAdd(square, square, squares);
     independent = hn::MulAdd(hn::Mul(weight, weight), left, independent);
-    sum = hn::Add(sum, weight);
+    sum = hn::Add(sum, hn::IfThenElseZero(hn::FirstN(dd, static_cast<size_t>(num - i)), weight));
   }
   sums.differences += hn::GetLane(hn::SumOfLanes(dd, differences));
   sums.squares += hn::GetLane(hn::SumOfLanes(dd, squares));
   sums.independent += hn::GetLane(hn::SumOfLanes(dd, independent));
   sums.sum += hn::GetLane(hn::SumOfLanes(dd, sum));
-  for (; i < num; ++i) {
-    const double weight = block.weights[i + 1], left = block.left[i + 1], step = weight - block.weights[i];
-    const double square = 0.5 * (left + block.left[i]) * step * step;
-    sums.differences += square;
-    sums.squares += square * square;
-    sums.independent += weight * weight * left;
-    sums.sum += weight;
-  }
 }
 
 float sampled_weights(const float* scores, const float* log_weights, int64_t num, float max, float* weights,
@@ -115,6 +106,8 @@ float sampled_weights(const float* scores, const float* log_weights, int64_t num
       hn::StoreU(hn::Sub(one, hn::Exp(df, hn::Neg(log_weight))), df, block.left + 1 + i);
     }
     std::copy_n(block.weights + 1, count, weights + at);
+    std::fill_n(block.weights + 1 + count, 8, block.weights[count]);
+    std::fill_n(block.left + 1 + count, 8, 0.0f);
     if (at == 0) {  // the first has none before it, and differs from itself by nothing
       block.weights[0] = block.weights[1];
       block.left[0] = block.left[1];

@@ -67,6 +67,15 @@ TEST_F(Steps, APositionGrowsWithEveryTokenInAFullWindowToo) {
     step(i, 300 + i, 299 + i);
     EXPECT_EQ(position(), 300 + i);
   }
+  const auto position_of = [&](int64_t begin, int64_t end, int64_t row) {
+    std::vector<uint64_t> visible(kCells / 64);
+    for (int64_t i = begin; i < end; ++i) visible[static_cast<size_t>(i / 64)] |= uint64_t{1} << (i % 64);
+    return entry_.passages.position_of(visible, end - begin, row);
+  };
+  EXPECT_EQ(position_of(99, 399, 0), 399);
+  EXPECT_EQ(position_of(100, 400, 1), 400) << "the next row of the step";
+  EXPECT_EQ(position_of(102, 402, 3), 402);
+  EXPECT_EQ(position_of(500, 620, 1), 120) << "a row of another sequence";
   step(99, 399, 398);  // the newest row anew: another passage
   EXPECT_EQ(position(), 300);
 }
