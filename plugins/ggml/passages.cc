@@ -70,7 +70,7 @@ bool Passages::go_on(const std::vector<uint64_t>& visible, int64_t num_visible, 
   std::rotate(passages_.begin(), passages_.begin() + static_cast<std::ptrdiff_t>(found),
               passages_.begin() + static_cast<std::ptrdiff_t>(found) + 1);
   Passage& passage = passages_.front();
-  passage.position = begins ? num_visible : passage.position + std::max<int64_t>(others(visible, passage.visible), 1);
+  passage.position = begins ? num_visible : passage.position + std::max<int64_t>(fewest, 1);
   passage.visible = visible;
   passage.num_visible = num_visible;
   passage.newest = newest;

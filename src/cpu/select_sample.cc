@@ -285,7 +285,7 @@ void draw(const IndexState& index, int32_t head, const RowFilter& filter, const 
   thread_local SegmentDraw kept;
   thread_local std::vector<int32_t> kept_tokens, kept_clusters;
   thread_local std::vector<float> kept_weights;
-  SegmentDraw& part = kept;
+  SegmentDraw& part = kept;                                              // looked up once, not at every use
   std::vector<int32_t>&tokens = kept_tokens, &clusters = kept_clusters;  // of the rows drawn
   std::vector<float>& weights = kept_weights;
   const auto fetch_members = [&](size_t s) {

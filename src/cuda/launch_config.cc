@@ -246,7 +246,7 @@ void validate_rows(const DecodeBatch& batch) {
     if (batch.num_kv_heads > 1) check_stride(name, "head_stride_bytes", rows.head_stride_bytes, row, kMaxHeadStride);
     if (batch.page_tables == nullptr || rows.page_tokens > 1)
       check_stride(name, "token_stride_bytes", rows.token_stride_bytes, row, kMaxTokenStride);
-    const bool paged = batch.page_tables != nullptr;  // else what is known of a sequence's length is that it varies
+    const bool paged = batch.page_tables != nullptr;  // else the device alone knows how many tokens there are
     check_overlap(name, batch.num_kv_heads, paged ? rows.page_tokens : 2, rows.head_stride_bytes,
                   rows.token_stride_bytes, row);
     if (!paged && batch.num_sequences > 1)

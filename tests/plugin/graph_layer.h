@@ -37,6 +37,17 @@ inline ContextPtr make_context() {
   return ContextPtr(ggml_init({ggml_tensor_overhead() * 64 + ggml_graph_overhead(), nullptr, true}));
 }
 
+/// |scale * got - expected| / |expected| over all elements.
+template <class Values>
+double relative_error(const Values& got, const std::vector<double>& expected, double scale = 1) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    difference += (got[i] * scale - expected[i]) * (got[i] * scale - expected[i]);
+    norm += expected[i] * expected[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
 /// One layer's cache, and graphs over it as the host makes them.
 class Layer {
  public:
@@ -148,13 +159,7 @@ class Layer {
   double error(const std::vector<float>& q, const std::vector<float>& mask, int64_t rows = 1) {
     const std::vector<float> got = attend(q, mask, rows);
     if (got.empty()) return HUGE_VAL;
-    const std::vector<double> expected = reference(q, mask, rows);
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < got.size(); ++i) {
-      difference += (got[i] - expected[i]) * (got[i] - expected[i]);
-      norm += expected[i] * expected[i];
-    }
-    return std::sqrt(difference / norm);
+    return relative_error(got, reference(q, mask, rows));
   }
 
   void use_stream(int64_t stream) { stream_ = stream; }

@@ -65,14 +65,6 @@ TEST_F(Graph, StepsInAFullWindowDrawAnew) {
   const std::vector<float> mask(kCells, 0.0f);
   layer.write(0, keys, values);
   const std::vector<double> exact = layer.reference(q, mask);
-  const auto error = [&](const auto& out, double scale) {
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < exact.size(); ++i) {
-      difference += std::pow(out[i] * scale - exact[i], 2);
-      norm += exact[i] * exact[i];
-    }
-    return std::sqrt(difference / norm);
-  };
   std::vector<double> sum(exact.size(), 0);
   double alone = 0;
   for (int64_t step = 0; step < kSteps; ++step) {  // the cell of the newest token, which says what was there before
@@ -83,9 +75,9 @@ TEST_F(Graph, StepsInAFullWindowDrawAnew) {
     const std::vector<float> out = layer.attend(q, mask);
     if (step < kFirst) continue;  // they read more
     for (size_t i = 0; i < out.size(); ++i) sum[i] += out[i];
-    alone += error(out, 1) / (kSteps - kFirst);
+    alone += relative_error(out, exact) / (kSteps - kFirst);
   }
-  const double mean = error(sum, 1.0 / (kSteps - kFirst));
+  const double mean = relative_error(sum, exact, 1.0 / (kSteps - kFirst));
   std::printf("  full window: error %.4f of a step, %.4f of the mean of %d\n", alone, mean, kSteps - kFirst);
   EXPECT_EQ(take_totals().sparse_queries, kSteps);
   EXPECT_LT(mean, 0.4 * alone);
