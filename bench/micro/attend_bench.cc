@@ -34,8 +34,9 @@ enum class Reader { kGatherToL1, kGatherToL2, kAttend };
 void attend(benchmark::State& state) {
   const auto threads = static_cast<int32_t>(state.range(0));
   const auto dim = static_cast<int32_t>(state.range(1));
-  const int64_t num_tokens = state.range(2);
-  const int32_t heads = 3, group = 3, layers = static_cast<int32_t>(30 * 64 / dim);
+  const auto group = static_cast<int32_t>(state.range(2));
+  const int64_t num_tokens = state.range(3);
+  const int32_t heads = 3, layers = static_cast<int32_t>(30 * 64 / dim);
   const Cache cache(layers, heads, dim, 8192);
   const std::vector<float> q = random_queries(group, dim, 3);
   std::mt19937 random(5);
@@ -92,8 +93,8 @@ void attend(benchmark::State& state) {
 }
 
 BENCHMARK(attend)
-    ->ArgNames({"threads", "head_dim", "tokens"})
-    ->ArgsProduct({{1, 2}, {64, 128}, {300, 700}})
+    ->ArgNames({"threads", "head_dim", "group", "tokens"})
+    ->ArgsProduct({{1, 2}, {64, 128, 256}, {3, 4, 8}, {700}})
     ->UseManualTime()
     ->Iterations(20);
 

@@ -1,5 +1,6 @@
 // attend: scores of listed K rows, and weighted sums of listed V rows. One read of a row serves the whole group.
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/prefetch.h"
 #include "cpu/steps.h"
@@ -15,46 +16,39 @@ HWY_BEFORE_NAMESPACE();
 namespace tactic::cpu {
 namespace HWY_NAMESPACE {
 
-// V rows up to this long are fetched while K rows are scored. Longer ones fill the queue of misses: at 256 bytes attend
-// reaches 84-88% of a gather's bandwidth without, 73-80% with; at 128 bytes 77-80% without, 89-96% with.
+// V rows up to this long are fetched while K rows are scored, which at 128 bytes saves 7% for three query heads and 1%
+// for four. For longer ones it makes no difference.
 constexpr size_t kFetchedValueBytes = 128;
 
-// The cache lines of a few rows, handed out one by one: prefetches spread between the arithmetic take 10% less time
-// than in one go, and V rows fetched to L2 while K rows are scored save the values' phase its misses.
-template <class Fetch>
-class Prefetcher {
- public:
-  Prefetcher(const RowsView& k, size_t k_bytes, const RowsView* v, size_t v_bytes)
-      : k_bytes_(k_bytes),
-        k_lines_(lines(k, k_bytes)),
-        v_bytes_(v_bytes),
-        v_lines_(v != nullptr ? lines(*v, v_bytes) : 0) {}
+size_t lines_of(const RowsView& rows, size_t bytes) {
+  const bool aligned = rows.token_stride_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(rows.row(0, 0)) % 64 == 0 &&
+                       rows.head_stride_bytes % 64 == 0 && rows.page_stride_bytes % 64 == 0;
+  return (bytes + 63) / 64 + (aligned ? 0 : 1);
+}
 
-  size_t lines_per_row() const { return k_lines_ + v_lines_; }
-  HWY_INLINE void set(size_t r, const std::byte* k_row, const std::byte* v_row) {
-    k_rows_[r] = k_row;
-    v_rows_[r] = v_row;
+// Rows that are read while those of the next block are fetched, line by line between the arithmetic.
+template <class Fetch, int64_t kRows = Fetch::kRowsAhead>
+class RowBlock {
+ public:
+  RowBlock() = default;
+  RowBlock(const RowsView& view, size_t bytes) : view_(&view), bytes_(bytes), lines_(lines_of(view, bytes)) {}
+
+  size_t lines() const { return lines_; }
+  const std::byte* const* rows() const { return rows_; }
+  // The last row stands also in the places behind it, up to a multiple of four.
+  HWY_INLINE void set(int32_t head, const int32_t* tokens, int64_t num) {
+    for (int64_t i = 0; i < (num + 3) / 4 * 4; ++i) rows_[i] = view_->row(head, tokens[std::min(i, num - 1)]);
   }
-  // Line z of the four rows, z < 4 * lines_per_row().
-  HWY_INLINE void fetch(size_t z) const {
-    const size_t line = z / 4;
-    if (line < k_lines_) {
-      Fetch::line(k_rows_[z % 4] + std::min(line * 64, k_bytes_ - 1));
-    } else {
-      FetchToL2::line(v_rows_[z % 4] + std::min((line - k_lines_) * 64, v_bytes_ - 1));
-    }
+  HWY_INLINE void fetch(int64_t row, size_t line) const { Fetch::line(rows_[row] + std::min(line * 64, bytes_ - 1)); }
+  HWY_INLINE void fetch_four(int64_t row, size_t line) const {
+    const size_t at = std::min(line * 64, bytes_ - 1);
+    for (int64_t i = 0; i < 4; ++i) Fetch::line(rows_[row + i] + at);
   }
 
  private:
-  static size_t lines(const RowsView& rows, size_t bytes) {
-    const bool aligned = rows.token_stride_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(rows.row(0, 0)) % 64 == 0 &&
-                         rows.head_stride_bytes % 64 == 0 && rows.page_stride_bytes % 64 == 0;
-    return (bytes + 63) / 64 + (aligned ? 0 : 1);
-  }
-
-  size_t k_bytes_, k_lines_, v_bytes_, v_lines_;
-  const std::byte* k_rows_[4] = {};
-  const std::byte* v_rows_[4] = {};
+  const RowsView* view_ = nullptr;
+  size_t bytes_ = 0, lines_ = 0;
+  const std::byte* rows_[kRows] = {};
 };
 
 // Adds the lanes of four vectors at once: {sum(a), sum(b), sum(c), sum(d)}.
@@ -86,193 +80,242 @@ HWY_INLINE void store_four_sums(RowTag df, RowVec a, RowVec b, RowVec c, RowVec 
 #endif
 }
 
-// kHeads query heads at once, four rows at a time.
-template <class Fetch, DType kType, int kHeads>
-void score_rows(const RowsView& k, const RowsView* v, size_t v_bytes, int32_t head, const int32_t* tokens,
-                int64_t num_tokens, const float* q, size_t head_dim, float* scores, int64_t stride) {
-  const RowTag df;
-  const size_t lanes = hn::Lanes(df);
-  Prefetcher<Fetch> prefetcher(k, row_bytes(kType, static_cast<int64_t>(head_dim)), v, v_bytes);
-  const size_t lines = 4 * prefetcher.lines_per_row(), lines_per_step = (lines * lanes + head_dim - 1) / head_dim;
-  const auto look_ahead = [&](int64_t t) {
-    for (int64_t r = 0; r < 4; ++r) {
-      const int32_t token = tokens[std::min(t + r, num_tokens - 1)];
-      prefetcher.set(static_cast<size_t>(r), k.row(head, token), v != nullptr ? v->row(head, token) : nullptr);
-    }
-  };
-  for (int64_t t = 0; t < std::min(num_tokens, Fetch::kRowsAhead); t += 4) {
-    look_ahead(t);
-    for (size_t z = 0; z < lines; ++z) prefetcher.fetch(z);
+// Calls fn(first_head, std::integral_constant) for slices of at most four heads.
+template <class Fn>
+HWY_INLINE void for_slices(int32_t group_size, Fn fn) {
+  int32_t g = 0;
+  for (; group_size - g >= 4; g += 4) fn(g, std::integral_constant<int, 4>());
+  switch (group_size - g) {
+    case 3: return fn(g, std::integral_constant<int, 3>());
+    case 2: return fn(g, std::integral_constant<int, 2>());
+    case 1: return fn(g, std::integral_constant<int, 1>());
+    default: return;
   }
-  for (int64_t t = 0; t < num_tokens; t += 4) {
-    const int64_t rest = num_tokens - t;
-    const std::byte* rows[4];
-    for (int64_t r = 0; r < 4; ++r) rows[r] = k.row(head, tokens[t + std::min(r, rest - 1)]);
-    size_t line = t + Fetch::kRowsAhead < num_tokens ? 0 : lines;
-    if (line == 0) look_ahead(t + Fetch::kRowsAhead);
-    RowVec sums[kHeads][4];
-    for (int g = 0; g < kHeads; ++g) {
-      for (int r = 0; r < 4; ++r) sums[g][r] = hn::Zero(df);
-    }
-    for (size_t i = 0; i < head_dim; i += lanes) {
-      for (const size_t stop = std::min(lines, line + lines_per_step); line < stop; ++line) prefetcher.fetch(line);
-      const RowVec k0 = RowLoader<kType>::load(df, rows[0], i);
-      const RowVec k1 = RowLoader<kType>::load(df, rows[1], i);
-      const RowVec k2 = RowLoader<kType>::load(df, rows[2], i);
-      const RowVec k3 = RowLoader<kType>::load(df, rows[3], i);
-      for (int g = 0; g < kHeads; ++g) {
-        const RowVec qv = hn::LoadU(df, q + static_cast<size_t>(g) * head_dim + i);
-        sums[g][0] = hn::MulAdd(qv, k0, sums[g][0]);
-        sums[g][1] = hn::MulAdd(qv, k1, sums[g][1]);
-        sums[g][2] = hn::MulAdd(qv, k2, sums[g][2]);
-        sums[g][3] = hn::MulAdd(qv, k3, sums[g][3]);
-      }
-    }
-    for (int g = 0; g < kHeads; ++g) {
-      float* out = scores + g * stride + t;
-      if (rest >= 4) {
-        store_four_sums(df, sums[g][0], sums[g][1], sums[g][2], sums[g][3], out);
-      } else {
-        float last[4];
-        store_four_sums(df, sums[g][0], sums[g][1], sums[g][2], sums[g][3], last);
-        for (int64_t r = 0; r < rest; ++r) out[r] = last[r];
-      }
+}
+
+// Fetches the lines of four K rows, and of their V rows if there are any, one line of each in a step.
+template <class Fetch>
+struct FetchAhead {
+  RowBlock<Fetch> k;
+  RowBlock<FetchToL2, Fetch::kRowsAhead> v;
+  size_t lines = 0, steps = 0;
+  int64_t row = 0;
+  size_t line = 0;  // the next one; `lines`: all have been fetched
+
+  HWY_INLINE void begin(int64_t first) {
+    row = first;
+    for (line = 0; line + steps < lines;) step();
+  }
+  HWY_INLINE void step() {
+    if (line >= lines) return;
+    line < k.lines() ? k.fetch_four(row, line) : v.fetch_four(row, line - k.lines());
+    ++line;
+  }
+};
+
+// One query head's products with four rows. Not an element of an array: gcc would keep it in memory.
+struct FourSums {
+  RowVec a, b, c, d;
+
+  explicit FourSums(RowTag df) : a(hn::Zero(df)), b(a), c(a), d(a) {}
+  HWY_INLINE void add(RowVec q, RowVec k0, RowVec k1, RowVec k2, RowVec k3) {
+    a = hn::MulAdd(q, k0, a);
+    b = hn::MulAdd(q, k1, b);
+    c = hn::MulAdd(q, k2, c);
+    d = hn::MulAdd(q, k3, d);
+  }
+  HWY_INLINE void store(RowTag df, int64_t num, float* out) const {
+    if (num >= 4) return store_four_sums(df, a, b, c, d, out);
+    float last[4];
+    store_four_sums(df, a, b, c, d, last);
+    std::copy_n(last, num, out);
+  }
+};
+
+// kHeads query heads, up to four, and four rows, of which the first `num` are asked for.
+template <class Fetch, DType kType, int kHeads>
+HWY_INLINE void score_four(const std::byte* const* rows, int64_t num, const float* q, size_t head_dim, float* scores,
+                           int64_t stride, FetchAhead<Fetch>& ahead) {
+  const RowTag df;
+  FourSums first(df), second(df), third(df), fourth(df);
+  for (size_t i = 0; i < head_dim; i += hn::Lanes(df)) {
+    ahead.step();
+    const RowVec k0 = RowLoader<kType>::load(df, rows[0], i);
+    const RowVec k1 = RowLoader<kType>::load(df, rows[1], i);
+    const RowVec k2 = RowLoader<kType>::load(df, rows[2], i);
+    const RowVec k3 = RowLoader<kType>::load(df, rows[3], i);
+    first.add(hn::LoadU(df, q + i), k0, k1, k2, k3);
+    if constexpr (kHeads > 1) second.add(hn::LoadU(df, q + head_dim + i), k0, k1, k2, k3);
+    if constexpr (kHeads > 2) third.add(hn::LoadU(df, q + 2 * head_dim + i), k0, k1, k2, k3);
+    if constexpr (kHeads > 3) fourth.add(hn::LoadU(df, q + 3 * head_dim + i), k0, k1, k2, k3);
+  }
+  first.store(df, num, scores);
+  if constexpr (kHeads > 1) second.store(df, num, scores + stride);
+  if constexpr (kHeads > 2) third.store(df, num, scores + 2 * stride);
+  if constexpr (kHeads > 3) fourth.store(df, num, scores + 3 * stride);
+}
+
+template <class Fetch, DType kType>
+void score_rows(const RowsView& k, const RowsView* v, size_t v_bytes, int32_t head, const int32_t* tokens,
+                int64_t num_tokens, const float* q, size_t head_dim, int32_t group_size, float* scores,
+                int64_t stride) {
+  RowBlock<Fetch> now;
+  FetchAhead<Fetch> next;
+  next.k = {k, row_bytes(kType, static_cast<int64_t>(head_dim))};
+  if (v != nullptr) next.v = {*v, v_bytes};
+  next.lines = next.k.lines() + next.v.lines();
+  next.steps = head_dim / hn::Lanes(RowTag()) * static_cast<size_t>((group_size + 3) / 4);
+  int64_t num = 0, num_next = 0;
+  const auto set_next = [&](int64_t begin) HWY_ATTR {
+    num_next = std::min(num_tokens - begin, Fetch::kRowsAhead);
+    if (num_next > 0) next.k.set(head, tokens + begin, num_next);
+    if (num_next > 0 && v != nullptr) next.v.set(head, tokens + begin, num_next);
+  };
+  set_next(0);
+  for (int64_t t = 0; t < num_next; t += 4) {
+    for (next.begin(t); next.line < next.lines;) next.step();
+  }
+  for (int64_t begin = 0; begin < num_tokens; begin += num) {
+    now = next.k;
+    num = num_next;
+    set_next(begin + num);
+    for (int64_t t = 0; t < num; t += 4) {
+      if (t < num_next) next.begin(t);
+      for_slices(group_size, [&](int32_t g, auto heads) HWY_ATTR {
+        score_four<Fetch, kType, heads>(now.rows() + t, num - t, q + static_cast<size_t>(g) * head_dim, head_dim,
+                                        scores + g * stride + begin + t, stride, next);
+      });
     }
   }
 }
 
-// kHeads query heads and kVecs vectors of the row at once, so that the sums stay in registers.
+// The rows whose values are added, for all heads and columns before the next ones are, and what is fetched meanwhile.
+template <class Fetch>
+struct ValueBlocks {
+  RowBlock<Fetch> now, next;
+  int64_t num = 0, num_next = 0;
+  size_t first_line = 0, end_line = 0;  // of the next rows, by the slice at hand
+
+  void share(size_t slice, size_t slices) {
+    first_line = next.lines() * slice / slices;
+    end_line = next.lines() * (slice + 1) / slices;
+  }
+};
+
+// kHeads query heads and kVecs vectors of the rows at once, so that the sums stay in registers.
 template <class Fetch, DType kType, int kHeads, int kVecs>
-void add_rows(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
-              int64_t stride, size_t begin, size_t v_head_dim, float* out) {
+void add_rows(const ValueBlocks<Fetch>& blocks, const float* weights, int64_t stride, size_t column, size_t v_head_dim,
+              float* out) {
   const RowTag df;
   const size_t lanes = hn::Lanes(df);
+  out += column;
   RowVec sums[kHeads][kVecs];
   for (int g = 0; g < kHeads; ++g) {
-    for (int j = 0; j < kVecs; ++j) {
-      sums[g][j] = hn::LoadU(df, out + static_cast<size_t>(g) * v_head_dim + begin + static_cast<size_t>(j) * lanes);
-    }
+    for (int j = 0; j < kVecs; ++j)
+      sums[g][j] = hn::LoadU(df, out + static_cast<size_t>(g) * v_head_dim + static_cast<size_t>(j) * lanes);
   }
-  const size_t first = row_bytes(kType, static_cast<int64_t>(begin / 32 * 32));
-  const size_t bytes = row_bytes(kType, static_cast<int64_t>((static_cast<size_t>(kVecs) * lanes + 31) / 32 * 32));
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    const std::byte* row = v.row(head, tokens[t]);
-    if (t + Fetch::kRowsAhead < num_tokens) {
-      const std::byte* ahead = v.row(head, tokens[t + Fetch::kRowsAhead]) + first;
-      for (size_t i = 0; i < bytes; i += 64) Fetch::line(ahead + i);
+  const int64_t num = blocks.num, num_next = blocks.num_next;
+  const size_t first_line = blocks.first_line, end_line = blocks.end_line;
+  for (int64_t t = 0; t < num; ++t) {
+    if (t < num_next) {
+      for (size_t line = first_line; line < end_line; ++line) blocks.next.fetch(t, line);
     }
+    const std::byte* row = blocks.now.rows()[t];
     RowVec values[kVecs];
-    for (int j = 0; j < kVecs; ++j) values[j] = RowLoader<kType>::load(df, row, begin + static_cast<size_t>(j) * lanes);
+    for (int j = 0; j < kVecs; ++j)
+      values[j] = RowLoader<kType>::load(df, row, column + static_cast<size_t>(j) * lanes);
     for (int g = 0; g < kHeads; ++g) {
       const RowVec w = hn::Set(df, weights[g * stride + t]);
       for (int j = 0; j < kVecs; ++j) sums[g][j] = hn::MulAdd(w, values[j], sums[g][j]);
     }
   }
   for (int g = 0; g < kHeads; ++g) {
-    for (int j = 0; j < kVecs; ++j) {
-      hn::StoreU(sums[g][j], df, out + static_cast<size_t>(g) * v_head_dim + begin + static_cast<size_t>(j) * lanes);
-    }
+    for (int j = 0; j < kVecs; ++j)
+      hn::StoreU(sums[g][j], df, out + static_cast<size_t>(g) * v_head_dim + static_cast<size_t>(j) * lanes);
   }
 }
 
-// As many vectors as fit beside the sums of kHeads heads in 16 registers.
-template <class Fetch, DType kType, int kHeads>
+// Vectors of a row that fit in the registers beside the sums of `heads` heads.
+constexpr size_t vecs_beside(int heads) {
+  constexpr bool k32Registers = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
+  return heads <= 3 || k32Registers ? 4 : 2;
+}
+
+template <class Fetch, DType kType>
 void value_rows(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
-                int64_t stride, size_t v_head_dim, float* out) {
-  constexpr int kVecs = kHeads <= 2 ? 4 : kHeads == 3 ? 3 : 2;
-  const size_t lanes = hn::Lanes(RowTag());
-  size_t begin = 0;
-  if (kHeads == 3 && v_head_dim % (4 * lanes) == 0) {
-    for (; begin < v_head_dim; begin += 4 * lanes) {
-      add_rows<Fetch, kType, kHeads, 4>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
-    }
-    return;
+                int64_t stride, size_t v_head_dim, int32_t group_size, float* out) {
+  const size_t lanes = hn::Lanes(RowTag()), vecs = v_head_dim / lanes;
+  size_t slices = 0;
+  for_slices(group_size, [&](int32_t, auto heads) HWY_ATTR {
+    constexpr size_t kVecs = vecs_beside(heads);
+    slices += vecs / kVecs + vecs % kVecs;
+  });
+  ValueBlocks<Fetch> blocks;
+  blocks.next = {v, row_bytes(kType, static_cast<int64_t>(v_head_dim))};
+  const auto set_next = [&](int64_t begin) HWY_ATTR {
+    blocks.num_next = std::min(num_tokens - begin, Fetch::kRowsAhead);
+    if (blocks.num_next > 0) blocks.next.set(head, tokens + begin, blocks.num_next);
+  };
+  set_next(0);
+  for (int64_t t = 0; t < blocks.num_next; t += 4) {
+    for (size_t line = 0; line < blocks.next.lines(); ++line) blocks.next.fetch_four(t, line);
   }
-  for (; begin + kVecs * lanes <= v_head_dim; begin += kVecs * lanes) {
-    add_rows<Fetch, kType, kHeads, kVecs>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
-  }
-  for (; begin < v_head_dim; begin += lanes) {
-    add_rows<Fetch, kType, kHeads, 1>(v, head, tokens, num_tokens, weights, stride, begin, v_head_dim, out);
-  }
-}
-
-// Calls fn.template operator()<Fetch, kType, kHeads>(first_head) for slices of at most four heads.
-template <class Fetch, DType kType, class Fn>
-HWY_INLINE void for_slices(int32_t group_size, Fn fn) {
-  int32_t g = 0;
-  for (; group_size - g > 4 || group_size - g == 4; g += 4) fn.template operator()<Fetch, kType, 4>(g);
-  switch (group_size - g) {
-    case 3: return fn.template operator()<Fetch, kType, 3>(g);
-    case 2: return fn.template operator()<Fetch, kType, 2>(g);
-    case 1: return fn.template operator()<Fetch, kType, 1>(g);
-    default: return;
+  for (int64_t begin = 0; begin < num_tokens; begin += blocks.num) {
+    blocks.now = blocks.next;
+    blocks.num = blocks.num_next;
+    set_next(begin + blocks.num);
+    size_t slice = 0;
+    for_slices(group_size, [&](int32_t g, auto heads) HWY_ATTR {
+      constexpr size_t kVecs = vecs_beside(heads);
+      const float* w = weights + g * stride + begin;
+      float* sums = out + static_cast<size_t>(g) * v_head_dim;
+      size_t vec = 0;
+      for (; vec + kVecs <= vecs; vec += kVecs) {
+        blocks.share(slice++, slices);
+        add_rows<Fetch, kType, heads, kVecs>(blocks, w, stride, vec * lanes, v_head_dim, sums);
+      }
+      for (; vec < vecs; ++vec) {
+        blocks.share(slice++, slices);
+        add_rows<Fetch, kType, heads, 1>(blocks, w, stride, vec * lanes, v_head_dim, sums);
+      }
+    });
   }
 }
 
 template <class Fetch, class Fn>
-HWY_INLINE void for_type(DType dtype, int32_t group_size, Fn fn) {
+HWY_INLINE void for_type(DType dtype, Fn fn) {
   switch (dtype) {
-    case DType::kF32: return for_slices<Fetch, DType::kF32>(group_size, fn);
-    case DType::kF16: return for_slices<Fetch, DType::kF16>(group_size, fn);
-    case DType::kBF16: return for_slices<Fetch, DType::kBF16>(group_size, fn);
-    case DType::kQ8_0: return for_slices<Fetch, DType::kQ8_0>(group_size, fn);
-    case DType::kQ4_0: return for_slices<Fetch, DType::kQ4_0>(group_size, fn);
+    case DType::kF32: return fn.template operator()<Fetch, DType::kF32>();
+    case DType::kF16: return fn.template operator()<Fetch, DType::kF16>();
+    case DType::kBF16: return fn.template operator()<Fetch, DType::kBF16>();
+    case DType::kQ8_0: return fn.template operator()<Fetch, DType::kQ8_0>();
+    case DType::kQ4_0: return fn.template operator()<Fetch, DType::kQ4_0>();
     case DType::kF8E4M3: return;  // no view has it
   }
 }
 
 template <class Fn>
-HWY_INLINE void dispatch(DType dtype, int32_t group_size, Fn fn) {
-  fetches_to_l2() ? for_type<FetchToL2>(dtype, group_size, fn) : for_type<FetchToL1>(dtype, group_size, fn);
+HWY_INLINE void dispatch(DType dtype, Fn fn) {
+  fetches_to_l2() ? for_type<FetchToL2>(dtype, fn) : for_type<FetchToL1>(dtype, fn);
 }
-
-struct ScoreRows {
-  const RowsView& k;
-  const RowsView* v;
-  size_t v_bytes;
-  int32_t head;
-  const int32_t* tokens;
-  int64_t num_tokens;
-  const float* q;
-  size_t head_dim;
-  float* scores;
-  int64_t stride;
-  template <class Fetch, DType kType, int kHeads>
-  void operator()(int32_t g) const {
-    score_rows<Fetch, kType, kHeads>(k, g == 0 && v_bytes <= kFetchedValueBytes ? v : nullptr, v_bytes, head, tokens,
-                                     num_tokens, q + static_cast<size_t>(g) * head_dim, head_dim, scores + g * stride,
-                                     stride);
-  }
-};
-
-struct ValueRows {
-  const RowsView& v;
-  int32_t head;
-  const int32_t* tokens;
-  int64_t num_tokens;
-  const float* weights;
-  int64_t stride;
-  size_t v_head_dim;
-  float* out;
-  template <class Fetch, DType kType, int kHeads>
-  void operator()(int32_t g) const {
-    value_rows<Fetch, kType, kHeads>(v, head, tokens, num_tokens, weights + g * stride, stride, v_head_dim,
-                                     out + static_cast<size_t>(g) * v_head_dim);
-  }
-};
 
 void attend_scores(const RowsView& k, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* q,
                    int32_t head_dim, int32_t group_size, float* scores, int64_t stride, const RowsView* v,
                    int32_t v_head_dim) {
-  dispatch(k.dtype, group_size,
-           ScoreRows{k, v, v != nullptr ? row_bytes(v->dtype, v_head_dim) : 0, head, tokens, num_tokens, q,
-                     static_cast<size_t>(head_dim), scores, stride});
+  const size_t v_bytes = v != nullptr ? row_bytes(v->dtype, v_head_dim) : 0;
+  const RowsView* fetched = v_bytes <= kFetchedValueBytes ? v : nullptr;
+  dispatch(k.dtype, [&]<class Fetch, DType kType>() {
+    score_rows<Fetch, kType>(k, fetched, v_bytes, head, tokens, num_tokens, q, static_cast<size_t>(head_dim),
+                             group_size, scores, stride);
+  });
 }
 
 void attend_values(const RowsView& v, int32_t head, const int32_t* tokens, int64_t num_tokens, const float* weights,
                    int64_t stride, int32_t v_head_dim, int32_t group_size, float* out) {
-  dispatch(v.dtype, group_size,
-           ValueRows{v, head, tokens, num_tokens, weights, stride, static_cast<size_t>(v_head_dim), out});
+  dispatch(v.dtype, [&]<class Fetch, DType kType>() {
+    value_rows<Fetch, kType>(v, head, tokens, num_tokens, weights, stride, static_cast<size_t>(v_head_dim), group_size,
+                             out);
+  });
 }
 
 }  // namespace HWY_NAMESPACE

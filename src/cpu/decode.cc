@@ -211,21 +211,30 @@ class CpuRun : public BackendRun {
         [&](Task& task, int64_t begin, int64_t end) {
           value_rows(task, task.exact, begin, end, partial_of(task, thread));
         });
+    const auto read = [](const Task& task) { return task.sparse && !task.not_finite; };
+    share(  // certain ones apart, since most of them were read in the last step too and are still in some cache
+        thread, threads, 16, [&](const Task& task) { return read(task) ? task.selection.num_certain : 0; },
+        [&](Task& task, int64_t begin, int64_t end) { selected_rows(task, options, begin, end, thread); });
     share(
         thread, threads, 16,
-        [](const Task& task) { return task.sparse && !task.not_finite ? task.selected.size() : 0; },
+        [&](const Task& task) { return read(task) ? task.selected.size() - task.selection.num_certain : 0; },
         [&](Task& task, int64_t begin, int64_t end) {
-          Partial& partial = partial_of(task, thread);
-          score_rows(task, task.selected, begin, end);
-          weigh_rows(task, begin, end, partial.sums.data());
-          const bool refines = options.select == Select::kSample && draws_too_heavy(task, partial.sums.data());
-          for (int64_t at = begin; at < end;) {  // rows too heavy to be a sample wait until their clusters are read
-            const int64_t heavy = refines ? next_heavy(task, at, end) : end;
-            value_rows(task, task.selected, at, heavy, partial);
-            at = heavy + 1;
-          }
-          if (options.check_rows && !rows_unchanged(task, task.selected, begin, end)) mark_changed(task);
+          const int64_t first = task.selection.num_certain;
+          selected_rows(task, options, first + begin, first + end, thread);
         });
+  }
+
+  void selected_rows(Task& task, const DecodeOptions& options, int64_t begin, int64_t end, int32_t thread) {
+    Partial& partial = partial_of(task, thread);
+    score_rows(task, task.selected, begin, end);
+    weigh_rows(task, begin, end, partial.sums.data());
+    const bool refines = options.select == Select::kSample && draws_too_heavy(task, partial.sums.data());
+    for (int64_t at = begin; at < end;) {  // rows too heavy to be a sample wait until their clusters are read
+      const int64_t heavy = refines ? next_heavy(task, at, end) : end;
+      value_rows(task, task.selected, at, heavy, partial);
+      at = heavy + 1;
+    }
+    if (options.check_rows && !rows_unchanged(task, task.selected, begin, end)) mark_changed(task);
   }
 
   // Rows added by refinement, and what it changed in the weights of others.
