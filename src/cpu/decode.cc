@@ -16,7 +16,7 @@ namespace tactic {
 namespace cpu {
 namespace {
 
-constexpr int64_t kDenseChunk = 256;  // rows whose scores are kept at a time
+constexpr int64_t kDenseChunk = 512;  // rows whose scores are kept at a time
 
 // What one thread has of one task's output.
 struct Partial {
@@ -204,8 +204,8 @@ class CpuRun : public BackendRun {
   // Every row that is known by now: selected ones are scored and weighed, and all values added up.
   void read_phase(const DecodeOptions& options, int32_t thread, int32_t threads) {
     share(
-        thread, threads, kDenseChunk, [](const Task& task) { return task.sparse ? 0 : task.exact.size(); },
-        [&](Task& task, int64_t begin, int64_t end) { dense_rows(task, begin, end, partial_of(task, thread)); });
+        thread, threads, 16, [](const Task& task) { return task.sparse || task.head != 0 ? 0 : task.exact.size(); },
+        [&](Task& task, int64_t begin, int64_t end) { dense_rows(&task, begin, end, thread); });
     share(
         thread, threads, 16, [](const Task& task) { return task.sparse && !task.not_finite ? task.exact.size() : 0; },
         [&](Task& task, int64_t begin, int64_t end) {
@@ -250,44 +250,52 @@ class CpuRun : public BackendRun {
                   list.stride, task.v_head_dim(), task.group_size, partial.values.data());
   }
 
-  // Exact attention over listed rows with a running maximum.
-  static void dense_rows(Task& task, int64_t begin, int64_t end, Partial& partial) {
+  // Exact attention over listed rows of all of a query's heads, whose tasks follow one another as their rows lie side
+  // by side: threads that read different heads of the same tokens would take each other's cache lines.
+  void dense_rows(Task* heads, int64_t begin, int64_t end, int32_t thread) {
+    for (int64_t at = begin; at < end; at += kDenseChunk) {
+      for (int32_t head = 0; head < heads->query->kv.num_kv_heads; ++head)
+        dense_chunk(heads[head], at, std::min(kDenseChunk, end - at), partial_of(heads[head], thread));
+    }
+  }
+
+  // With a running maximum.
+  static void dense_chunk(Task& task, int64_t begin, int64_t count, Partial& partial) {
     const DecodeQuery& query = *task.query;
     const auto dv = static_cast<size_t>(task.v_head_dim());
-    std::vector<float> scores(static_cast<size_t>(task.group_size) * kDenseChunk);
-    for (int64_t at = begin; at < end; at += kDenseChunk) {
-      const int64_t count = std::min(kDenseChunk, end - at);
-      const int32_t* tokens = task.exact.tokens.data() + at;
-      attend_scores(query.kv.k, task.head, tokens, count, task.q.data(), task.head_dim(), task.group_size,
-                    scores.data(), kDenseChunk);
-      for (int32_t g = 0; g < task.group_size; ++g) {
-        float* row = scores.data() + g * kDenseChunk;
-        if (query.bias != nullptr) {
-          for (int64_t i = 0; i < count; ++i) row[i] += query.bias[tokens[i]];
-        }
-        SoftmaxState& state = partial.state[static_cast<size_t>(g)];
-        const float max = max_score(row, count);
-        if (std::isnan(max) || max == HUGE_VALF || std::isnan(state.max)) {  // as the formula has it: NaN for this head
-          state = {std::nanf(""), std::nanf("")};
-          std::fill_n(row, count, std::nanf(""));
-          continue;
-        }
-        if (max > state.max) {
-          const float scale = state.max == -HUGE_VALF ? 0.0f : std::exp(state.max - max);
-          state.sum *= scale;
-          float* values = partial.values.data() + static_cast<size_t>(g) * dv;
-          for (size_t d = 0; d < dv; ++d) values[d] *= scale;
-          state.max = max;
-        }
-        if (state.max == -HUGE_VALF) {
-          std::fill_n(row, count, 0.0f);
-        } else {
-          state.sum += exp_weights(row, count, state.max, row);
-        }
+    thread_local std::vector<float> kept_scores;
+    kept_scores.resize(static_cast<size_t>(task.group_size) * kDenseChunk);
+    float* const scores = kept_scores.data();
+    const int32_t* tokens = task.exact.tokens.data() + begin;
+    attend_scores(query.kv.k, task.head, tokens, count, task.q.data(), task.head_dim(), task.group_size, scores,
+                  kDenseChunk);
+    for (int32_t g = 0; g < task.group_size; ++g) {
+      float* row = scores + g * kDenseChunk;
+      if (query.bias != nullptr) {
+        for (int64_t i = 0; i < count; ++i) row[i] += query.bias[tokens[i]];
       }
-      attend_values(query.kv.v, task.head, tokens, count, scores.data(), kDenseChunk, task.v_head_dim(),
-                    task.group_size, partial.values.data());
+      SoftmaxState& state = partial.state[static_cast<size_t>(g)];
+      const float max = max_score(row, count);
+      if (std::isnan(max) || max == HUGE_VALF || std::isnan(state.max)) {  // as the formula has it: NaN for this head
+        state = {std::nanf(""), std::nanf("")};
+        std::fill_n(row, count, std::nanf(""));
+        continue;
+      }
+      if (max > state.max) {
+        const float scale = state.max == -HUGE_VALF ? 0.0f : std::exp(state.max - max);
+        state.sum *= scale;
+        float* values = partial.values.data() + static_cast<size_t>(g) * dv;
+        for (size_t d = 0; d < dv; ++d) values[d] *= scale;
+        state.max = max;
+      }
+      if (state.max == -HUGE_VALF) {
+        std::fill_n(row, count, 0.0f);
+      } else {
+        state.sum += exp_weights(row, count, state.max, row);
+      }
     }
+    attend_values(query.kv.v, task.head, tokens, count, scores, kDenseChunk, task.v_head_dim(), task.group_size,
+                  partial.values.data());
   }
 
   void merge_task(size_t t, int32_t threads) {
