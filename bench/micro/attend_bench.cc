@@ -17,11 +17,11 @@ namespace {
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // The most the memory gives for rows at random places: every line is fetched ahead and added up.
-template <class Fetch>
+template <class Fetch, int64_t kAhead>
 uint64_t gather(const RowsView& rows, int32_t head, size_t bytes, const int32_t* tokens, int64_t num) {
   uint64_t sum = 0;
   for (int64_t t = 0; t < num; ++t) {
-    const std::byte* ahead = rows.row(head, tokens[std::min(t + 2 * Fetch::kRowsAhead, num - 1)]);
+    const std::byte* ahead = rows.row(head, tokens[std::min(t + kAhead, num - 1)]);
     for (size_t i = 0; i < bytes; i += 64) Fetch::line(ahead + i);
     const std::byte* row = rows.row(head, tokens[t]);
     for (size_t i = 0; i < bytes; i += 64) sum += static_cast<uint64_t>(row[i]);
@@ -56,7 +56,7 @@ void attend(benchmark::State& state) {
         cpu::parallel_ranges(threads, num_tokens, 16, [&](int64_t from, int64_t to) {
           const int64_t num = to - from;
           if (reader != Reader::kAttend) {
-            const auto read = reader == Reader::kGatherToL1 ? gather<cpu::FetchToL1> : gather<cpu::FetchToL2>;
+            const auto read = reader == Reader::kGatherToL1 ? gather<cpu::FetchToL1, 24> : gather<cpu::FetchToL2, 48>;
             benchmark::DoNotOptimize(read(kv.k, head, bytes, tokens.data() + from, num) +
                                      read(kv.v, head, bytes, tokens.data() + from, num));
             return;

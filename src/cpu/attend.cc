@@ -17,7 +17,7 @@ namespace tactic::cpu {
 namespace HWY_NAMESPACE {
 
 // V rows up to this long are fetched while K rows are scored, which at 128 bytes saves 7% for three query heads and 1%
-// for four. For longer ones it makes no difference.
+// for four (Zen 4). For longer ones it made no difference there.
 constexpr size_t kFetchedValueBytes = 128;
 
 size_t lines_of(const RowsView& rows, size_t bytes) {
@@ -26,27 +26,36 @@ size_t lines_of(const RowsView& rows, size_t bytes) {
   return (bytes + 63) / 64 + (aligned ? 0 : 1);
 }
 
-// Rows that are read while those of the next block are fetched, line by line between the arithmetic.
+// Listed rows that are read while those of the next block are fetched, line by line between the arithmetic.
 template <class Fetch, int64_t kRows = Fetch::kRowsAhead>
 class RowBlock {
  public:
   RowBlock() = default;
   RowBlock(const RowsView& view, size_t bytes) : view_(&view), bytes_(bytes), lines_(lines_of(view, bytes)) {}
 
+  int64_t size() const { return size_; }
   size_t lines() const { return lines_; }
-  const std::byte* const* rows() const { return rows_; }
   // The last row stands also in the places behind it, up to a multiple of four.
+  const std::byte* const* rows() const { return rows_; }
+  // The first ones of `num` tokens, as many as there is room for.
   HWY_INLINE void set(int32_t head, const int32_t* tokens, int64_t num) {
-    for (int64_t i = 0; i < (num + 3) / 4 * 4; ++i) rows_[i] = view_->row(head, tokens[std::min(i, num - 1)]);
+    size_ = std::min(num, kRows);
+    for (int64_t i = 0; i < (size_ + 3) / 4 * 4; ++i) rows_[i] = view_->row(head, tokens[std::min(i, size_ - 1)]);
   }
   HWY_INLINE void fetch(int64_t row, size_t line) const { Fetch::line(rows_[row] + std::min(line * 64, bytes_ - 1)); }
   HWY_INLINE void fetch_four(int64_t row, size_t line) const {
-    const size_t at = std::min(line * 64, bytes_ - 1);
-    for (int64_t i = 0; i < 4; ++i) Fetch::line(rows_[row + i] + at);
+    for (int64_t i = 0; i < 4; ++i) fetch(row + i, line);
+  }
+  void fetch_all() const {
+    for (int64_t row = 0; row < size_; row += 4) {
+      for (size_t line = 0; line < lines_; ++line) fetch_four(row, line);
+    }
   }
 
  private:
+  static_assert(kRows % 4 == 0);
   const RowsView* view_ = nullptr;
+  int64_t size_ = 0;
   size_t bytes_ = 0, lines_ = 0;
   const std::byte* rows_[kRows] = {};
 };
@@ -93,16 +102,18 @@ HWY_INLINE void for_slices(int32_t group_size, Fn fn) {
   }
 }
 
-// Fetches the lines of four K rows, and of their V rows if there are any, one line of each in a step.
+// Fetches the lines of four K rows, and of their V rows if there are any, one line of each at every step.
 template <class Fetch>
 struct FetchAhead {
   RowBlock<Fetch> k;
   RowBlock<FetchToL2, Fetch::kRowsAhead> v;
-  size_t lines = 0, steps = 0;
+  size_t lines = 0, steps = 0;  // of four rows; as many steps as four rows are scored in
   int64_t row = 0;
   size_t line = 0;  // the next one; `lines`: all have been fetched
 
+  // From here on those of the rows [first, first + 4), if there are some.
   HWY_INLINE void begin(int64_t first) {
+    if (first >= k.size()) return;
     row = first;
     for (line = 0; line + steps < lines;) step();
   }
@@ -159,42 +170,38 @@ template <class Fetch, DType kType>
 void score_rows(const RowsView& k, const RowsView* v, size_t v_bytes, int32_t head, const int32_t* tokens,
                 int64_t num_tokens, const float* q, size_t head_dim, int32_t group_size, float* scores,
                 int64_t stride) {
-  RowBlock<Fetch> now;
   FetchAhead<Fetch> next;
   next.k = {k, row_bytes(kType, static_cast<int64_t>(head_dim))};
   if (v != nullptr) next.v = {*v, v_bytes};
   next.lines = next.k.lines() + next.v.lines();
   next.steps = head_dim / hn::Lanes(RowTag()) * static_cast<size_t>((group_size + 3) / 4);
-  int64_t num = 0, num_next = 0;
   const auto set_next = [&](int64_t begin) HWY_ATTR {
-    num_next = std::min(num_tokens - begin, Fetch::kRowsAhead);
-    if (num_next > 0) next.k.set(head, tokens + begin, num_next);
-    if (num_next > 0 && v != nullptr) next.v.set(head, tokens + begin, num_next);
+    next.k.set(head, tokens + begin, num_tokens - begin);
+    if (v != nullptr) next.v.set(head, tokens + begin, num_tokens - begin);
   };
   set_next(0);
-  for (int64_t t = 0; t < num_next; t += 4) {
-    for (next.begin(t); next.line < next.lines;) next.step();
-  }
-  for (int64_t begin = 0; begin < num_tokens; begin += num) {
+  next.k.fetch_all();
+  next.v.fetch_all();
+  RowBlock<Fetch> now;
+  for (int64_t begin = 0; begin < num_tokens; begin += now.size()) {
     now = next.k;
-    num = num_next;
-    set_next(begin + num);
-    for (int64_t t = 0; t < num; t += 4) {
-      if (t < num_next) next.begin(t);
+    set_next(begin + now.size());
+    for (int64_t t = 0; t < now.size(); t += 4) {
+      next.begin(t);
       for_slices(group_size, [&](int32_t g, auto heads) HWY_ATTR {
-        score_four<Fetch, kType, heads>(now.rows() + t, num - t, q + static_cast<size_t>(g) * head_dim, head_dim,
+        score_four<Fetch, kType, heads>(now.rows() + t, now.size() - t, q + static_cast<size_t>(g) * head_dim, head_dim,
                                         scores + g * stride + begin + t, stride, next);
       });
     }
   }
 }
 
-// The rows whose values are added, for all heads and columns before the next ones are, and what is fetched meanwhile.
+// The rows whose values are added, for all heads and columns before the next ones are, and the next ones, of which
+// every slice of heads and columns fetches its share of lines.
 template <class Fetch>
 struct ValueBlocks {
   RowBlock<Fetch> now, next;
-  int64_t num = 0, num_next = 0;
-  size_t first_line = 0, end_line = 0;  // of the next rows, by the slice at hand
+  size_t first_line = 0, end_line = 0;  // that the slice at hand fetches
 
   void share(size_t slice, size_t slices) {
     first_line = next.lines() * slice / slices;
@@ -214,7 +221,7 @@ void add_rows(const ValueBlocks<Fetch>& blocks, const float* weights, int64_t st
     for (int j = 0; j < kVecs; ++j)
       sums[g][j] = hn::LoadU(df, out + static_cast<size_t>(g) * v_head_dim + static_cast<size_t>(j) * lanes);
   }
-  const int64_t num = blocks.num, num_next = blocks.num_next;
+  const int64_t num = blocks.now.size(), num_next = blocks.next.size();
   const size_t first_line = blocks.first_line, end_line = blocks.end_line;
   for (int64_t t = 0; t < num; ++t) {
     if (t < num_next) {
@@ -235,7 +242,8 @@ void add_rows(const ValueBlocks<Fetch>& blocks, const float* weights, int64_t st
   }
 }
 
-// Vectors of a row that fit in the registers beside the sums of `heads` heads.
+// How many vectors of a row are added at once for so many heads, by what measured best: their sums take 16 registers of
+// 32, or 8 to 12 of 16.
 constexpr size_t vecs_beside(int heads) {
   constexpr bool k32Registers = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
   return heads <= 3 || k32Registers ? 4 : 2;
@@ -252,18 +260,12 @@ void value_rows(const RowsView& v, int32_t head, const int32_t* tokens, int64_t 
   });
   ValueBlocks<Fetch> blocks;
   blocks.next = {v, row_bytes(kType, static_cast<int64_t>(v_head_dim))};
-  const auto set_next = [&](int64_t begin) HWY_ATTR {
-    blocks.num_next = std::min(num_tokens - begin, Fetch::kRowsAhead);
-    if (blocks.num_next > 0) blocks.next.set(head, tokens + begin, blocks.num_next);
-  };
-  set_next(0);
-  for (int64_t t = 0; t < blocks.num_next; t += 4) {
-    for (size_t line = 0; line < blocks.next.lines(); ++line) blocks.next.fetch_four(t, line);
-  }
-  for (int64_t begin = 0; begin < num_tokens; begin += blocks.num) {
+  blocks.next.set(head, tokens, num_tokens);
+  blocks.next.fetch_all();
+  for (int64_t begin = 0; begin < num_tokens; begin += blocks.now.size()) {
     blocks.now = blocks.next;
-    blocks.num = blocks.num_next;
-    set_next(begin + blocks.num);
+    const int64_t end = begin + blocks.now.size();
+    blocks.next.set(head, tokens + end, num_tokens - end);
     size_t slice = 0;
     for_slices(group_size, [&](int32_t g, auto heads) HWY_ATTR {
       constexpr size_t kVecs = vecs_beside(heads);

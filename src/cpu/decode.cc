@@ -121,7 +121,7 @@ class CpuRun : public BackendRun {
   }
 
   void phases(const DecodeOptions& options, int32_t thread, int32_t threads, TeamError& error) {
-    const auto for_tasks = [&](auto fn) {  // whole ones, of which share() gives this thread most
+    const auto for_tasks = [&](auto fn) {  // whole ones: of sparse ones those of which share() gives this thread most
       const size_t n = tasks_.size(), parts = static_cast<size_t>(threads), part = static_cast<size_t>(thread);
       for (size_t t = n * part / parts; t < n * (part + 1) / parts; ++t) fn(t);
     };
@@ -206,12 +206,12 @@ class CpuRun : public BackendRun {
     share(
         thread, threads, 16, [](const Task& task) { return task.sparse || task.head != 0 ? 0 : task.exact.size(); },
         [&](Task& task, int64_t begin, int64_t end) { dense_rows(&task, begin, end, thread); });
+    const auto read = [](const Task& task) { return task.sparse && !task.not_finite; };
     share(
-        thread, threads, 16, [](const Task& task) { return task.sparse && !task.not_finite ? task.exact.size() : 0; },
+        thread, threads, 16, [&](const Task& task) { return read(task) ? task.exact.size() : 0; },
         [&](Task& task, int64_t begin, int64_t end) {
           value_rows(task, task.exact, begin, end, partial_of(task, thread));
         });
-    const auto read = [](const Task& task) { return task.sparse && !task.not_finite; };
     share(  // certain ones apart, since most of them were read in the last step too and are still in some cache
         thread, threads, 16, [&](const Task& task) { return read(task) ? task.selection.num_certain : 0; },
         [&](Task& task, int64_t begin, int64_t end) { selected_rows(task, options, begin, end, thread); });
@@ -250,8 +250,9 @@ class CpuRun : public BackendRun {
                   list.stride, task.v_head_dim(), task.group_size, partial.values.data());
   }
 
-  // Exact attention over listed rows of all of a query's heads, whose tasks follow one another as their rows lie side
-  // by side: threads that read different heads of the same tokens would take each other's cache lines.
+  // Exact attention over the same listed rows in all of a query's heads, whose tasks follow one another. Two threads
+  // that read a head each, through the same tokens at the same time, were hardly faster than one: most likely each took
+  // lines that the other's core had just fetched along with its own.
   void dense_rows(Task* heads, int64_t begin, int64_t end, int32_t thread) {
     for (int64_t at = begin; at < end; at += kDenseChunk) {
       for (int32_t head = 0; head < heads->query->kv.num_kv_heads; ++head)

@@ -79,7 +79,8 @@ TEST_P(AttendRows, ScoresAreDotProducts) {
       const OnTarget on(target);
       const int64_t stride = count + 3;
       std::vector<float> scores(static_cast<size_t>(group * stride), -77.0f);
-      cpu::attend_scores(kv.k, head, rows.data(), count, queries, dim, group, scores.data(), stride);
+      cpu::attend_scores(kv.k, head, rows.data(), count, queries, dim, group, scores.data(), stride,
+                         count % 2 == 0 ? &kv.v : nullptr, dim);  // V rows are fetched with them or not
       for (int32_t g = 0; g < group; ++g) {
         for (int64_t i = 0; i < stride; ++i) {
           const float score = scores[g * stride + i];

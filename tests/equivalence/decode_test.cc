@@ -166,8 +166,10 @@ INSTANTIATE_TEST_SUITE_P(All, DecodeSelect, testing::ValuesIn(kSelectors),
 // share.
 TEST_P(DecodeSelect, ABatchIsItsQueries) {
   const DecodeOptions options = options_of(GetParam());
-  Problem a(spec_of(3000), 3, 1, 0.3f), b(spec_of(700), 4, 2, 0.3f), c(spec_of(1200), 3, 3, 0.3f),
-      d(spec_of(900), 1, 4, 0.3f), e(spec_of(0), 2, 5);
+  CacheSpec three_heads = spec_of(1200), one_head = spec_of(0);
+  three_heads.num_kv_heads = 3, one_head.num_kv_heads = 1;
+  Problem a(spec_of(3000), 3, 1, 0.3f), b(spec_of(700), 4, 2, 0.3f), c(three_heads, 3, 3, 0.3f),
+      d(spec_of(900), 1, 4, 0.3f), e(one_head, 2, 5);
   a.build_index();
   b.build_index();
   const std::vector<uint64_t> visible = random_bits(3000, 0.5, 3);
