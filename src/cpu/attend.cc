@@ -44,7 +44,8 @@ class RowBlock {
   }
   HWY_INLINE void fetch(int64_t row, size_t line) const { Fetch::line(rows_[row] + std::min(line * 64, bytes_ - 1)); }
   HWY_INLINE void fetch_four(int64_t row, size_t line) const {
-    for (int64_t i = 0; i < 4; ++i) fetch(row + i, line);
+    const size_t at = std::min(line * 64, bytes_ - 1);
+    for (int64_t i = 0; i < 4; ++i) Fetch::line(rows_[row + i] + at);
   }
   void fetch_all() const {
     for (int64_t row = 0; row < size_; row += 4) {
@@ -193,11 +194,12 @@ void score_rows(const RowsView& k, const RowsView* v, size_t v_bytes, int32_t he
   RowBlock<Fetch> now;
   for (int64_t begin = 0; begin < num_tokens; begin += now.size()) {
     now = next.k;
-    set_next(begin + now.size());
-    for (int64_t t = 0; t < now.size(); t += 4) {
+    const int64_t num = now.size();
+    set_next(begin + num);
+    for (int64_t t = 0; t < num; t += 4) {
       next.begin(t);
       for_slices<kScoredHeads>(group_size, [&](int32_t g, auto heads) HWY_ATTR {
-        score_four<Fetch, kType, heads>(now.rows() + t, now.size() - t, q + static_cast<size_t>(g) * head_dim, head_dim,
+        score_four<Fetch, kType, heads>(now.rows() + t, num - t, q + static_cast<size_t>(g) * head_dim, head_dim,
                                         scores + g * stride + begin + t, stride, next);
       });
     }
