@@ -212,7 +212,7 @@ class CpuRun : public BackendRun {
         [&](Task& task, int64_t begin, int64_t end) {
           value_rows(task, task.exact, begin, end, partial_of(task, thread));
         });
-    share(  // certain ones apart, since most of them were read in the last step too and are still in some cache
+    share(  // certain ones apart, which take less time: most were read in the last step too
         thread, threads, 16, [&](const Task& task) { return read(task) ? task.selection.num_certain : 0; },
         [&](Task& task, int64_t begin, int64_t end) { selected_rows(task, options, begin, end, thread); });
     share(

@@ -345,6 +345,10 @@ TEST(Robustness, OneQueryThatFallsBackLeavesTheOthersAlone) {
     EXPECT_EQ(stats[0].tokens_certain, alone.tokens_certain);
     EXPECT_EQ(stats[0].tokens_sampled, alone.tokens_sampled);
     EXPECT_EQ(stats[0].kv_bytes, alone.kv_bytes);
+    if (threads == 1) {
+      EXPECT_TRUE(same_bits(good.out, out));
+      EXPECT_TRUE(same_bits(other.out, other_out));
+    }
     const float bound = threads == 1 ? 0 : 1e-5f;  // several threads add the same rows in another order
     for (size_t i = 0; i < out.size(); ++i) EXPECT_NEAR(good.out[i], out[i], bound);
     for (size_t i = 0; i < other_out.size(); ++i) EXPECT_NEAR(other.out[i], other_out[i], bound);
