@@ -73,6 +73,13 @@ struct DecodeBatch {
   bool learn = false;
 };
 
+/// kv_lens of a batch from attention masks. `masks`: device, f16 [count] of n_kv elements, a multiple of 8,
+/// `stride_bytes` apart; addresses and stride are multiples of 16. kv_lens: device [count]; becomes the number of rows
+/// that a mask shows if these are its first ones and it holds nothing but 0 and minus infinity, else -1, which no step
+/// takes. Throws Error for n_kv and addresses that are none of these.
+void visible_rows(const void* masks, int64_t stride_bytes, int32_t n_kv, int32_t count, int32_t* kv_lens,
+                  Stream stream);
+
 /// What the host knows of the lengths and pages that a batch has on the device; all in host memory.
 struct HostTables {
   const int32_t* kv_lens = nullptr;      // [num_sequences]
@@ -136,6 +143,18 @@ class LayerIndex {
   /// Rows from kv_len on are gone: segments that hold any of them are dropped. Does nothing where none does. With the
   /// last segment goes what was learned from the sequence: kv_len 0 readies a slot for another one.
   void truncate(int32_t sequence, int32_t kv_len, Stream stream);
+
+  /// Compares the check value of every row that a sequence's index holds with the rows of the batch, for whom does not
+  /// know whether the cache was written in between. Returns the first row that differs, or how many rows the index
+  /// holds. Segments from that row on are dropped, and so are those that hold rows from kv_len on. Check values are as
+  /// KvIndex::verify() says. Synchronizes the stream. Throws Error as build() does.
+  int32_t verify(int32_t sequence, const DecodeBatch& batch, int32_t kv_len, Stream stream);
+
+  /// Forgets what steps have learned of a sequence, as KvIndex::forget_learned().
+  void forget_learned(int32_t sequence, Stream stream);
+
+  /// Rows of a sequence that are in clusters: those before them all are.
+  int32_t rows_indexed(int32_t sequence) const;
 
   size_t memory_bytes() const;
   const IndexOptions& options() const;

@@ -7,12 +7,6 @@
 
 namespace tactic::plugin {
 
-int32_t layer_number(const ggml_tensor* cache, size_t fallback) {
-  int number = 0;
-  if (std::sscanf(cache->name, "cache_k_l%d", &number) == 1) return number;
-  return static_cast<int32_t>(fallback);
-}
-
 namespace {
 
 constexpr int64_t kMaxWithoutOwner = 1024;
@@ -60,69 +54,27 @@ void for_rows(const std::vector<WordBits>& words, Fn fn) {
 
 }  // namespace
 
-KvView CacheLayer::stream_view(size_t stream) const {
-  KvView kv = view;
-  kv.k.data = static_cast<const char*>(view.k.data) + static_cast<int64_t>(stream) * k_stream_bytes;
-  kv.v.data = static_cast<const char*>(view.v.data) + static_cast<int64_t>(stream) * v_stream_bytes;
-  return kv;
-}
-
-size_t CacheLayer::first_stream(const AttentionMatch& match) const {
-  const int64_t offset = static_cast<const char*>(match.k->data) - static_cast<const char*>(k_cache);
-  return static_cast<size_t>(k_stream_bytes > 0 ? offset / k_stream_bytes : 0);
-}
-
 std::shared_ptr<CacheLayer> CacheWatch::layer_of(const AttentionMatch& match, const IndexOptions& options) {
-  const ggml_tensor *k = match.k->view_src, *v = match.v->view_src;
-  if (k == nullptr || v == nullptr || k->data == nullptr || v->data == nullptr) return nullptr;
-  // The cache: [elements of all KV heads, cells, streams].
-  const auto row_k = static_cast<int64_t>(k->nb[1]), row_v = static_cast<int64_t>(v->nb[1]);
-  if (static_cast<int64_t>(match.k->nb[1]) != row_k || static_cast<int64_t>(match.v->nb[1]) != row_v) return nullptr;
-  if (k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || k->ne[3] != 1 || k->ne[1] < match.k->ne[1]) return nullptr;
-  // The node's last dimension may be another than the cache's streams (KV heads, in MiniMax-M3's).
-  if (match.streams() > 1 && (match.k->nb[3] != k->nb[2] || match.v->nb[3] != v->nb[2])) return nullptr;
-  CacheLayer fresh;
-  fresh.k_cache = k->data;
-  fresh.v_cache = v->data;
-  fresh.view = match.view(0);
-  fresh.view.k.data = k->data;
-  fresh.view.v.data = v->data;
-  fresh.view.kv_len = k->ne[1];
-  fresh.cells = k->ne[1];
-  fresh.k_stream_bytes = static_cast<int64_t>(k->nb[2]);
-  fresh.v_stream_bytes = static_cast<int64_t>(v->nb[2]);
-  // Views that start inside a row (several models in one tensor), or show other streams of V, are none of ours.
-  const int64_t k_offset = static_cast<const char*>(match.k->data) - static_cast<const char*>(k->data),
-                v_offset = static_cast<const char*>(match.v->data) - static_cast<const char*>(v->data);
-  const auto stream = static_cast<int64_t>(fresh.first_stream(match));
-  if (k_offset != stream * fresh.k_stream_bytes || v_offset != stream * fresh.v_stream_bytes) return nullptr;
-
+  const std::optional<CacheGeometry> fresh = cache_geometry(match);
+  if (!fresh) return nullptr;
   const std::lock_guard lock(mutex_);
-  const auto at = layers_.find(k->data);
-  const auto same = [](const KvView& a, const KvView& b) {
-    const auto rows = [](const RowsView& x, const RowsView& y) {
-      return x.data == y.data && x.dtype == y.dtype && x.token_stride_bytes == y.token_stride_bytes &&
-             x.head_stride_bytes == y.head_stride_bytes;
-    };
-    return rows(a.k, b.k) && rows(a.v, b.v) && a.num_kv_heads == b.num_kv_heads && a.head_dim == b.head_dim &&
-           a.v_head_dim == b.v_head_dim && a.kv_len == b.kv_len;
-  };
-  if (at != layers_.end() && same(at->second->view, fresh.view) &&
-      at->second->streams.size() == static_cast<size_t>(k->ne[2]) &&
-      at->second->streams.front()->index.options() == resolved(options, fresh.view.head_dim, fresh.view.v_head_dim)) {
+  const auto at = layers_.find(fresh->k_cache);
+  if (at != layers_.end() && *at->second == *fresh &&
+      at->second->streams.front()->index.options() == resolved(options, fresh->view.head_dim, fresh->view.v_head_dim)) {
     at->second->last_used = ++clock_;
     return at->second;
   }
-  auto made = std::make_shared<CacheLayer>(std::move(fresh));
-  for (int64_t s = 0; s < k->ne[2]; ++s) {
+  auto made = std::make_shared<CacheLayer>();
+  static_cast<CacheGeometry&>(*made) = *fresh;
+  for (int64_t s = 0; s < made->num_streams; ++s) {
     made->streams.push_back(std::make_unique<StreamIndex>(
         options, KvShape{made->view.num_kv_heads, made->view.head_dim, made->view.v_head_dim}));
   }
   // Memory is in one cache only: what else lay there is gone, and must be neither read nor told of writes.
   std::erase_if(layers_, [&](const auto& entry) { return share_memory(*entry.second, *made); });
-  made->layer = layer_number(k, layers_.size());
+  made->layer = layer_number(match.k->view_src, layers_.size());
   made->last_used = ++clock_;
-  layers_[k->data] = made;
+  layers_[made->k_cache] = made;
   drop_oldest();
   return made;
 }

@@ -53,27 +53,15 @@ struct StreamIndex {
   int64_t last_rows_ = 0;
 };
 
-/// The layer's number as the cache's name says it, else `fallback`.
-int32_t layer_number(const ggml_tensor* cache, size_t fallback);
-
 /// One layer's cache as attention nodes show it.
-struct CacheLayer {
+struct CacheLayer : CacheGeometry {
   const void* owner = nullptr;  // the backend that last computed with it
-  const void* k_cache = nullptr;
-  const void* v_cache = nullptr;
-  KvView view;  // of stream 0, all cells
-  int64_t k_stream_bytes = 0, v_stream_bytes = 0;
-  int64_t cells = 0;  // per stream
   int32_t layer = 0;
   uint64_t last_used = 0;
   std::vector<HeadStats> last_step;  // [num_kv_heads] of the first query, when inspected
   int64_t last_kv_len = 0;
   size_t last_stream = 0;
   std::vector<std::unique_ptr<StreamIndex>> streams;
-
-  KvView stream_view(size_t stream) const;
-  /// The stream that the first of the node's is.
-  size_t first_stream(const AttentionMatch& match) const;
 };
 
 /// Thread-safe; a CacheLayer itself is used by one thread at a time, as its cache is.

@@ -1,6 +1,7 @@
 #include "match.h"
 
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <string>
 
@@ -55,6 +56,60 @@ const ggml_fp16_t* AttentionMatch::mask_row(int64_t row, int64_t stream) const {
   return reinterpret_cast<const ggml_fp16_t*>(static_cast<const char*>(mask->data) +
                                               static_cast<size_t>(row) * mask->nb[1] +
                                               static_cast<size_t>(stream % mask->ne[3]) * mask->nb[3]);
+}
+
+KvView CacheGeometry::stream_view(size_t stream) const {
+  KvView kv = view;
+  kv.k.data = static_cast<const char*>(view.k.data) + static_cast<int64_t>(stream) * k_stream_bytes;
+  kv.v.data = static_cast<const char*>(view.v.data) + static_cast<int64_t>(stream) * v_stream_bytes;
+  return kv;
+}
+
+size_t CacheGeometry::first_stream(const AttentionMatch& match) const {
+  const int64_t offset = static_cast<const char*>(match.k->data) - static_cast<const char*>(k_cache);
+  return static_cast<size_t>(k_stream_bytes > 0 ? offset / k_stream_bytes : 0);
+}
+
+bool CacheGeometry::operator==(const CacheGeometry& other) const {
+  const auto same = [](const RowsView& a, const RowsView& b) {
+    return a.data == b.data && a.dtype == b.dtype && a.token_stride_bytes == b.token_stride_bytes &&
+           a.head_stride_bytes == b.head_stride_bytes;
+  };
+  return same(view.k, other.view.k) && same(view.v, other.view.v) && view.num_kv_heads == other.view.num_kv_heads &&
+         view.head_dim == other.view.head_dim && view.v_head_dim == other.view.v_head_dim && cells == other.cells &&
+         num_streams == other.num_streams;
+}
+
+std::optional<CacheGeometry> cache_geometry(const AttentionMatch& match) {
+  const ggml_tensor *k = match.k->view_src, *v = match.v->view_src;
+  if (k == nullptr || v == nullptr || k->data == nullptr || v->data == nullptr) return std::nullopt;
+  if (match.k->nb[1] != k->nb[1] || match.v->nb[1] != v->nb[1]) return std::nullopt;
+  if (k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || k->ne[3] != 1 || k->ne[1] < match.k->ne[1]) return std::nullopt;
+  // The node's last dimension may be another than the cache's streams (KV heads, in MiniMax-M3's).
+  if (match.streams() > 1 && (match.k->nb[3] != k->nb[2] || match.v->nb[3] != v->nb[2])) return std::nullopt;
+  CacheGeometry cache;
+  cache.k_cache = k->data;
+  cache.v_cache = v->data;
+  cache.view = match.view(0);
+  cache.view.k.data = k->data;
+  cache.view.v.data = v->data;
+  cache.view.kv_len = k->ne[1];
+  cache.cells = k->ne[1];
+  cache.num_streams = k->ne[2];
+  cache.k_stream_bytes = static_cast<int64_t>(k->nb[2]);
+  cache.v_stream_bytes = static_cast<int64_t>(v->nb[2]);
+  // Views that start inside a row (several models in one tensor), or show other streams of V, are none of ours.
+  const int64_t k_offset = static_cast<const char*>(match.k->data) - static_cast<const char*>(k->data),
+                v_offset = static_cast<const char*>(match.v->data) - static_cast<const char*>(v->data);
+  const auto stream = static_cast<int64_t>(cache.first_stream(match));
+  if (k_offset != stream * cache.k_stream_bytes || v_offset != stream * cache.v_stream_bytes) return std::nullopt;
+  return cache;
+}
+
+int32_t layer_number(const ggml_tensor* cache, size_t fallback) {
+  int number = 0;
+  if (std::sscanf(cache->name, "cache_k_l%d", &number) == 1) return number;
+  return static_cast<int32_t>(fallback);
 }
 
 bool views_filled_cache(const ggml_tensor* node) {

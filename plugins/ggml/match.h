@@ -28,6 +28,26 @@ struct AttentionMatch {
   const ggml_fp16_t* mask_row(int64_t row, int64_t stream) const;
 };
 
+/// The cache that an attention node shows a part of: [elements of all KV heads, cells, streams].
+struct CacheGeometry {
+  const void* k_cache = nullptr;
+  const void* v_cache = nullptr;
+  KvView view;  // of stream 0, all cells
+  int64_t k_stream_bytes = 0, v_stream_bytes = 0;
+  int64_t cells = 0;  // per stream
+  int64_t num_streams = 0;
+
+  KvView stream_view(size_t stream) const;
+  /// The stream that the first of the node's is.
+  size_t first_stream(const AttentionMatch& match) const;
+  bool operator==(const CacheGeometry& other) const;
+};
+/// nullopt: K and V are no views of a cache that can be watched.
+std::optional<CacheGeometry> cache_geometry(const AttentionMatch& match);
+
+/// The layer's number as the cache's name says it, else `fallback`.
+int32_t layer_number(const ggml_tensor* cache, size_t fallback);
+
 /// Whether K is a view of a tensor in host memory that holds something. A new context asks for its attention device
 /// before anything is in its cache, and switches flash attention off if that is not the layer's; an empty cache is
 /// declined then.

@@ -6,9 +6,13 @@
 
 #include "accel_device.h"
 #include "ggml-impl.h"
+#include "gpu_hook.h"
 #include "log.h"
 #include "plugin_api.h"
 #include "shared.h"
+#ifdef TACTIC_PLUGIN_CUDA
+#include "cuda_attention.h"
+#endif
 
 static_assert(GGML_BACKEND_API_VERSION == 2, "the plug-in is written for version 2 of ggml's backend interface");
 
@@ -34,8 +38,10 @@ extern "C" int tactic_configure(const char* options, char* error, size_t error_s
 }
 
 extern "C" void tactic_take_totals(tactic_totals* totals) {
+  flush_gpus();
   *totals = shared().stats.take();
   shared().watch.memory(totals->index_memory_bytes, totals->kv_memory_bytes);
+  gpu_memory(totals->index_memory_bytes, totals->kv_memory_bytes);
 }
 
 extern "C" size_t tactic_inspect(char* json, size_t size) {
@@ -153,6 +159,19 @@ void read_environment() {
   }
 }
 
+// Graphs are cut, for which their layout must be known, and that may be another in any version.
+void serve_gpus() {
+#ifdef TACTIC_PLUGIN_CUDA
+  if (ggml_backend_reg_by_name("CUDA") == nullptr) return;
+  if (std::strcmp(ggml_version(), TACTIC_GGML_VERSION) == 0) return hook_gpus("CUDA", make_cuda_attention);
+  log_error(
+      "built for ggml %s, this is %s: attention on GPUs is left to llama.cpp. Rebuild with TACTIC_LLAMA_DIR set to "
+      "this "
+      "llama.cpp's tree",
+      TACTIC_GGML_VERSION, ggml_version());
+#endif
+}
+
 }  // namespace
 }  // namespace tactic::plugin
 
@@ -166,7 +185,7 @@ ggml_backend_reg_t ggml_backend_init(void) {
       GGML_BACKEND_API_VERSION, {reg_name, reg_device_count, reg_device, reg_proc_address}, nullptr};
   static const bool fits = fits_this_ggml();
   if (!fits) return nullptr;
-  static const bool read = (read_environment(), true);
+  static const bool read = (read_environment(), serve_gpus(), true);
   (void)read;
   return &reg;
 }

@@ -88,6 +88,16 @@ size_t cluster_shared_bytes(int32_t head_dim);
 size_t cluster_scratch_bytes(int32_t rows, int32_t clusters, int32_t head_dim);
 void launch_cluster(const ClusterParams& params, const DeviceFacts& device, cudaStream_t stream);
 
+/// Compares rows [first_row, end_row) of a sequence with their check values, for every head.
+struct VerifyParams {
+  IndexView index;
+  DecodeBatch batch;
+  int32_t sequence = 0;
+  int32_t first_row = 0, end_row = 0;
+  int32_t* first_changed = nullptr;  // becomes the least row that differs, if that is less
+};
+void launch_verify(const VerifyParams& params, cudaStream_t stream);
+
 /// Calls fn.operator()<dtype>() for the batch's, which is_compiled().
 template <class Fn>
 void dispatch_type(const DecodeBatch& batch, Fn fn) {

@@ -42,7 +42,7 @@ namespace {
 constexpr int32_t kSegmentsAtOnce = 64;
 
 // Arrays of the view within `memory`; returns their size.
-size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
+size_t lay_out(IndexView& view, int32_t*& first_changed, int32_t max_sequences, std::byte* memory) {
   const IndexGeometry& g = view.geometry;
   const size_t pairs = static_cast<size_t>(max_sequences) * static_cast<size_t>(view.num_kv_heads);
   const size_t clusters = pairs * static_cast<size_t>(g.max_clusters),
@@ -57,6 +57,7 @@ size_t lay_out(IndexView& view, int32_t max_sequences, std::byte* memory) {
   view.heavy = take<HeavyRows>(memory, at, pairs * kMaxSplits);
   view.row_checks = take<uint8_t>(memory, at, pairs * static_cast<size_t>(g.max_rows));
   view.states = take<SequenceState>(memory, at, static_cast<size_t>(max_sequences));
+  first_changed = take<int32_t>(memory, at, 1);
   return at;
 }
 
@@ -93,23 +94,51 @@ void check_sequence(const LayerIndex::Impl& impl, int32_t sequence) {
   }
 }
 
+// What a batch must be whose rows a sequence's index is made of, or compared with.
+void check_batch(const LayerIndex::Impl& impl, int32_t sequence, const DecodeBatch& batch, int32_t kv_len) {
+  check_sequence(impl, sequence);
+  const int32_t max_rows = impl.view.geometry.max_rows;
+  if (kv_len < 0 || kv_len > max_rows)
+    throw Error("kv_len (" + std::to_string(kv_len) + ") must be in 0.." + std::to_string(max_rows));
+  validate_rows(batch);
+  check_pages("kv_len", batch, kv_len);
+  if (sequence >= batch.num_sequences) {
+    throw Error("sequence (" + std::to_string(sequence) + ") must be in 0.." + std::to_string(batch.num_sequences - 1) +
+                ", the batch's");
+  }
+  if (batch.head_dim != impl.shape.head_dim || batch.num_kv_heads != impl.shape.num_kv_heads) {
+    throw Error("the index is of " + std::to_string(impl.shape.num_kv_heads) + " KV heads and head_dim " +
+                std::to_string(impl.shape.head_dim) + ", the batch of " + std::to_string(batch.num_kv_heads) + " and " +
+                std::to_string(batch.head_dim));
+  }
+}
+
+// Heavy rows from `kept` on, and all that steps expect of the next one.
+void forget_rows(LayerIndex::Impl& impl, int32_t sequence, int32_t kept, cudaStream_t stream) {
+  launch_forget_heavy(impl.view, sequence, kept, stream);
+  const size_t followers = static_cast<size_t>(impl.shape.num_kv_heads) * kMaxSplits;
+  check(cudaMemsetAsync(impl.view.followers + static_cast<size_t>(sequence) * followers, 0,
+                        followers * sizeof(Followers), stream),
+        "followers");
+}
+
+void forget_calibration(LayerIndex::Impl& impl, int32_t sequence, cudaStream_t stream) {
+  check(
+      cudaMemcpyAsync(impl.view.calibration + static_cast<size_t>(sequence) * impl.unknown.size(), impl.unknown.data(),
+                      impl.unknown.size() * sizeof(HeadCalibration), cudaMemcpyHostToDevice, stream),
+      "calibration");
+}
+
 // Ends every change of an index: a step reads the index before it waits for the kernel in front of it, never for a
 // copy. Followers are of the index as it was, and so are heavy rows from `kept` on, which stand in other segments now;
 // with its last segment goes what was learned, as the next rows are another request's.
 void set_state(LayerIndex::Impl& impl, int32_t sequence, const SequenceState& state, int32_t kept,
                cudaStream_t stream) {
-  launch_forget_heavy(impl.view, sequence, kept, stream);
+  forget_rows(impl, sequence, kept, stream);
   impl.states[static_cast<size_t>(sequence)] = state;
-  const size_t followers = static_cast<size_t>(impl.shape.num_kv_heads) * kMaxSplits;
-  check(cudaMemsetAsync(impl.view.followers + static_cast<size_t>(sequence) * followers, 0,
-                        followers * sizeof(Followers), stream),
-        "followers");
   if (state == SequenceState{}) {
     check(cudaMemsetAsync(impl.view.any_not_finite + sequence, 0, sizeof(int32_t), stream), "rows not finite");
-    check(cudaMemcpyAsync(impl.view.calibration + static_cast<size_t>(sequence) * impl.unknown.size(),
-                          impl.unknown.data(), impl.unknown.size() * sizeof(HeadCalibration), cudaMemcpyHostToDevice,
-                          stream),
-          "calibration");
+    forget_calibration(impl, sequence, stream);
   }
   check(cudaMemcpyAsync(impl.view.states + sequence, &impl.states[static_cast<size_t>(sequence)], sizeof state,
                         cudaMemcpyHostToDevice, stream),
@@ -137,10 +166,10 @@ LayerIndex::LayerIndex(const IndexOptions& options, const KvShape& shape, int32_
   impl.view.geometry = index_geometry(options, shape, max_rows);
   impl.view.num_kv_heads = shape.num_kv_heads;
   impl.states.resize(static_cast<size_t>(max_sequences));
-  impl.bytes = lay_out(impl.view, max_sequences, nullptr);
+  impl.bytes = lay_out(impl.view, impl.first_changed, max_sequences, nullptr);
   check(cudaMalloc(reinterpret_cast<void**>(&impl.memory), impl.bytes),
         ("index of " + std::to_string(impl.bytes) + " bytes").c_str());
-  lay_out(impl.view, max_sequences, impl.memory);
+  lay_out(impl.view, impl.first_changed, max_sequences, impl.memory);
   check(cudaMemset(impl.memory, 0, impl.bytes), "index");
   HeadCalibration unknown;
   unknown.beta = kPriorSlope;
@@ -217,21 +246,8 @@ void LayerIndex::upload(int32_t sequence, const KvIndex& index, Stream stream_po
 
 void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_len, Stream stream_pointer) {
   Impl& impl = *impl_;
-  check_sequence(impl, sequence);
+  check_batch(impl, sequence, batch, kv_len);
   const IndexGeometry& g = impl.view.geometry;
-  if (kv_len < 0 || kv_len > g.max_rows)
-    throw Error("kv_len (" + std::to_string(kv_len) + ") must be in 0.." + std::to_string(g.max_rows));
-  validate_rows(batch);
-  check_pages("kv_len", batch, kv_len);
-  if (sequence >= batch.num_sequences) {
-    throw Error("sequence (" + std::to_string(sequence) + ") must be in 0.." + std::to_string(batch.num_sequences - 1) +
-                ", the batch's");
-  }
-  if (batch.head_dim != impl.shape.head_dim || batch.num_kv_heads != impl.shape.num_kv_heads) {
-    throw Error("the index is of " + std::to_string(impl.shape.num_kv_heads) + " KV heads and head_dim " +
-                std::to_string(impl.shape.head_dim) + ", the batch of " + std::to_string(batch.num_kv_heads) + " and " +
-                std::to_string(batch.head_dim));
-  }
   check_shared("clustering keys of head_dim " + std::to_string(batch.head_dim), cluster_shared_bytes(batch.head_dim),
                impl.device);
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
@@ -300,6 +316,39 @@ void LayerIndex::truncate(int32_t sequence, int32_t kv_len, Stream stream) {
   if (!(state == old)) {
     set_state(*impl_, sequence, state, same_rows(impl_->view.geometry, old, state), static_cast<cudaStream_t>(stream));
   }
+}
+
+int32_t LayerIndex::verify(int32_t sequence, const DecodeBatch& batch, int32_t kv_len, Stream stream_pointer) {
+  Impl& impl = *impl_;
+  check_batch(impl, sequence, batch, kv_len);
+  truncate(sequence, kv_len, stream_pointer);
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  const int32_t rows = rows_indexed(sequence);
+  VerifyParams params;
+  params.index = impl.view;
+  params.batch = batch;
+  params.sequence = sequence;
+  params.first_row = std::min(rows, impl.view.geometry.sink_tokens);  // sinks are read by every step as they are
+  params.end_row = rows;
+  params.first_changed = impl.first_changed;
+  int32_t first = rows;
+  check(cudaMemcpyAsync(impl.first_changed, &first, sizeof first, cudaMemcpyHostToDevice, stream), "verify");
+  launch_verify(params, stream);
+  check(cudaMemcpyAsync(&first, impl.first_changed, sizeof first, cudaMemcpyDeviceToHost, stream), "verify");
+  check(cudaStreamSynchronize(stream), "verify");
+  truncate(sequence, first, stream_pointer);
+  return first;
+}
+
+void LayerIndex::forget_learned(int32_t sequence, Stream stream) {
+  check_sequence(*impl_, sequence);
+  forget_rows(*impl_, sequence, 0, static_cast<cudaStream_t>(stream));
+  forget_calibration(*impl_, sequence, static_cast<cudaStream_t>(stream));
+}
+
+int32_t LayerIndex::rows_indexed(int32_t sequence) const {
+  check_sequence(*impl_, sequence);
+  return ExactRows(impl_->view.geometry, impl_->states[static_cast<size_t>(sequence)], 0).indexed;
 }
 
 size_t LayerIndex::memory_bytes() const { return impl_->bytes; }

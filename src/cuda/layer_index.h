@@ -17,7 +17,8 @@ struct LayerIndex::Impl {
   std::vector<HeadCalibration> unknown;  // [num_kv_heads] of a sequence from which nothing was learned yet
   std::byte* memory = nullptr;           // all of the view's arrays
   size_t bytes = 0;
-  float* scratch = nullptr;  // for clustering
+  int32_t* first_changed = nullptr;  // what verify() found
+  float* scratch = nullptr;          // for clustering
   size_t scratch_bytes = 0;
 
   ~Impl();

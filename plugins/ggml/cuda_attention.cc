@@ -1,0 +1,389 @@
+#include "cuda_attention.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <map>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+
+#include "log.h"
+#include "shared.h"
+#include "tactic/cuda.h"
+#include "tactic/error.h"
+
+namespace tactic::plugin {
+
+namespace {
+
+constexpr size_t kMaxMasks = 256;        // of a graph, counted for every stream
+constexpr size_t kMaxRecords = 1 << 16;  // of a graph: KV heads of all nodes and streams
+constexpr int32_t kBuildEvery = 16;      // steps; layers take turns
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  throw Error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+/// The same array in device memory and in host memory that copies need not wait for.
+template <class T>
+struct Mirror {
+  T* device = nullptr;
+  T* host = nullptr;
+
+  explicit Mirror(size_t count) {
+    check(cudaMalloc(reinterpret_cast<void**>(&device), count * sizeof(T)), "device memory");
+    check(cudaHostAlloc(reinterpret_cast<void**>(&host), count * sizeof(T), cudaHostAllocDefault), "pinned memory");
+  }
+  ~Mirror() {
+    cudaFree(device);
+    cudaFreeHost(host);
+  }
+  Mirror(const Mirror&) = delete;
+  Mirror& operator=(const Mirror&) = delete;
+};
+
+struct Stream {
+  std::unique_ptr<cuda::LayerIndex> index;
+  GpuPassage passage;
+};
+
+struct Layer {
+  CacheGeometry cache;
+  std::vector<Stream> streams;
+  bool refused = false;  // memory or shape do not allow an index: said once
+};
+
+cuda::DeviceRows device_rows(const RowsView& rows) {
+  cuda::DeviceRows out;
+  out.data = rows.data;
+  out.dtype = rows.dtype;
+  out.head_stride_bytes = rows.head_stride_bytes;
+  out.token_stride_bytes = rows.token_stride_bytes;
+  return out;
+}
+
+class CudaAttention final : public GpuAttention {
+ public:
+  CudaAttention(ggml_backend_t backend, int device) : backend_(backend), device_(device) {
+    check(cudaSetDevice(device_), "CUDA device");
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+    ggml_backend_dev_t dev = ggml_backend_get_device(backend);
+    given_ = ggml_backend_event_new(dev);
+    done_ = ggml_backend_event_new(dev);
+    if (given_ == nullptr || done_ == nullptr) {
+      release();
+      throw Error("its backend was built without events (GGML_CUDA_NO_PEER_COPY)");
+    }
+  }
+  ~CudaAttention() override {
+    cudaSetDevice(device_);
+    cudaStreamSynchronize(stream_);
+    layers_.clear();
+    decoders_.clear();
+    release();
+  }
+
+  std::vector<size_t> begin(const GpuGraph& graph, const std::shared_ptr<const PluginOptions>& options) override;
+  void attend(const GpuGraph::Node& node) override;
+  void end() override;
+  void flush() override;
+  void memory(int64_t& index_bytes, int64_t& kv_bytes) const override;
+
+ private:
+  /// Where the values of a node's first stream stand in the mirrors; those of the others follow.
+  struct Place {
+    size_t mask, cells, query, record;
+  };
+  struct Pending {  // records on their way to the host
+    cuda::DecodeBatch shape;
+    int32_t streams, layer;
+    size_t record;
+  };
+
+  void release() {
+    if (given_ != nullptr) ggml_backend_event_free(given_);
+    if (done_ != nullptr) ggml_backend_event_free(done_);
+    if (stream_ != nullptr) cudaStreamDestroy(stream_);
+  }
+  cudaEvent_t event(ggml_backend_event_t e) const { return static_cast<cudaEvent_t>(e->context); }
+  /// What is given to our stream from here on comes after what the backend was given; and the other way round.
+  void after_backend() {
+    ggml_backend_event_record(given_, backend_);
+    check(cudaStreamWaitEvent(stream_, event(given_), 0), "wait");
+  }
+  void before_backend() {
+    check(cudaEventRecord(event(done_), stream_), "record");
+    ggml_backend_event_wait(backend_, done_);
+  }
+
+  void doubt_all() {
+    for (auto& [memory, layer] : layers_) {
+      for (Stream& stream : layer.streams) stream.passage.doubt();
+    }
+  }
+  void read_inputs(const GpuGraph& graph);
+  void take_records();
+  Layer& layer_of(const GpuGraph::Node& node);
+  bool prepare(const GpuGraph::Node& node, const Place& place, Layer& layer);
+  cuda::DecodeBatch batch_of(const GpuGraph::Node& node, int64_t stream) const;
+  cuda::Decode& decoder_of(const GpuGraph::Node& node);
+
+  ggml_backend_t backend_;
+  int device_;
+  cudaStream_t stream_ = nullptr;
+  ggml_backend_event_t given_ = nullptr, done_ = nullptr;
+  std::shared_ptr<const PluginOptions> options_;
+  std::unordered_map<const void*, Layer> layers_;                                    // by the K cache's memory
+  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, cuda::Decode> decoders_;  // by heads, dimension and cells
+  Mirror<int32_t> kv_lens_{kMaxMasks};
+  Mirror<int64_t> cells_{kMaxMasks};
+  Mirror<float> tau_factors_{kMaxRecords};
+  Mirror<cuda::StepRecord> records_{kMaxRecords};
+  std::unordered_map<int, Place> places_;  // by the node's place in the graph
+  size_t num_records_ = 0;
+  std::vector<Pending> pending_;
+};
+
+// Masks and cells are inputs of the graph: nothing of it has to be computed before, and what the host waits for here is
+// what it has just uploaded.
+void CudaAttention::read_inputs(const GpuGraph& graph) {
+  places_.clear();
+  std::map<const void*, size_t> masks, cells;
+  size_t num_masks = 0, num_cells = 0, num_queries = 0;
+  num_records_ = 0;
+  after_backend();
+  for (const GpuGraph::Node& node : graph.decode) {
+    const auto streams = static_cast<size_t>(node.match.streams());
+    const auto heads = static_cast<size_t>(node.match.k->ne[2]);
+    const ggml_tensor* mask = node.match.mask;
+    const auto [mask_at, new_mask] = masks.try_emplace(mask->data, num_masks);
+    const auto [cells_at, new_cells] = cells.try_emplace(node.cells->data, num_cells);
+    num_masks += new_mask ? streams : 0;
+    num_cells += new_cells ? streams : 0;
+    if (num_masks > kMaxMasks || num_cells > kMaxMasks || num_records_ + streams * heads > kMaxRecords)
+      throw Error("a graph has more streams than the " + std::to_string(kMaxMasks) + " that are served");
+    if (new_mask) {
+      cuda::visible_rows(mask->data, static_cast<int64_t>(mask->nb[3]), static_cast<int32_t>(node.match.k->ne[1]),
+                         static_cast<int32_t>(streams), kv_lens_.device + mask_at->second, stream_);
+    }
+    if (new_cells) {
+      check(cudaMemcpyAsync(cells_.host + cells_at->second, node.cells->data, streams * sizeof(int64_t),
+                            cudaMemcpyDeviceToHost, stream_),
+            "cells");
+    }
+    places_[node.at] = {mask_at->second, cells_at->second, num_queries, num_records_};
+    num_queries += streams;
+    num_records_ += streams * heads;
+  }
+  check(cudaMemcpyAsync(kv_lens_.host, kv_lens_.device, num_masks * sizeof(int32_t), cudaMemcpyDeviceToHost, stream_),
+        "masks");
+  check(cudaStreamSynchronize(stream_), "masks");
+}
+
+std::vector<size_t> CudaAttention::begin(const GpuGraph& graph, const std::shared_ptr<const PluginOptions>& options) {
+  check(cudaSetDevice(device_), "CUDA device");
+  if (options_ != options) {
+    flush();
+    if (options_ != nullptr && !(options_->index == options->index)) layers_.clear();
+    decoders_.clear();
+    doubt_all();
+    options_ = options;
+  }
+  for (const void* memory : graph.rewritten) {
+    for (auto& [key, layer] : layers_) {
+      if (memory != layer.cache.k_cache && memory != layer.cache.v_cache) continue;
+      for (Stream& stream : layer.streams) stream.passage.doubt();
+    }
+  }
+  std::vector<size_t> taken;
+  if (graph.decode.empty()) return taken;
+  read_inputs(graph);
+  take_records();
+  for (size_t i = 0; i < graph.decode.size(); ++i) {
+    const GpuGraph::Node& node = graph.decode[i];
+    Layer& layer = layer_of(node);
+    if (layer.refused) continue;
+    const auto doubt = [&] {
+      for (Stream& stream : layer.streams) stream.passage.doubt();
+    };
+    try {
+      if (prepare(node, places_.at(node.at), layer)) taken.push_back(i);
+      else doubt();
+    } catch (const std::exception& error) {
+      log_error("%s: layer %d is left to llama.cpp: %s", ggml_backend_name(backend_), node.layer, error.what());
+      layer.refused = true;
+      layer.streams.clear();
+    }
+  }
+  if (!taken.empty()) {
+    size_t queries = 0;
+    for (const GpuGraph::Node& node : graph.decode) queries += static_cast<size_t>(node.match.streams());
+    check(cudaMemcpyAsync(tau_factors_.device, tau_factors_.host, queries * sizeof(float), cudaMemcpyHostToDevice,
+                          stream_),
+          "factors");
+  }
+  return taken;
+}
+
+Layer& CudaAttention::layer_of(const GpuGraph::Node& node) {
+  Layer& layer = layers_[node.cache.k_cache];
+  if (layer.refused || (!layer.streams.empty() && layer.cache == node.cache)) return layer;
+  layer.cache = node.cache;
+  layer.streams.clear();
+  layer.streams.resize(static_cast<size_t>(node.cache.num_streams));
+  return layer;
+}
+
+// Of all streams that the node shows, before any is changed: whether their first rows are what they see.
+bool CudaAttention::prepare(const GpuGraph::Node& node, const Place& place, Layer& layer) {
+  const size_t first = node.cache.first_stream(node.match);
+  const auto streams = static_cast<size_t>(node.match.streams());
+  int32_t longest = 0;
+  for (size_t s = 0; s < streams; ++s) {
+    const int32_t kv_len = kv_lens_.host[place.mask + s];
+    const int64_t cell = cells_.host[place.cells + s] - static_cast<int64_t>(first + s) * node.cache.cells;
+    if (kv_len <= 0 || cell < 0 || cell >= kv_len || first + s >= layer.streams.size()) return false;
+    longest = std::max(longest, kv_len);
+  }
+  if (longest < options_->min_sparse) return false;
+  decoder_of(node);
+  for (size_t s = 0; s < streams; ++s) {
+    Stream& stream = layer.streams[first + s];
+    const int32_t kv_len = kv_lens_.host[place.mask + s];
+    const auto newest =
+        static_cast<int32_t>(cells_.host[place.cells + s] - static_cast<int64_t>(first + s) * node.cache.cells);
+    const GpuPassage::Step step = stream.passage.step(kv_len, newest);
+    tau_factors_.host[place.query + s] = stream.passage.tau_factor();
+    if (options_->decode.select == Select::kDense) continue;
+    if (stream.index == nullptr) {
+      stream.index = std::make_unique<cuda::LayerIndex>(
+          options_->index, KvShape{node.cache.view.num_kv_heads, node.cache.view.head_dim, node.cache.view.v_head_dim},
+          1, static_cast<int32_t>(node.cache.cells));
+    }
+    cuda::LayerIndex& index = *stream.index;
+    const cuda::DecodeBatch batch = batch_of(node, static_cast<int64_t>(s));
+    bool changed = false;
+    if (step != GpuPassage::Step::kGoesOn && !options_->faults.skip_verify) {
+      const int32_t indexed = index.rows_indexed(0);
+      changed = index.verify(0, batch, newest, stream_) < indexed;
+    }
+    if (step == GpuPassage::Step::kBegins || changed) index.forget_learned(0, stream_);
+    if (index.rows_indexed(0) > newest) index.truncate(0, newest, stream_);
+    const int32_t behind = newest - index.rows_indexed(0);
+    const bool turn = (kv_len + node.layer) % kBuildEvery == 0;
+    if (turn || behind > 4 * index.options().provisional_tokens) index.build(0, batch, newest, stream_);
+  }
+  return true;
+}
+
+cuda::DecodeBatch CudaAttention::batch_of(const GpuGraph::Node& node, int64_t stream) const {
+  const KvView view = node.match.view(stream);
+  cuda::DecodeBatch batch;
+  batch.num_sequences = 1;
+  batch.num_q_heads = static_cast<int32_t>(node.match.q->ne[2]);
+  batch.num_kv_heads = view.num_kv_heads;
+  batch.head_dim = view.head_dim;
+  batch.sm_scale = node.match.sm_scale;
+  batch.k = device_rows(view.k);
+  batch.v = device_rows(view.v);
+  batch.q_dtype = DType::kF32;
+  batch.layer = node.layer;
+  return batch;
+}
+
+cuda::Decode& CudaAttention::decoder_of(const GpuGraph::Node& node) {
+  const std::tuple key(node.match.q->ne[2], node.match.k->ne[2], node.match.k->ne[0], node.cache.cells);
+  const auto at = decoders_.find(key);
+  if (at != decoders_.end()) return at->second;
+  cuda::DecodeLimits limits;
+  limits.num_q_heads = static_cast<int32_t>(node.match.q->ne[2]);
+  limits.num_kv_heads = node.cache.view.num_kv_heads;
+  limits.head_dim = node.cache.view.head_dim;
+  limits.max_rows = static_cast<int32_t>(node.cache.cells);
+  limits.index = options_->index;
+  return decoders_.try_emplace(key, options_->decode, limits).first->second;
+}
+
+void CudaAttention::attend(const GpuGraph::Node& node) {
+  const Place& place = places_.at(node.at);
+  const size_t first = node.cache.first_stream(node.match);
+  Layer& layer = layers_.at(node.cache.k_cache);
+  cuda::Decode& decoder = decoder_of(node);
+  after_backend();
+  cuda::DecodeBatch batch;
+  for (int64_t s = 0; s < node.match.streams(); ++s) {
+    const auto i = static_cast<size_t>(s);
+    batch = batch_of(node, s);
+    batch.kv_lens = kv_lens_.device + place.mask + i;
+    batch.q = node.match.query(0, s);
+    batch.out = node.match.output(0, s);
+    batch.tau_factors = tau_factors_.device + place.query + i;
+    batch.learn = options_->decode.select == Select::kSample;
+    const size_t record = place.record + i * static_cast<size_t>(batch.num_kv_heads);
+    decoder.run(batch, layer.streams[first + i].index.get(), stream_, records_.device + record);
+  }
+  before_backend();
+  pending_.push_back({batch, static_cast<int32_t>(node.match.streams()), node.layer, place.record});
+}
+
+void CudaAttention::end() {
+  check(cudaMemcpyAsync(records_.host, records_.device, num_records_ * sizeof(cuda::StepRecord), cudaMemcpyDeviceToHost,
+                        stream_),
+        "records");
+}
+
+void CudaAttention::take_records() {
+  std::vector<StepStats> stats;
+  bool changed = false;
+  for (const Pending& step : pending_) {
+    stats.clear();
+    for (int32_t s = 0; s < step.streams; ++s) {
+      const cuda::StepRecord* records =
+          records_.host + step.record + static_cast<size_t>(s) * static_cast<size_t>(step.shape.num_kv_heads);
+      stats.push_back(cuda::step_stats(records, step.shape, options_->index));
+      for (int32_t head = 0; head < step.shape.num_kv_heads; ++head)
+        changed = changed || records[head].dense == DenseReason::kRowChanged;
+    }
+    shared().stats.add_node(stats.data(), step.streams, step.layer, 0);
+  }
+  pending_.clear();
+  if (changed) doubt_all();
+}
+
+void CudaAttention::flush() {
+  if (pending_.empty()) return;
+  check(cudaSetDevice(device_), "CUDA device");
+  check(cudaStreamSynchronize(stream_), "records");
+  take_records();
+}
+
+void CudaAttention::memory(int64_t& index_bytes, int64_t& kv_bytes) const {
+  for (const auto& [memory, layer] : layers_) {
+    const KvView& kv = layer.cache.view;
+    const auto row = static_cast<int64_t>(row_bytes(kv.k.dtype, kv.head_dim) + row_bytes(kv.v.dtype, kv.v_head_dim)) *
+                     kv.num_kv_heads;
+    for (const Stream& stream : layer.streams) {
+      if (stream.index == nullptr) continue;
+      index_bytes += static_cast<int64_t>(stream.index->memory_bytes());
+      kv_bytes += layer.cache.cells * row;  // the index has room for all of them
+    }
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<GpuAttention> make_cuda_attention(ggml_backend_t backend) {
+  ggml_backend_dev_props props;
+  ggml_backend_dev_get_props(ggml_backend_get_device(backend), &props);
+  int device = -1;
+  if (props.device_id == nullptr || cudaDeviceGetByPCIBusId(&device, props.device_id) != cudaSuccess) {
+    cudaGetLastError();
+    throw Error(std::string("no CUDA device has the id ") + (props.device_id != nullptr ? props.device_id : "(none)"));
+  }
+  return std::make_unique<CudaAttention>(backend, device);
+}
+
+}  // namespace tactic::plugin
