@@ -3,10 +3,12 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <utility>
 
 #include "log.h"
 #include "shared.h"
@@ -19,7 +21,10 @@ namespace {
 
 constexpr size_t kMaxMasks = 256;        // of a graph, counted for every stream
 constexpr size_t kMaxRecords = 1 << 16;  // of a graph: KV heads of all nodes and streams
-constexpr int32_t kBuildEvery = 16;      // steps; layers take turns
+// What a selection must spare: a layer's step is 25 us slower than dense attention where next to nothing is read, and
+// llama.cpp's attention reads at three fifths of the memory's rate (an H100, docs/kernels/cuda-decode.md).
+constexpr double kBreakEvenSeconds = 25e-6, kDenseRate = 0.6;
+constexpr int32_t kBuildEvery = 16;  // steps; layers take turns
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -70,6 +75,10 @@ class CudaAttention final : public GpuAttention {
   CudaAttention(ggml_backend_t backend, int device) : backend_(backend), device_(device) {
     check(cudaSetDevice(device_), "CUDA device");
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+    int khz = 0, bits = 0;
+    check(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device_), "device facts");
+    check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device_), "device facts");
+    break_even_bytes_ = 2e3 * khz * bits / 8 * kDenseRate * kBreakEvenSeconds;
     ggml_backend_dev_t dev = ggml_backend_get_device(backend);
     given_ = ggml_backend_event_new(dev);
     done_ = ggml_backend_event_new(dev);
@@ -89,6 +98,10 @@ class CudaAttention final : public GpuAttention {
   std::vector<size_t> begin(const GpuGraph& graph, const std::shared_ptr<const PluginOptions>& options) override;
   void attend(const GpuGraph::Node& node) override;
   void end() override;
+  Way way(const GpuGraph& graph, const std::vector<size_t>& taken) override;
+  void record() override;
+  bool recorded(bool whole) override;
+  void replay() override;
   void flush() override;
   void memory(int64_t& index_bytes, int64_t& kv_bytes) const override;
 
@@ -103,7 +116,15 @@ class CudaAttention final : public GpuAttention {
     size_t record;
   };
 
+  /// What a recording is of.
+  struct Recorded {
+    uint64_t graph = 0, setup = 0;
+    std::vector<size_t> taken;
+    bool operator==(const Recorded&) const = default;
+  };
+
   void release() {
+    if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
     if (given_ != nullptr) ggml_backend_event_free(given_);
     if (done_ != nullptr) ggml_backend_event_free(done_);
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
@@ -119,10 +140,20 @@ class CudaAttention final : public GpuAttention {
     ggml_backend_event_wait(backend_, done_);
   }
 
+  using Layers = std::unordered_map<const void*, Layer>;
+  void doubt(Layers::iterator layer) {
+    if (layer == layers_.end()) return;
+    for (Stream& stream : layer->second.streams) stream.passage.doubt();
+  }
   void doubt_all() {
-    for (auto& [memory, layer] : layers_) {
-      for (Stream& stream : layer.streams) stream.passage.doubt();
-    }
+    for (auto at = layers_.begin(); at != layers_.end(); ++at) doubt(at);
+  }
+  /// Whether a node is worth being taken: whoever asks for exact attention, or names a length, gets it from there on.
+  bool pays(const GpuGraph::Node& node) const {
+    const ggml_tensor *k = node.match.k, *v = node.match.v;
+    const auto row = static_cast<double>(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]));
+    return options_->own_lengths || options_->decode.select == Select::kDense ||
+           row * static_cast<double>(k->ne[1] * k->ne[2]) >= break_even_bytes_;
   }
   void read_inputs(const GpuGraph& graph);
   void take_records();
@@ -136,7 +167,8 @@ class CudaAttention final : public GpuAttention {
   cudaStream_t stream_ = nullptr;
   ggml_backend_event_t given_ = nullptr, done_ = nullptr;
   std::shared_ptr<const PluginOptions> options_;
-  std::unordered_map<const void*, Layer> layers_;                                    // by the K cache's memory
+  double break_even_bytes_ = 0;                                                      // K and V of one stream of a layer
+  Layers layers_;                                                                    // by the K cache's memory
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, cuda::Decode> decoders_;  // by heads, dimension and cells
   Mirror<int32_t> kv_lens_{kMaxMasks};
   Mirror<int64_t> cells_{kMaxMasks};
@@ -145,6 +177,9 @@ class CudaAttention final : public GpuAttention {
   std::unordered_map<int, Place> places_;  // by the node's place in the graph
   size_t num_records_ = 0;
   std::vector<Pending> pending_;
+  uint64_t setup_ = 0;  // counts changes of the objects that steps are made of
+  Recorded last_, recorded_, refused_;
+  cudaGraphExec_t executable_ = nullptr;  // of `recorded_`
 };
 
 // Masks and cells are inputs of the graph: nothing of it has to be computed before, and what the host waits for here is
@@ -189,29 +224,28 @@ std::vector<size_t> CudaAttention::begin(const GpuGraph& graph, const std::share
     flush();
     if (options_ != nullptr && !(options_->index == options->index)) layers_.clear();
     decoders_.clear();
+    ++setup_;
     doubt_all();
     options_ = options;
   }
-  for (const void* memory : graph.rewritten) {
-    for (auto& [key, layer] : layers_) {
-      if (memory != layer.cache.k_cache && memory != layer.cache.v_cache) continue;
-      for (Stream& stream : layer.streams) stream.passage.doubt();
-    }
+  for (auto at = layers_.begin(); at != layers_.end(); ++at) {
+    if (graph.rewritten.contains(at->second.cache.k_cache) || graph.rewritten.contains(at->second.cache.v_cache))
+      doubt(at);
   }
   std::vector<size_t> taken;
-  if (graph.decode.empty()) return taken;
+  if (std::none_of(graph.decode.begin(), graph.decode.end(), [&](const auto& node) { return pays(node); })) {
+    for (const GpuGraph::Node& node : graph.decode) doubt(layers_.find(node.cache.k_cache));
+    return taken;
+  }
   read_inputs(graph);
   take_records();
   for (size_t i = 0; i < graph.decode.size(); ++i) {
     const GpuGraph::Node& node = graph.decode[i];
     Layer& layer = layer_of(node);
     if (layer.refused) continue;
-    const auto doubt = [&] {
-      for (Stream& stream : layer.streams) stream.passage.doubt();
-    };
     try {
-      if (prepare(node, places_.at(node.at), layer)) taken.push_back(i);
-      else doubt();
+      if (pays(node) && prepare(node, places_.at(node.at), layer)) taken.push_back(i);
+      else doubt(layers_.find(node.cache.k_cache));
     } catch (const std::exception& error) {
       log_error("%s: layer %d is left to llama.cpp: %s", ggml_backend_name(backend_), node.layer, error.what());
       layer.refused = true;
@@ -232,6 +266,7 @@ Layer& CudaAttention::layer_of(const GpuGraph::Node& node) {
   Layer& layer = layers_[node.cache.k_cache];
   if (layer.refused || (!layer.streams.empty() && layer.cache == node.cache)) return layer;
   layer.cache = node.cache;
+  ++setup_;
   layer.streams.clear();
   layer.streams.resize(static_cast<size_t>(node.cache.num_streams));
   return layer;
@@ -259,6 +294,7 @@ bool CudaAttention::prepare(const GpuGraph::Node& node, const Place& place, Laye
     tau_factors_.host[place.query + s] = stream.passage.tau_factor();
     if (options_->decode.select == Select::kDense) continue;
     if (stream.index == nullptr) {
+      ++setup_;
       stream.index = std::make_unique<cuda::LayerIndex>(
           options_->index, KvShape{node.cache.view.num_kv_heads, node.cache.view.head_dim, node.cache.view.v_head_dim},
           1, static_cast<int32_t>(node.cache.cells));
@@ -326,7 +362,55 @@ void CudaAttention::attend(const GpuGraph::Node& node) {
     decoder.run(batch, layer.streams[first + i].index.get(), stream_, records_.device + record);
   }
   before_backend();
-  pending_.push_back({batch, static_cast<int32_t>(node.match.streams()), node.layer, place.record});
+}
+
+// Which nodes are taken again and again, and into which memory, is the same for a graph that comes again: a recording
+// sees new lengths, rows and indexes, for these are in device memory.
+GpuAttention::Way CudaAttention::way(const GpuGraph& graph, const std::vector<size_t>& taken) {
+  pending_.clear();
+  for (const size_t i : taken) {
+    const GpuGraph::Node& node = graph.decode[i];
+    pending_.push_back(
+        {batch_of(node, 0), static_cast<int32_t>(node.match.streams()), node.layer, places_.at(node.at).record});
+  }
+  const Recorded now{graph.uid, setup_, taken};
+  const bool again = now == std::exchange(last_, now);
+  if (graph.uid == 0 || graph.may_wait || std::getenv("GGML_CUDA_DISABLE_GRAPHS") != nullptr) return Way::kCut;
+  if (executable_ != nullptr && now == recorded_) return Way::kReplay;
+  return again && now != refused_ ? Way::kRecord : Way::kCut;
+}
+
+void CudaAttention::record() {
+  after_backend();
+  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), "recording");
+  before_backend();  // from here on its stream is recorded too
+}
+
+bool CudaAttention::recorded(bool whole) {
+  cudaGraph_t graph = nullptr;
+  try {
+    after_backend();
+  } catch (const Error&) {
+    whole = false;
+  }
+  whole = cudaStreamEndCapture(stream_, &graph) == cudaSuccess && whole;
+  cudaGraphExecUpdateResultInfo result;
+  if (whole && (executable_ == nullptr || cudaGraphExecUpdate(executable_, graph, &result) != cudaSuccess)) {
+    if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
+    whole = cudaGraphInstantiate(&executable_, graph, 0) == cudaSuccess;
+    if (!whole) executable_ = nullptr;
+  }
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  cudaGetLastError();
+  recorded_ = whole ? last_ : Recorded{};
+  if (!whole) refused_ = last_;
+  return whole;
+}
+
+void CudaAttention::replay() {
+  after_backend();
+  check(cudaGraphLaunch(executable_, stream_), "replay");
+  before_backend();
 }
 
 void CudaAttention::end() {

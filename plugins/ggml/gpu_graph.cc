@@ -31,19 +31,21 @@ bool has_kernels(const AttentionMatch& match) {
   const auto stream_bytes = head_bytes * static_cast<size_t>(q->ne[2]);
   if (q->nb[2] != head_bytes || (q->ne[3] > 1 && q->nb[3] != stream_bytes)) return false;
   if (out->nb[1] != head_bytes || (q->ne[3] > 1 && out->nb[3] != stream_bytes)) return false;
-  // Masks are read 16 bytes at a time.
-  return mask != nullptr && mask->ne[3] == q->ne[3] && k->ne[1] % 8 == 0 && mask->nb[3] % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(mask->data) % 16 == 0;
+  // Masks are read 16 bytes at a time, before any part of the graph is computed.
+  return mask != nullptr && mask->op == GGML_OP_NONE && mask->ne[3] == q->ne[3] && k->ne[1] % 8 == 0 &&
+         mask->nb[3] % 16 == 0 && reinterpret_cast<uintptr_t>(mask->data) % 16 == 0;
 }
 
 }  // namespace
 
 GpuGraph look_at(ggml_cgraph* graph, const PluginOptions& options) {
   GpuGraph found;
+  found.uid = graph->uid;
   std::vector<const ggml_tensor*> writes;  // one row per token, as yet without attention
   const int num_nodes = ggml_graph_n_nodes(graph);
   for (int i = 0; i < num_nodes; ++i) {
     ggml_tensor* node = ggml_graph_node(graph, i);
+    found.may_wait = found.may_wait || node->op == GGML_OP_MUL_MAT_ID;
     if (node->op == GGML_OP_SET_ROWS) {
       writes.push_back(node);
     } else if (node->op == GGML_OP_FLASH_ATTN_EXT) {
@@ -57,7 +59,7 @@ GpuGraph look_at(ggml_cgraph* graph, const PluginOptions& options) {
         return std::find_if(writes.begin(), writes.end(), [&](const ggml_tensor* write) {
           const ggml_tensor *rows = write->src[0], *cells = write->src[1];
           return write->data == memory && rows->ne[1] == match->streams() && rows->ne[2] * rows->ne[3] == 1 &&
-                 cells->type == GGML_TYPE_I64 && ggml_is_contiguous(cells);
+                 cells->type == GGML_TYPE_I64 && cells->op == GGML_OP_NONE && ggml_is_contiguous(cells);
         });
       };
       const auto k = write_to(cache->k_cache), v = write_to(cache->v_cache);

@@ -23,6 +23,8 @@ struct GpuGraph {
   std::vector<Node> decode;
   /// Memory of tensors of which the graph writes a part in any other way.
   std::set<const void*> rewritten;
+  uint64_t uid = 0;       // graphs of one number are the same, that of the graph before it too; 0: unknown
+  bool may_wait = false;  // an operation may wait for the device, so that the graph cannot be recorded
 };
 
 GpuGraph look_at(ggml_cgraph* graph, const PluginOptions& options);

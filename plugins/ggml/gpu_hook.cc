@@ -4,6 +4,7 @@
 #include <exception>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 
 #include "log.h"
 #include "shared.h"
@@ -20,6 +21,8 @@ struct Hooked {
   Compute compute;  // the backend's own
   Free free;
   std::unique_ptr<GpuAttention> attention;
+  std::vector<std::unique_ptr<ggml_tensor>> marks;  // one for each part of a graph
+  int32_t recordings = 0;
 };
 
 struct Hooks {
@@ -40,11 +43,85 @@ Hooked* hooked(ggml_backend_t backend) {
   return at != hooks().backends.end() ? at->second.get() : nullptr;
 }
 
-/// Nodes [begin, end) by the backend itself.
-ggml_status compute_part(const Hooked& h, ggml_backend_t backend, ggml_cgraph* graph, int begin, int end) {
-  if (begin >= end) return GGML_STATUS_SUCCESS;
-  ggml_cgraph part = ggml_graph_view(graph, begin, end);
-  return h.compute(backend, &part);
+/// The backend's own computation of parts of a graph.
+class Parts {
+ public:
+  Parts(Hooked& h, ggml_backend_t backend, ggml_cgraph* graph, bool recorded)
+      : h_(h), backend_(backend), graph_(graph), recorded_(recorded) {}
+
+  /// The nodes from where the last part ended.
+  ggml_status compute_to(int end) {
+    const int begin = std::exchange(done_, end);
+    if (begin >= end) return GGML_STATUS_SUCCESS;
+    ggml_cgraph part = ggml_graph_view(graph_, begin, end);
+    if (!recorded_) return h_.compute(backend_, &part);
+    // A graph that the CUDA backend knows it would record itself, which it cannot while it is recorded. One that begins
+    // with a node that never looks the same is new to it.
+    std::vector<ggml_tensor*> nodes = {next_mark()};
+    nodes.insert(nodes.end(), part.nodes, part.nodes + part.n_nodes);
+    part.nodes = nodes.data();
+    ++part.n_nodes;
+    return h_.compute(backend_, &part);
+  }
+  void skip(int nodes) { done_ += nodes; }
+
+ private:
+  ggml_tensor* next_mark() {
+    if (marks_ == h_.marks.size()) h_.marks.push_back(std::make_unique<ggml_tensor>());
+    ggml_tensor* mark = h_.marks[marks_++].get();
+    mark->op_params[0] = h_.recordings;  // of an operation that does nothing, on no elements
+    return mark;
+  }
+
+  Hooked& h_;
+  ggml_backend_t backend_;
+  ggml_cgraph* graph_;
+  bool recorded_;
+  int done_ = 0;
+  size_t marks_ = 0;
+};
+
+ggml_status compute_cut(Hooked& h, ggml_backend_t backend, ggml_cgraph* graph, const GpuGraph& found,
+                        const std::vector<size_t>& taken) {
+  Parts parts(h, backend, graph, false);
+  for (const size_t i : taken) {
+    const GpuGraph::Node& node = found.decode[i];
+    const ggml_status status = parts.compute_to(node.at);
+    if (status != GGML_STATUS_SUCCESS) return status;
+    try {
+      h.attention->attend(node);
+      parts.skip(1);
+    } catch (const std::exception& error) {
+      log_error("%s is left to llama.cpp: %s", node.match.out->name, error.what());
+    }
+  }
+  return parts.compute_to(ggml_graph_n_nodes(graph));
+}
+
+/// Whether the graph can be replayed. Nothing is computed.
+bool record(Hooked& h, ggml_backend_t backend, ggml_cgraph* graph, const GpuGraph& found,
+            const std::vector<size_t>& taken) {
+  try {
+    h.attention->record();
+  } catch (const std::exception& error) {
+    log_error("steps are not recorded: %s", error.what());
+    return false;
+  }
+  bool whole = true;
+  try {
+    ++h.recordings;
+    Parts parts(h, backend, graph, true);
+    for (const size_t i : taken) {
+      whole = whole && parts.compute_to(found.decode[i].at) == GGML_STATUS_SUCCESS;
+      h.attention->attend(found.decode[i]);
+      parts.skip(1);
+    }
+    whole = whole && parts.compute_to(ggml_graph_n_nodes(graph)) == GGML_STATUS_SUCCESS;
+  } catch (const std::exception& error) {
+    log_error("steps are not recorded: %s", error.what());
+    whole = false;
+  }
+  return h.attention->recorded(whole);
 }
 
 ggml_status compute_hooked(ggml_backend_t backend, ggml_cgraph* graph) {
@@ -60,24 +137,17 @@ ggml_status compute_hooked(ggml_backend_t backend, ggml_cgraph* graph) {
     taken.clear();
   }
   if (taken.empty()) return h.compute(backend, graph);
-  int done = 0;
-  for (const size_t i : taken) {
-    const GpuGraph::Node& node = found.decode[i];
-    const ggml_status status = compute_part(h, backend, graph, done, node.at);
-    if (status != GGML_STATUS_SUCCESS) return status;
-    done = node.at;
-    try {
-      h.attention->attend(node);
-      done = node.at + 1;
-    } catch (const std::exception& error) {
-      log_error("%s is left to llama.cpp: %s", node.match.out->name, error.what());
-    }
-  }
-  const ggml_status status = compute_part(h, backend, graph, done, ggml_graph_n_nodes(graph));
+  ggml_status status = GGML_STATUS_SUCCESS;
+  const GpuAttention::Way way = h.attention->way(found, taken);
+  const bool replay = way == GpuAttention::Way::kReplay ||
+                      (way == GpuAttention::Way::kRecord && record(h, backend, graph, found, taken));
   try {
+    if (replay) h.attention->replay();
+    else status = compute_cut(h, backend, graph, found, taken);
     h.attention->end();
   } catch (const std::exception& error) {
     log_error("%s", error.what());
+    return GGML_STATUS_FAILED;
   }
   return status;
 }
@@ -103,7 +173,8 @@ ggml_backend_t init_hooked(ggml_backend_dev_t device, const char* params) {
   ggml_backend_t backend = init(device, params);
   if (backend == nullptr) return nullptr;
   try {
-    auto h = std::make_unique<Hooked>(Hooked{backend->iface.graph_compute, backend->iface.free, hooks().make(backend)});
+    auto h =
+        std::make_unique<Hooked>(Hooked{backend->iface.graph_compute, backend->iface.free, hooks().make(backend), {}});
     const std::lock_guard lock(hooks().mutex);
     hooks().backends[backend] = std::move(h);
   } catch (const std::exception& error) {

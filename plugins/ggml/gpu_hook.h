@@ -25,6 +25,17 @@ class GpuAttention {
   virtual void attend(const GpuGraph::Node& node) = 0;
   /// After the last part.
   virtual void end() = 0;
+
+  /// How a graph is computed of which nodes were taken. A graph that comes again is recorded whole, with what the
+  /// backend does for its parts, and is launched at once from then on: cuts cost next to nothing there.
+  enum class Way : uint8_t { kCut, kRecord, kReplay };
+  virtual Way way(const GpuGraph& graph, const std::vector<size_t>& taken) = 0;
+  /// What the backend and attend() are given is recorded instead of computed, until recorded().
+  virtual void record() = 0;
+  /// `whole`: all of it was given. Returns whether replay() can compute it.
+  virtual bool recorded(bool whole) = 0;
+  virtual void replay() = 0;
+
   /// What steps read so far goes to the statistics. Waits for the device.
   virtual void flush() = 0;
   /// Adds the bytes of all indexes, and of the K and V rows that they describe.

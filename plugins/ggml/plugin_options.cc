@@ -106,8 +106,16 @@ const std::vector<std::pair<const char*, Setter>>& setters() {
          else if (v == "whole") o.index.clustering = Clustering::kWhole;
          else fail(k, v, "incremental or whole");
        }},
-      {"min_context", [](O& o, S k, S v) { o.min_context = o.min_sparse = in_range(k, v, 0, 1 << 30); }},
-      {"min_sparse", [](O& o, S k, S v) { o.min_sparse = in_range(k, v, 0, 1 << 30); }},
+      {"min_context",
+       [](O& o, S k, S v) {
+         o.min_context = o.min_sparse = in_range(k, v, 0, 1 << 30);
+         o.own_lengths = true;
+       }},
+      {"min_sparse",
+       [](O& o, S k, S v) {
+         o.min_sparse = in_range(k, v, 0, 1 << 30);
+         o.own_lengths = true;
+       }},
       {"max_rows", [](O& o, S k, S v) { o.max_rows = in_range(k, v, 1, 64); }},
       {"places", [](O& o, S k, S v) { o.places = in_range(k, v, 0, 64); }},
       {"accept",

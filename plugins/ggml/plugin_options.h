@@ -24,6 +24,7 @@ struct PluginOptions {
   IndexOptions index;
   int32_t min_context = 1024;  // padded cache length from which attention is taken over
   int32_t min_sparse = 2048;   // rows that a query sees from which rows are selected, at least min_context
+  bool own_lengths = false;    // one of these two was given: a GPU takes over from there on too
   int32_t max_rows = 8;        // more rows of one sequence in a step are a prompt
   int32_t places = 8;          // earlier places of the text around which rows are read (tactic/earlier_places.h)
   bool accept_any = false;     // accept=any: also tensors that are no view of a filled cache (test-backend-ops)

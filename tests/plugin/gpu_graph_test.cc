@@ -19,6 +19,7 @@ using ::testing::ElementsAre;
 using ::testing::IsEmpty;
 using ::testing::UnorderedElementsAre;
 using Step = GpuPassage::Step;
+using Way = GpuAttention::Way;
 
 struct Shape {
   int64_t head_dim = 64, q_heads = 4, kv_heads = 2, cells = 2048, streams = 1, rows = 1;
@@ -128,6 +129,15 @@ TEST(GpuGraph, LeavesACacheOfWhichNotBothHalvesAreWrittenHere) {
   EXPECT_THAT(found.rewritten, ElementsAre(model.k[0]->data));
 }
 
+TEST(GpuGraph, LeavesWhatIsOnlyKnownWhileTheGraphIsComputed) {
+  Model model({});
+  model.mask->op = GGML_OP_CPY;
+  EXPECT_THAT(model.look().decode, IsEmpty());
+  model.mask->op = GGML_OP_NONE;
+  model.cells->op = GGML_OP_ADD;
+  EXPECT_THAT(model.look().decode, IsEmpty());
+}
+
 TEST(GpuGraph, SeesACacheChangedInPlace) {
   Model model({});
   ggml_tensor* shifted = ggml_scale_inplace(model.context(), model.k[0], 0.5f);
@@ -166,6 +176,7 @@ TEST(GpuPassage, MayHaveChangedWhereRowsWereWrittenOtherwise) {
 // The device: computes on the CPU and remembers what it was given.
 struct FakeGpu {
   static inline std::vector<std::string> given;  // per call, the operations that are not views
+  static inline std::vector<std::pair<const ggml_tensor*, int32_t>> first_nodes;  // and their first parameter
   static inline ggml_backend_t cpu = nullptr;
 
   static const char* name(ggml_backend_reg_t) { return "FAKE"; }
@@ -196,6 +207,7 @@ struct FakeGpu {
     return backend;
   }
   static ggml_status compute(ggml_backend_t, ggml_cgraph* graph) {
+    first_nodes.emplace_back(ggml_graph_node(graph, 0), ggml_graph_node(graph, 0)->op_params[0]);
     std::string ops;
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
       const ggml_op op = ggml_graph_node(graph, i)->op;
@@ -209,7 +221,8 @@ struct FakeGpu {
 /// Fills the outputs that it takes with sevens.
 struct Sevens : GpuAttention {
   static inline std::vector<size_t> takes;
-  static inline bool fails = false, ended = false, alive = false;
+  static inline Way next = Way::kCut;
+  static inline bool fails = false, ended = false, alive = false, records = true;
 
   Sevens() { alive = true; }
   ~Sevens() override { alive = false; }
@@ -224,6 +237,13 @@ struct Sevens : GpuAttention {
     std::fill_n(out, ggml_nelements(node.match.out), 7.0f);
   }
   void end() override { ended = true; }
+  Way way(const GpuGraph&, const std::vector<size_t>&) override { return next; }
+  void record() override { FakeGpu::given.emplace_back("record"); }
+  bool recorded(bool whole) override {
+    FakeGpu::given.emplace_back(whole ? "recorded" : "not recorded");
+    return whole && records;
+  }
+  void replay() override { FakeGpu::given.emplace_back("replay"); }
   void flush() override {}
   void memory(int64_t& index_bytes, int64_t&) const override { index_bytes += 5; }
 };
@@ -241,9 +261,10 @@ class Hook : public ::testing::Test {
     hook_gpus("FAKE", make);
     hook_gpus("FAKE", make);  // again: no hook around the hook
   }
-  void compute(Model& model, std::vector<size_t> takes, bool fails = false) {
+  void compute(Model& model, std::vector<size_t> takes, bool fails = false, Way way = Way::kCut) {
     Sevens::takes = std::move(takes);
     Sevens::fails = fails;
+    Sevens::next = way;
     FakeGpu::given.clear();
     EXPECT_EQ(ggml_backend_graph_compute(backend_, model.graph()), GGML_STATUS_SUCCESS);
   }
@@ -275,6 +296,36 @@ TEST_F(Hook, HasTheBackendComputeWhatFails) {
   compute(model, {0, 1}, true);
   EXPECT_THAT(FakeGpu::given, ElementsAre("ww", "ours", "asww", "ours", "as"));
   EXPECT_EQ(output(model, 0), 0);
+}
+
+TEST_F(Hook, RecordsAGraphWholeAndReplaysIt) {
+  Model model({}, 2);
+  compute(model, {0, 1}, false, Way::kRecord);
+  EXPECT_THAT(FakeGpu::given, ElementsAre("record", "ww", "ours", "sww", "ours", "s", "recorded", "replay"));
+  EXPECT_TRUE(Sevens::ended);
+  compute(model, {0, 1}, false, Way::kReplay);
+  EXPECT_THAT(FakeGpu::given, ElementsAre("replay"));
+}
+
+TEST_F(Hook, RecordedPartsAreNewToTheBackendEachTime) {
+  Model model({}, 2);
+  std::set<std::pair<const ggml_tensor*, int32_t>> first_nodes;
+  for (int i = 0; i < 2; ++i) {
+    FakeGpu::first_nodes.clear();
+    compute(model, {0, 1}, false, Way::kRecord);
+    for (const auto& node : FakeGpu::first_nodes) first_nodes.insert(node);
+  }
+  EXPECT_EQ(first_nodes.size(), 6u);
+}
+
+TEST_F(Hook, CutsWhatCannotBeRecorded) {
+  Model model({}, 1);
+  compute(model, {0}, true, Way::kRecord);
+  EXPECT_THAT(FakeGpu::given, ElementsAre("record", "ww", "ours", "not recorded", "ww", "ours", "as"));
+  Sevens::records = false;
+  compute(model, {0}, false, Way::kRecord);
+  Sevens::records = true;
+  EXPECT_THAT(FakeGpu::given, ElementsAre("record", "ww", "ours", "s", "recorded", "ww", "ours", "s"));
 }
 
 TEST_F(Hook, GoesWithTheBackend) {
