@@ -3,7 +3,7 @@
 
     python3 made_up_model.py OUT.gguf --layers 8 --heads 32 --kv-heads 8 --head-dim 128 --ffn 14336 --context 262144
 
-Its attention is flat, so that sampling reads the most rows that its target error asks for. Needs NumPy.
+Weights of one shape are the same everywhere. Its attention is flat, so that sampling reads the most rows that its target error asks for. Needs NumPy.
 """
 
 import argparse
@@ -91,13 +91,16 @@ def main():
         head += struct.pack("<IQ", GGML_F16 if half else GGML_F32, at)
     with open(args.out, "wb") as file:
         file.write(head.ljust(padded(len(head)), b"\0"))
+        made = {}
         for _, shape, half, _ in listed:
-            if half:
-                weights = random.standard_normal(shape, dtype=np.float32) * np.float32(shape[-1] ** -0.5)
-            else:
-                weights = np.ones(shape, dtype=np.float32)
-            data = weights.astype(np.float16 if half else np.float32).tobytes()
-            file.write(data.ljust(padded(len(data)), b"\0"))
+            if shape not in made:
+                if half:
+                    weights = random.standard_normal(shape, dtype=np.float32) * np.float32(shape[-1] ** -0.5)
+                else:
+                    weights = np.ones(shape, dtype=np.float32)
+                data = weights.astype(np.float16 if half else np.float32).tobytes()
+                made[shape] = data.ljust(padded(len(data)), b"\0")
+            file.write(made[shape])
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ namespace {
 
 constexpr size_t kMaxMasks = 256;        // of a graph, counted for every stream
 constexpr size_t kMaxRecords = 1 << 16;  // of a graph: KV heads of all nodes and streams
-// What a selection must spare: a layer's step is 25 us slower than dense attention where next to nothing is read, and
-// llama.cpp's attention reads at three fifths of the memory's rate (an H100, docs/kernels/cuda-decode.md).
-constexpr double kBreakEvenSeconds = 25e-6, kDenseRate = 0.6;
+// From where on a selection pays: in a model, where the weights of a layer drive kernels and indexes out of the caches,
+// one takes 30 to 45 us whatever the length, and llama.cpp's attention reads at three fifths of the memory's rate (an
+// H100, docs/kernels/cuda-decode.md).
+constexpr double kBreakEvenSeconds = 45e-6, kDenseRate = 0.6;
 constexpr int32_t kBuildEvery = 16;  // steps; layers take turns
 
 void check(cudaError_t status, const char* what) {

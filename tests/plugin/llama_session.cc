@@ -108,6 +108,11 @@ Host* Host::get() {
 
 ggml_backend_dev_t Host::plugin_device() { return ggml_backend_reg_dev_get(plugin(), 0); }
 
+bool on_gpu() {
+  plugin();
+  return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_GPU) != nullptr;
+}
+
 std::vector<llama_token> Host::tokenize(const std::string& text) const {
   std::vector<llama_token> tokens(text.size() + 16);
   const int32_t count = llama_tokenize(llama_model_get_vocab(model_), text.data(), static_cast<int32_t>(text.size()),

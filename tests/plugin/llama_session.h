@@ -37,6 +37,11 @@ class Host {
   llama_model* model_ = nullptr;
 };
 
+/// Whether the model is on a GPU, where less is taken over: llama.cpp has CUDA in TACTIC_LLAMA_DIR.
+bool on_gpu();
+#define TACTIC_SKIP_ON_GPU(reason) \
+  if (on_gpu()) GTEST_SKIP() << (reason)
+
 /// Fails the test when the plug-in refuses.
 void configure(const std::string& options);
 /// Its message; empty when it accepts.

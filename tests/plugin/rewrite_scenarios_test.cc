@@ -96,11 +96,13 @@ TEST_F(RewriteScenarios, RemovedCellsAreNotRead) {
   };
   auto start = text;
   start.resize(kDepth - 192);
-  expect_scenario(
-      {.name = "removed cells", .play = play, .exact_play = prefill_and_decode(start, rest), .faults = {"fault=mask"}});
+  Scenario scenario{.name = "removed cells", .play = play, .exact_play = prefill_and_decode(start, rest)};
+  if (!on_gpu()) scenario.faults = {"fault=mask"};  // there a step knows no more of a mask than how many rows it shows
+  expect_scenario(scenario);
 }
 
 TEST_F(RewriteScenarios, ContextShift) {
+  TACTIC_SKIP_ON_GPU("what a sequence sees are not the first cells: left to llama.cpp");
   constexpr llama_pos kLong = 768, kShift = 256;
   const auto text = tokens_of(records(4, 0, 60), kLong);
   const auto rest = tokens_of(recall(4, 35) + recall(4, 40) + recall(4, 44));

@@ -29,6 +29,7 @@ std::vector<llama_token> question(uint64_t seed, int number) {
 }
 
 TEST_F(SequenceScenarios, SharedPrefixInOneCache) {
+  TACTIC_SKIP_ON_GPU("what a sequence sees are not the first cells: left to llama.cpp");
   const auto prefix = tokens_of(records(1, 0, 40), 512);
   const auto left = tokens_of(words(11, 300), 128), right = tokens_of(records(12, 50, 30), 128);
   expect_scenario({.name = "shared prefix",
@@ -56,6 +57,7 @@ TEST_F(SequenceScenarios, OneStreamEach) {
 }
 
 TEST_F(SequenceScenarios, DifferentTextsInOneCache) {
+  TACTIC_SKIP_ON_GPU("what a sequence sees are not the first cells: left to llama.cpp");
   expect_scenario({.name = "different texts in one cache",
                    .options = {.cells = 1280, .num_seqs = 3, .unified = true},
                    .play =
@@ -70,6 +72,7 @@ TEST_F(SequenceScenarios, DifferentTextsInOneCache) {
 
 // A short answer in the first slot, a long one in the second: what the long one's index holds must stay.
 TEST_F(SequenceScenarios, AShortNeighborTakesNoRowsOut) {
+  TACTIC_SKIP_ON_GPU("what a sequence sees are not the first cells: left to llama.cpp");
   const auto text = tokens_of(records(7, 0, 60), 512), hello = tokens_of(words(71, 100), 30), rest = question(7, 19);
   forget_indexes();
   Session s(kSparse, {.num_seqs = 2, .unified = true});
@@ -106,6 +109,7 @@ TEST_F(SequenceScenarios, SequenceCopiedToAnotherStream) {
 
 // As a draft is verified: four tokens of one sequence at a time, of which the last two are rejected.
 TEST_F(SequenceScenarios, FewRowsOfOneSequence) {
+  TACTIC_SKIP_ON_GPU("several rows of a sequence are left to llama.cpp");
   const auto text = tokens_of(records(4, 0, 60), 576),
              rest = tokens_of(recall(4, 21) + recall(4, 33) + recall(4, 12), 40);
   const auto wrong = tokens_of(words(41, 100), 40);
@@ -125,6 +129,7 @@ TEST_F(SequenceScenarios, FewRowsOfOneSequence) {
 
 // A dozen answers to one text, a row of each in a step: decoding, however many.
 TEST_F(SequenceScenarios, MoreSequencesThanRowsOfADraft) {
+  TACTIC_SKIP_ON_GPU("what a sequence sees are not the first cells: left to llama.cpp");
   const auto prefix = tokens_of(records(14, 0, 60), 576);
   const auto answers = [&](int count) {
     return [&, count](Session& s) {
@@ -149,6 +154,7 @@ TEST_F(SequenceScenarios, MoreSequencesThanRowsOfADraft) {
 
 // More rows of one sequence than a draft has are a prompt: exact, clustered at once, and no decode step.
 TEST_F(SequenceScenarios, ShortPromptIsExact) {
+  TACTIC_SKIP_ON_GPU("several rows of a sequence are left to llama.cpp");
   const auto text = tokens_of(records(15, 0, 60), 576), prompt = question(15, 21), rest = question(15, 33);
   const auto turn = [&](size_t rows) {
     return [&, rows](Session& s) {
