@@ -73,12 +73,18 @@ struct DecodeBatch {
   bool learn = false;
 };
 
-/// kv_lens of a batch from attention masks. `masks`: device, f16 [count] of n_kv elements, a multiple of 8,
-/// `stride_bytes` apart; addresses and stride are multiples of 16. kv_lens: device [count]; becomes the number of rows
-/// that a mask shows if these are its first ones and it holds nothing but 0 and minus infinity, else -1, which no step
-/// takes. Throws Error for n_kv and addresses that are none of these.
-void visible_rows(const void* masks, int64_t stride_bytes, int32_t n_kv, int32_t count, int32_t* kv_lens,
-                  Stream stream);
+/// What an attention mask shows.
+struct VisibleRows {
+  int32_t count;  // rows, a kv_len; -1: the mask holds other values than 0 and minus infinity, which no step takes
+  int32_t end;    // one more than the last of them; equal to `count` where they are the first ones
+};
+
+/// `masks`: device, f16 [count] of n_kv elements, a multiple of 8, `stride_bytes` apart; addresses and stride are
+/// multiples of 16. rows: device [count]. tables: device [count, n_kv], or nullptr; where rows are not the first ones,
+/// begins with those that are shown, a page table of pages of one token. Throws Error for n_kv and addresses that are
+/// none of these.
+void visible_rows(const void* masks, int64_t stride_bytes, int32_t n_kv, int32_t count, VisibleRows* rows,
+                  int32_t* tables, Stream stream);
 
 /// What the host knows of the lengths and pages that a batch has on the device; all in host memory.
 struct HostTables {

@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "cuda_memory.h"
 #include "log.h"
 #include "shared.h"
 #include "tactic/cuda.h"
@@ -26,30 +27,6 @@ constexpr size_t kMaxRecords = 1 << 16;  // of a graph: KV heads of all nodes an
 // H100, docs/kernels/cuda-decode.md).
 constexpr double kBreakEvenSeconds = 45e-6, kDenseRate = 0.6;
 constexpr int32_t kBuildEvery = 16;  // steps; layers take turns
-
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();
-  throw Error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-/// The same array in device memory and in host memory that copies need not wait for.
-template <class T>
-struct Mirror {
-  T* device = nullptr;
-  T* host = nullptr;
-
-  explicit Mirror(size_t count) {
-    check(cudaMalloc(reinterpret_cast<void**>(&device), count * sizeof(T)), "device memory");
-    check(cudaHostAlloc(reinterpret_cast<void**>(&host), count * sizeof(T), cudaHostAllocDefault), "pinned memory");
-  }
-  ~Mirror() {
-    cudaFree(device);
-    cudaFreeHost(host);
-  }
-  Mirror(const Mirror&) = delete;
-  Mirror& operator=(const Mirror&) = delete;
-};
 
 struct Stream {
   std::unique_ptr<cuda::LayerIndex> index;
@@ -110,6 +87,7 @@ class CudaAttention final : public GpuAttention {
   /// Where the values of a node's first stream stand in the mirrors; those of the others follow.
   struct Place {
     size_t mask, cells, query, record;
+    const int32_t* tables;  // device, [streams, n_kv]
   };
   struct Pending {  // records on their way to the host
     cuda::DecodeBatch shape;
@@ -121,6 +99,7 @@ class CudaAttention final : public GpuAttention {
   struct Recorded {
     uint64_t graph = 0, setup = 0;
     std::vector<size_t> taken;
+    std::vector<bool> paged;  // of each stream of each node: read through its table
     bool operator==(const Recorded&) const = default;
   };
 
@@ -160,7 +139,7 @@ class CudaAttention final : public GpuAttention {
   void take_records();
   Layer& layer_of(const GpuGraph::Node& node);
   bool prepare(const GpuGraph::Node& node, const Place& place, Layer& layer);
-  cuda::DecodeBatch batch_of(const GpuGraph::Node& node, int64_t stream) const;
+  cuda::DecodeBatch batch_of(const GpuGraph::Node& node, const Place& place, int64_t stream) const;
   cuda::Decode& decoder_of(const GpuGraph::Node& node);
 
   ggml_backend_t backend_;
@@ -171,7 +150,8 @@ class CudaAttention final : public GpuAttention {
   double break_even_bytes_ = 0;                                                      // K and V of one stream of a layer
   Layers layers_;                                                                    // by the K cache's memory
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, cuda::Decode> decoders_;  // by heads, dimension and cells
-  Mirror<int32_t> kv_lens_{kMaxMasks};
+  Mirror<cuda::VisibleRows> visible_{kMaxMasks};
+  std::unordered_map<size_t, DeviceTable> tables_;  // by a mask's place: the cells that it shows
   Mirror<int64_t> cells_{kMaxMasks};
   Mirror<float> tau_factors_{kMaxRecords};
   Mirror<cuda::StepRecord> records_{kMaxRecords};
@@ -201,20 +181,23 @@ void CudaAttention::read_inputs(const GpuGraph& graph) {
     num_cells += new_cells ? streams : 0;
     if (num_masks > kMaxMasks || num_cells > kMaxMasks || num_records_ + streams * heads > kMaxRecords)
       throw Error("a graph has more streams than the " + std::to_string(kMaxMasks) + " that are served");
+    DeviceTable& table = tables_[mask_at->second];
     if (new_mask) {
+      if (table.reserve(streams * static_cast<size_t>(node.cache.cells + 255))) ++setup_;  // of any length to come
       cuda::visible_rows(mask->data, static_cast<int64_t>(mask->nb[3]), static_cast<int32_t>(node.match.k->ne[1]),
-                         static_cast<int32_t>(streams), kv_lens_.device + mask_at->second, stream_);
+                         static_cast<int32_t>(streams), visible_.device + mask_at->second, table.data, stream_);
     }
     if (new_cells) {
       check(cudaMemcpyAsync(cells_.host + cells_at->second, node.cells->data, streams * sizeof(int64_t),
                             cudaMemcpyDeviceToHost, stream_),
             "cells");
     }
-    places_[node.at] = {mask_at->second, cells_at->second, num_queries, num_records_};
+    places_[node.at] = {mask_at->second, cells_at->second, num_queries, num_records_, table.data};
     num_queries += streams;
     num_records_ += streams * heads;
   }
-  check(cudaMemcpyAsync(kv_lens_.host, kv_lens_.device, num_masks * sizeof(int32_t), cudaMemcpyDeviceToHost, stream_),
+  check(cudaMemcpyAsync(visible_.host, visible_.device, num_masks * sizeof(cuda::VisibleRows), cudaMemcpyDeviceToHost,
+                        stream_),
         "masks");
   check(cudaStreamSynchronize(stream_), "masks");
 }
@@ -273,25 +256,25 @@ Layer& CudaAttention::layer_of(const GpuGraph::Node& node) {
   return layer;
 }
 
-// Of all streams that the node shows, before any is changed: whether their first rows are what they see.
+// All streams that the node shows are looked at before any index is changed.
 bool CudaAttention::prepare(const GpuGraph::Node& node, const Place& place, Layer& layer) {
   const size_t first = node.cache.first_stream(node.match);
   const auto streams = static_cast<size_t>(node.match.streams());
   int32_t longest = 0;
   for (size_t s = 0; s < streams; ++s) {
-    const int32_t kv_len = kv_lens_.host[place.mask + s];
+    const cuda::VisibleRows visible = visible_.host[place.mask + s];
     const int64_t cell = cells_.host[place.cells + s] - static_cast<int64_t>(first + s) * node.cache.cells;
-    if (kv_len <= 0 || cell < 0 || cell >= kv_len || first + s >= layer.streams.size()) return false;
-    longest = std::max(longest, kv_len);
+    // Where the step's row is not the last one that is shown, those after it have changed their numbers.
+    if (visible.count <= 0 || cell != visible.end - 1 || first + s >= layer.streams.size()) return false;
+    longest = std::max(longest, visible.count);
   }
   if (longest < options_->min_sparse) return false;
   decoder_of(node);
   for (size_t s = 0; s < streams; ++s) {
     Stream& stream = layer.streams[first + s];
-    const int32_t kv_len = kv_lens_.host[place.mask + s];
-    const auto newest =
-        static_cast<int32_t>(cells_.host[place.cells + s] - static_cast<int64_t>(first + s) * node.cache.cells);
-    const GpuPassage::Step step = stream.passage.step(kv_len, newest);
+    const int32_t kv_len = visible_.host[place.mask + s].count;
+    const int32_t settled = kv_len - 1;  // rows that are there already
+    const GpuPassage::Step step = stream.passage.step(kv_len);
     tau_factors_.host[place.query + s] = stream.passage.tau_factor();
     if (options_->decode.select == Select::kDense) continue;
     if (stream.index == nullptr) {
@@ -301,22 +284,22 @@ bool CudaAttention::prepare(const GpuGraph::Node& node, const Place& place, Laye
           1, static_cast<int32_t>(node.cache.cells));
     }
     cuda::LayerIndex& index = *stream.index;
-    const cuda::DecodeBatch batch = batch_of(node, static_cast<int64_t>(s));
+    const cuda::DecodeBatch batch = batch_of(node, place, static_cast<int64_t>(s));
     bool changed = false;
     if (step != GpuPassage::Step::kGoesOn && !options_->faults.skip_verify) {
       const int32_t indexed = index.rows_indexed(0);
-      changed = index.verify(0, batch, newest, stream_) < indexed;
+      changed = index.verify(0, batch, settled, stream_) < indexed;
     }
     if (step == GpuPassage::Step::kBegins || changed) index.forget_learned(0, stream_);
-    if (index.rows_indexed(0) > newest) index.truncate(0, newest, stream_);
-    const int32_t behind = newest - index.rows_indexed(0);
+    index.truncate(0, settled, stream_);
+    const int32_t behind = settled - index.rows_indexed(0);
     const bool turn = (kv_len + node.layer) % kBuildEvery == 0;
-    if (turn || behind > 4 * index.options().provisional_tokens) index.build(0, batch, newest, stream_);
+    if (turn || behind > 4 * index.options().provisional_tokens) index.build(0, batch, settled, stream_);
   }
   return true;
 }
 
-cuda::DecodeBatch CudaAttention::batch_of(const GpuGraph::Node& node, int64_t stream) const {
+cuda::DecodeBatch CudaAttention::batch_of(const GpuGraph::Node& node, const Place& place, int64_t stream) const {
   const KvView view = node.match.view(stream);
   cuda::DecodeBatch batch;
   batch.num_sequences = 1;
@@ -328,6 +311,14 @@ cuda::DecodeBatch CudaAttention::batch_of(const GpuGraph::Node& node, int64_t st
   batch.v = device_rows(view.v);
   batch.q_dtype = DType::kF32;
   batch.layer = node.layer;
+  const cuda::VisibleRows visible = visible_.host[place.mask + static_cast<size_t>(stream)];
+  if (visible.count == visible.end) return batch;
+  for (cuda::DeviceRows* rows : {&batch.k, &batch.v}) {
+    rows->page_tokens = 1;
+    rows->page_stride_bytes = rows->token_stride_bytes;
+  }
+  batch.page_tables = place.tables + stream * view.kv_len;
+  batch.max_pages = static_cast<int32_t>(view.kv_len);
   return batch;
 }
 
@@ -353,8 +344,8 @@ void CudaAttention::attend(const GpuGraph::Node& node) {
   cuda::DecodeBatch batch;
   for (int64_t s = 0; s < node.match.streams(); ++s) {
     const auto i = static_cast<size_t>(s);
-    batch = batch_of(node, s);
-    batch.kv_lens = kv_lens_.device + place.mask + i;
+    batch = batch_of(node, place, s);
+    batch.kv_lens = &visible_.device[place.mask + i].count;
     batch.q = node.match.query(0, s);
     batch.out = node.match.output(0, s);
     batch.tau_factors = tau_factors_.device + place.query + i;
@@ -369,12 +360,15 @@ void CudaAttention::attend(const GpuGraph::Node& node) {
 // sees new lengths, rows and indexes, for these are in device memory.
 GpuAttention::Way CudaAttention::way(const GpuGraph& graph, const std::vector<size_t>& taken) {
   pending_.clear();
+  Recorded now{graph.uid, setup_, taken, {}};
   for (const size_t i : taken) {
     const GpuGraph::Node& node = graph.decode[i];
+    const Place& place = places_.at(node.at);
     pending_.push_back(
-        {batch_of(node, 0), static_cast<int32_t>(node.match.streams()), node.layer, places_.at(node.at).record});
+        {batch_of(node, place, 0), static_cast<int32_t>(node.match.streams()), node.layer, place.record});
+    for (int64_t s = 0; s < node.match.streams(); ++s)
+      now.paged.push_back(batch_of(node, place, s).page_tables != nullptr);
   }
-  const Recorded now{graph.uid, setup_, taken};
   const bool again = now == std::exchange(last_, now);
   if (graph.uid == 0 || graph.may_wait || std::getenv("GGML_CUDA_DISABLE_GRAPHS") != nullptr) return Way::kCut;
   if (executable_ != nullptr && now == recorded_) return Way::kReplay;

@@ -77,9 +77,9 @@ GpuGraph look_at(ggml_cgraph* graph, const PluginOptions& options) {
   return found;
 }
 
-GpuPassage::Step GpuPassage::step(int32_t kv_len, int32_t newest) {
+GpuPassage::Step GpuPassage::step(int32_t kv_len) {
   const int32_t more = kv_len - kv_len_;
-  const Step step = more == 1 && newest == kv_len - 1 && !doubtful_ ? Step::kGoesOn
+  const Step step = more == 1 && !doubtful_                         ? Step::kGoesOn
                     : kv_len_ > 0 && more > 0 && more <= kMaxLonger ? Step::kLonger
                                                                     : Step::kBegins;
   kv_len_ = kv_len;

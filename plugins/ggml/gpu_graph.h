@@ -37,8 +37,8 @@ class GpuPassage {
     kLonger,  // some rows more: the ones that were there may have changed
     kBegins,  // another text, or this one taken back
   };
-  /// A step sees rows [0, kv_len) and has written row `newest`.
-  Step step(int32_t kv_len, int32_t newest);
+  /// A step sees kv_len rows and writes the last of them.
+  Step step(int32_t kv_len);
   /// Rows were written by other than the step that is under way.
   void doubt() { doubtful_ = true; }
   /// DecodeQuery::tau_factor of the step under way.

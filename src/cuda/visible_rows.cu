@@ -1,4 +1,5 @@
 // Rows that masks show, for hosts that know them as masks only.
+#include <cub/block/block_scan.cuh>
 #include <string>
 
 #include "cuda/launch.h"
@@ -10,46 +11,65 @@ namespace {
 
 constexpr int kMaskThreads = 1024;
 
-__global__ void __launch_bounds__(kMaskThreads)
-    visible_rows_kernel(const unsigned char* masks, int64_t stride, int32_t n_kv, int32_t* kv_lens) {
-  __shared__ int32_t end, first_hidden;  // of the visible rows; of the others
-  __shared__ int32_t other;              // values that say neither
-  if (threadIdx.x == 0) end = 0, first_hidden = n_kv, other = 0;
-  __syncthreads();
-  const auto* mask = reinterpret_cast<const uint4*>(masks + blockIdx.x * stride);
-  int32_t my_end = 0, my_hidden = n_kv, my_other = 0;
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < n_kv / 8; i += kMaskThreads) {
+struct MaskParams {
+  const unsigned char* masks;
+  int64_t stride;
+  int32_t n_kv;
+  VisibleRows* rows;
+  int32_t* tables;
+};
+
+// fn(cell, value) for cells [8 * begin, 8 * end).
+template <class Fn>
+__device__ void for_cells(const uint4* mask, int32_t begin, int32_t end, Fn fn) {
+  for (int32_t i = begin; i < end; ++i) {
     const uint4 eight = __ldg(mask + i);
     const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t value = words[j / 2] >> (j % 2 * 16) & 0xFFFFu;
-      const int32_t row = i * 8 + j;
-      if (value == 0xFC00u) {
-        my_hidden = min(my_hidden, row);
-      } else {
-        my_end = row + 1;
-        my_other |= (value & 0x7FFFu) != 0;
-      }
-    }
+    for (int j = 0; j < 8; ++j) fn(i * 8 + j, words[j / 2] >> (j % 2 * 16) & 0xFFFFu);
   }
-  atomicMax(&end, my_end);
-  atomicMin(&first_hidden, my_hidden);
-  if (my_other != 0) other = 1;
+}
+
+__global__ void __launch_bounds__(kMaskThreads) visible_rows_kernel(const MaskParams p) {
+  using Scan = cub::BlockScan<int32_t, kMaskThreads>;
+  __shared__ typename Scan::TempStorage scan;
+  __shared__ int32_t end, other;  // of the visible cells; whether a value says neither
+  if (threadIdx.x == 0) end = other = 0;
   __syncthreads();
-  if (threadIdx.x == 0) kv_lens[blockIdx.x] = other == 0 && first_hidden >= end ? end : -1;
+  const auto* mask = reinterpret_cast<const uint4*>(p.masks + blockIdx.x * p.stride);
+  const int32_t eights = p.n_kv / 8, each = (eights + kMaskThreads - 1) / kMaskThreads;
+  const int32_t my_begin = min(static_cast<int32_t>(threadIdx.x) * each, eights), my_end = min(my_begin + each, eights);
+  int32_t count = 0, last = -1;
+  bool neither = false;
+  for_cells(mask, my_begin, my_end, [&](int32_t cell, uint32_t value) {
+    if (value == 0xFC00u) return;
+    ++count;
+    last = cell;
+    neither = neither || (value & 0x7FFFu) != 0;
+  });
+  if (last >= 0) atomicMax(&end, last + 1);
+  if (neither) other = 1;
+  int32_t before, total;
+  Scan(scan).ExclusiveSum(count, before, total);
+  __syncthreads();
+  if (threadIdx.x == 0) p.rows[blockIdx.x] = {other != 0 ? -1 : total, end};
+  if (p.tables == nullptr || total == end) return;
+  int32_t* table = p.tables + int64_t{blockIdx.x} * p.n_kv + before;
+  for_cells(mask, my_begin, my_end, [&](int32_t cell, uint32_t value) {
+    if (value != 0xFC00u) *table++ = cell;
+  });
 }
 
 }  // namespace
 
-void visible_rows(const void* masks, int64_t stride_bytes, int32_t n_kv, int32_t count, int32_t* kv_lens,
-                  Stream stream) {
+void visible_rows(const void* masks, int64_t stride_bytes, int32_t n_kv, int32_t count, VisibleRows* rows,
+                  int32_t* tables, Stream stream) {
   if (n_kv < 0 || n_kv % 8 != 0) throw Error("n_kv (" + std::to_string(n_kv) + ") must be a multiple of 8");
   if (stride_bytes % 16 != 0 || reinterpret_cast<uintptr_t>(masks) % 16 != 0)
     throw Error("masks must lie at multiples of 16 bytes, not " + std::to_string(stride_bytes) + " apart");
   if (count <= 0) return;
   visible_rows_kernel<<<static_cast<unsigned>(count), kMaskThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const unsigned char*>(masks), stride_bytes, n_kv, kv_lens);
+      {static_cast<const unsigned char*>(masks), stride_bytes, n_kv, rows, tables});
   check(cudaGetLastError(), "masks");
 }
 

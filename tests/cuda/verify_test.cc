@@ -1,5 +1,7 @@
 // On a GPU: what a host asks that does not know what happened to its cache: which rows masks show, and which of those
 // that are indexed are still the same.
+#include <random>
+
 #include "cuda/device.h"
 #include "cuda/launch_config.h"
 #include "cuda/layer_index.h"
@@ -8,52 +10,71 @@ namespace tactic::test {
 namespace {
 
 constexpr uint16_t kShown = 0, kHiddenValue = 0xFC00;
+constexpr int32_t kCells = 20008;
 
-std::vector<int32_t> visible_rows(const std::vector<uint16_t>& masks, int32_t n_kv) {
-  const Device<uint16_t> device(masks);
-  const auto count = static_cast<int32_t>(masks.size()) / n_kv;
-  const Device<int32_t> lens(static_cast<size_t>(count));
-  cuda::visible_rows(device.get(), int64_t{2} * n_kv, n_kv, count, lens.get(), nullptr);
-  return lens.values();
+std::vector<uint16_t> mask_of(int32_t begin, int32_t end) {
+  std::vector<uint16_t> values(kCells, kHiddenValue);
+  std::fill(values.begin() + begin, values.begin() + end, kShown);
+  return values;
 }
 
-TEST(VisibleRows, AreTheFirstOnesOrNone) {
-  constexpr int32_t kRows = 20008;
-  const auto mask = [](int32_t shown) {
-    std::vector<uint16_t> values(kRows, kHiddenValue);
-    std::fill_n(values.begin(), shown, kShown);
-    return values;
-  };
+TEST(VisibleRows, AreCountedAndListed) {
   std::vector<uint16_t> masks;
-  std::vector<int32_t> expected;
-  const auto add = [&](const std::vector<uint16_t>& values, int32_t rows) {
+  std::vector<std::vector<int32_t>> expected;
+  std::mt19937 random(1);
+  const auto add = [&](const std::vector<uint16_t>& values) {
     masks.insert(masks.end(), values.begin(), values.end());
-    expected.push_back(rows);
+    std::vector<int32_t>& cells = expected.emplace_back();
+    for (int32_t i = 0; i < kCells; ++i) {
+      if (values[static_cast<size_t>(i)] != kHiddenValue) cells.push_back(i);
+    }
   };
-  for (const int32_t shown : {0, 1, 7, 8, 8191, 8192, 8193, kRows - 1, kRows}) add(mask(shown), shown);
+  for (const int32_t shown : {0, 1, 7, 8, 8191, 8192, 8193, kCells - 1, kCells}) add(mask_of(0, shown));
   for (const int32_t hole : {0, 1, 4096, 9998}) {
-    std::vector<uint16_t> values = mask(10000);
+    std::vector<uint16_t> values = mask_of(0, 10000);
     values[static_cast<size_t>(hole)] = kHiddenValue;
-    add(values, -1);
+    add(values);
   }
-  std::vector<uint16_t> island = mask(100);
-  island[kRows - 1] = kShown;
-  add(island, -1);
-  std::vector<uint16_t> negative_zero = mask(100);
-  negative_zero[50] = 0x8000;
-  add(negative_zero, 100);
+  add(mask_of(5000, 15000));
+  add(mask_of(kCells - 1, kCells));
+  std::vector<uint16_t> some = mask_of(0, kCells);
+  for (uint16_t& value : some) {
+    if (random() % 3 != 0) value = kHiddenValue;
+  }
+  some[77] = 0x8000;  // minus zero
+  add(some);
+  const auto count = static_cast<int32_t>(expected.size());
+  const Device<uint16_t> device(masks);
+  const Device<cuda::VisibleRows> rows(expected.size());
+  const Device<int32_t> tables(expected.size() * kCells);
+  cuda::visible_rows(device.get(), int64_t{2} * kCells, kCells, count, rows.get(), tables.get(), nullptr);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const cuda::VisibleRows got = rows.values()[i];
+    const auto shown = static_cast<int32_t>(expected[i].size());
+    EXPECT_EQ(got.count, shown) << i;
+    ASSERT_EQ(got.end, shown == 0 ? 0 : expected[i].back() + 1) << i;
+    if (got.end == shown) continue;
+    const std::vector<int32_t> all = tables.values();
+    const auto begin = all.begin() + static_cast<int64_t>(i) * kCells;
+    EXPECT_EQ(std::vector<int32_t>(begin, begin + shown), expected[i]) << i;
+  }
+}
+
+TEST(VisibleRows, OtherValuesAreToldOf) {
   for (const uint16_t bias : {0xC000, 0x0001, 0x7E00}) {  // -2, the least number, NaN
-    std::vector<uint16_t> biased = mask(100);
+    std::vector<uint16_t> biased = mask_of(0, 100);
     biased[50] = bias;
-    add(biased, -1);
+    const Device<uint16_t> device(biased);
+    const Device<cuda::VisibleRows> rows(1);
+    cuda::visible_rows(device.get(), int64_t{2} * kCells, kCells, 1, rows.get(), nullptr, nullptr);
+    EXPECT_EQ(rows.values()[0].count, -1) << bias;
   }
-  EXPECT_EQ(visible_rows(masks, kRows), expected);
 }
 
 TEST(VisibleRows, MasksThatCannotBeReadAreRefused) {
-  EXPECT_EQ(message_of([] { cuda::visible_rows(nullptr, 24, 12, 1, nullptr, nullptr); }),
+  EXPECT_EQ(message_of([] { cuda::visible_rows(nullptr, 24, 12, 1, nullptr, nullptr, nullptr); }),
             "n_kv (12) must be a multiple of 8");
-  EXPECT_EQ(message_of([] { cuda::visible_rows(nullptr, 24, 8, 1, nullptr, nullptr); }),
+  EXPECT_EQ(message_of([] { cuda::visible_rows(nullptr, 24, 8, 1, nullptr, nullptr, nullptr); }),
             "masks must lie at multiples of 16 bytes, not 24 apart");
 }
 

@@ -148,29 +148,28 @@ TEST(GpuGraph, SeesACacheChangedInPlace) {
 
 TEST(GpuPassage, GoesOnRowByRow) {
   GpuPassage passage;
-  EXPECT_EQ(passage.step(5000, 4999), Step::kBegins);
+  EXPECT_EQ(passage.step(5000), Step::kBegins);
   EXPECT_EQ(passage.tau_factor(), 4);
-  EXPECT_EQ(passage.step(5001, 5000), Step::kGoesOn);
-  EXPECT_EQ(passage.step(5002, 5001), Step::kGoesOn);
+  EXPECT_EQ(passage.step(5001), Step::kGoesOn);
+  EXPECT_EQ(passage.step(5002), Step::kGoesOn);
   EXPECT_LT(passage.tau_factor(), 1.4f);
 }
 
 TEST(GpuPassage, BeginsWhereRowsWereTakenBack) {
   GpuPassage passage;
-  passage.step(5000, 4999);
-  EXPECT_EQ(passage.step(5000, 4999), Step::kBegins) << "the newest row was written anew";
-  EXPECT_EQ(passage.step(4000, 3999), Step::kBegins);
-  EXPECT_EQ(passage.step(4065, 4064), Step::kBegins) << "as many rows as a prompt has";
+  passage.step(5000);
+  EXPECT_EQ(passage.step(5000), Step::kBegins) << "the newest row was written anew";
+  EXPECT_EQ(passage.step(4000), Step::kBegins);
+  EXPECT_EQ(passage.step(4065), Step::kBegins) << "as many rows as a prompt has";
 }
 
 TEST(GpuPassage, MayHaveChangedWhereRowsWereWrittenOtherwise) {
   GpuPassage passage;
-  passage.step(5000, 4999);
+  passage.step(5000);
   passage.doubt();
-  EXPECT_EQ(passage.step(5001, 5000), Step::kLonger);
-  EXPECT_EQ(passage.step(5002, 5001), Step::kGoesOn) << "doubt is of one step";
-  EXPECT_EQ(passage.step(5006, 5005), Step::kLonger) << "several rows at once";
-  EXPECT_EQ(passage.step(5007, 1000), Step::kLonger) << "the newest row is not the last one";
+  EXPECT_EQ(passage.step(5001), Step::kLonger);
+  EXPECT_EQ(passage.step(5002), Step::kGoesOn) << "doubt is of one step";
+  EXPECT_EQ(passage.step(5006), Step::kLonger) << "several rows at once";
 }
 
 // The device: computes on the CPU and remembers what it was given.

@@ -29,7 +29,7 @@ std::vector<llama_token> question(uint64_t seed, int number) {
 }
 
 TEST_F(SequenceScenarios, SharedPrefixInOneCache) {
-  TACTIC_SKIP_ON_GPU("what a sequence sees are not the first cells: left to llama.cpp");
+  TACTIC_SKIP_ON_GPU("rows of several sequences in one node are left to llama.cpp");
   const auto prefix = tokens_of(records(1, 0, 40), 512);
   const auto left = tokens_of(words(11, 300), 128), right = tokens_of(records(12, 50, 30), 128);
   expect_scenario({.name = "shared prefix",
@@ -57,7 +57,7 @@ TEST_F(SequenceScenarios, OneStreamEach) {
 }
 
 TEST_F(SequenceScenarios, DifferentTextsInOneCache) {
-  TACTIC_SKIP_ON_GPU("what a sequence sees are not the first cells: left to llama.cpp");
+  TACTIC_SKIP_ON_GPU("rows of several sequences in one node are left to llama.cpp");
   expect_scenario({.name = "different texts in one cache",
                    .options = {.cells = 1280, .num_seqs = 3, .unified = true},
                    .play =
@@ -72,7 +72,6 @@ TEST_F(SequenceScenarios, DifferentTextsInOneCache) {
 
 // A short answer in the first slot, a long one in the second: what the long one's index holds must stay.
 TEST_F(SequenceScenarios, AShortNeighborTakesNoRowsOut) {
-  TACTIC_SKIP_ON_GPU("what a sequence sees are not the first cells: left to llama.cpp");
   const auto text = tokens_of(records(7, 0, 60), 512), hello = tokens_of(words(71, 100), 30), rest = question(7, 19);
   forget_indexes();
   Session s(kSparse, {.num_seqs = 2, .unified = true});
@@ -129,7 +128,7 @@ TEST_F(SequenceScenarios, FewRowsOfOneSequence) {
 
 // A dozen answers to one text, a row of each in a step: decoding, however many.
 TEST_F(SequenceScenarios, MoreSequencesThanRowsOfADraft) {
-  TACTIC_SKIP_ON_GPU("what a sequence sees are not the first cells: left to llama.cpp");
+  TACTIC_SKIP_ON_GPU("rows of several sequences in one node are left to llama.cpp");
   const auto prefix = tokens_of(records(14, 0, 60), 576);
   const auto answers = [&](int count) {
     return [&, count](Session& s) {
