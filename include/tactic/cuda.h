@@ -141,9 +141,9 @@ class LayerIndex {
   /// one, full parts of the rest provisional ones. A smaller kv_len truncates. Of the batch, K, V, their shape and the
   /// page tables count. May be called after every token: where nothing is due, nothing happens, and
   /// what steps expect of the next one (DecodeBatch::learn) stays.
-  /// May allocate and free memory and then waits for the stream, so it cannot be captured. Builds share scratch memory:
-  /// those of two sequences belong on one stream, or an event between them. So do a build and the steps before and
-  /// after it that read its sequence. Throws Error, and changes nothing, when arguments do not fit or memory runs out.
+  /// Takes scratch memory from the device's pool (cudaMallocAsync) and gives it back, on the stream, so it is not for
+  /// capturing. A build and the steps before and after it that read its sequence belong on one stream, or an event
+  /// between them. Throws Error, and changes nothing, when arguments do not fit or memory runs out.
   void build(int32_t sequence, const DecodeBatch& batch, int32_t kv_len, Stream stream);
 
   /// Rows from kv_len on are gone: segments that hold any of them are dropped. Does nothing where none does. With the

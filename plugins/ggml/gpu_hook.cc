@@ -21,6 +21,8 @@ struct Hooked {
   Compute compute;  // the backend's own
   Free free;
   std::unique_ptr<GpuAttention> attention;
+  GpuGraph found;  // in the graph before, looked at with these options
+  std::shared_ptr<const PluginOptions> options;
   std::vector<std::unique_ptr<ggml_tensor>> marks;  // one for each part of a graph
   int32_t recordings = 0;
 };
@@ -126,12 +128,13 @@ bool record(Hooked& h, ggml_backend_t backend, ggml_cgraph* graph, const GpuGrap
 
 ggml_status compute_hooked(ggml_backend_t backend, ggml_cgraph* graph) {
   Hooked& h = *hooked(backend);
-  GpuGraph found;
+  const GpuGraph& found = h.found;
   std::vector<size_t> taken;
   try {
-    const std::shared_ptr<const PluginOptions> options = shared().options();
-    found = look_at(graph, *options);
-    taken = h.attention->begin(found, options);
+    std::shared_ptr<const PluginOptions> options = shared().options();
+    if (graph->uid == 0 || graph->uid != h.found.uid || options != h.options) h.found = look_at(graph, *options);
+    h.options = std::move(options);
+    taken = h.attention->begin(found, h.options);
   } catch (const std::exception& error) {
     log_error("a step is left to llama.cpp: %s", error.what());
     taken.clear();
@@ -173,8 +176,8 @@ ggml_backend_t init_hooked(ggml_backend_dev_t device, const char* params) {
   ggml_backend_t backend = init(device, params);
   if (backend == nullptr) return nullptr;
   try {
-    auto h =
-        std::make_unique<Hooked>(Hooked{backend->iface.graph_compute, backend->iface.free, hooks().make(backend), {}});
+    auto h = std::make_unique<Hooked>(
+        Hooked{backend->iface.graph_compute, backend->iface.free, hooks().make(backend), {}, {}, {}});
     const std::lock_guard lock(hooks().mutex);
     hooks().backends[backend] = std::move(h);
   } catch (const std::exception& error) {

@@ -31,12 +31,26 @@ DeviceFacts device_facts() {
   return facts;
 }
 
-LayerIndex::Impl::~Impl() {
-  cudaFree(memory);
-  cudaFree(scratch);
-}
+LayerIndex::Impl::~Impl() { cudaFree(memory); }
 
 namespace {
+
+// Memory for the kernels that a stream is given meanwhile, from the device's pool: all indexes use the same in turn.
+struct Scratch {
+  cudaStream_t stream;
+  float* data = nullptr;
+
+  Scratch(size_t bytes, cudaStream_t on) : stream(on) {
+    if (bytes == 0) return;
+    check(cudaMallocAsync(reinterpret_cast<void**>(&data), bytes, stream),
+          ("scratch of " + std::to_string(bytes) + " bytes").c_str());
+  }
+  ~Scratch() {
+    if (data != nullptr) cudaFreeAsync(data, stream);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
 
 // Clustering works through this many segments at a time, so that its scratch memory stays small.
 constexpr int32_t kSegmentsAtOnce = 64;
@@ -272,15 +286,7 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
   for (const Due& due : all_due)
     bytes = std::max(bytes,
                      bytes_of(due) * static_cast<size_t>(impl.shape.num_kv_heads) * static_cast<size_t>(due.at_once()));
-  if (impl.scratch_bytes < bytes) {
-    check(cudaStreamSynchronize(stream), "build");
-    cudaFree(impl.scratch);
-    impl.scratch = nullptr;
-    impl.scratch_bytes = 0;
-    check(cudaMalloc(reinterpret_cast<void**>(&impl.scratch), bytes),
-          ("scratch of " + std::to_string(bytes) + " bytes").c_str());
-    impl.scratch_bytes = bytes;
-  }
+  const Scratch scratch(bytes, stream);
   ClusterParams params;
   params.index = impl.view;
   params.batch = batch;
@@ -288,7 +294,7 @@ void LayerIndex::build(int32_t sequence, const DecodeBatch& batch, int32_t kv_le
   params.iterations = impl.options.iterations;
   params.seed = impl.options.seed;
   params.full_segments = now.full_segments;
-  params.scratch = impl.scratch;
+  params.scratch = scratch.data;
   for (const Due& due : all_due) {
     params.provisional = due.provisional;
     params.num_clusters = clusters_of(impl.options, due.provisional);

@@ -18,8 +18,6 @@ struct LayerIndex::Impl {
   std::byte* memory = nullptr;           // all of the view's arrays
   size_t bytes = 0;
   int32_t* first_changed = nullptr;  // what verify() found
-  float* scratch = nullptr;          // for clustering
-  size_t scratch_bytes = 0;
 
   ~Impl();
 };

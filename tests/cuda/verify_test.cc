@@ -61,9 +61,9 @@ TEST(VisibleRows, AreCountedAndListed) {
 }
 
 TEST(VisibleRows, OtherValuesAreToldOf) {
-  for (const uint16_t bias : {0xC000, 0x0001, 0x7E00}) {  // -2, the least number, NaN
+  for (const unsigned bias : {0xC000u, 0x0001u, 0x7E00u}) {  // -2, the least number, NaN
     std::vector<uint16_t> biased = mask_of(0, 100);
-    biased[50] = bias;
+    biased[50] = static_cast<uint16_t>(bias);
     const Device<uint16_t> device(biased);
     const Device<cuda::VisibleRows> rows(1);
     cuda::visible_rows(device.get(), int64_t{2} * kCells, kCells, 1, rows.get(), nullptr, nullptr);

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "gpu_hook.h"
+#include "shared.h"
 
 namespace tactic::plugin {
 namespace {
@@ -220,12 +221,14 @@ struct FakeGpu {
 /// Fills the outputs that it takes with sevens.
 struct Sevens : GpuAttention {
   static inline std::vector<size_t> takes;
+  static inline size_t nodes = 0;
   static inline Way next = Way::kCut;
   static inline bool fails = false, ended = false, alive = false, records = true;
 
   Sevens() { alive = true; }
   ~Sevens() override { alive = false; }
-  std::vector<size_t> begin(const GpuGraph&, const std::shared_ptr<const PluginOptions>&) override {
+  std::vector<size_t> begin(const GpuGraph& graph, const std::shared_ptr<const PluginOptions>&) override {
+    nodes = graph.decode.size();
     ended = false;
     return takes;
   }
@@ -295,6 +298,26 @@ TEST_F(Hook, HasTheBackendComputeWhatFails) {
   compute(model, {0, 1}, true);
   EXPECT_THAT(FakeGpu::given, ElementsAre("ww", "ours", "asww", "ours", "as"));
   EXPECT_EQ(output(model, 0), 0);
+}
+
+TEST_F(Hook, LooksAtAGraphAgainUnlessItIsTheSame) {
+  Model one({}, 1), two({}, 2);
+  one.graph()->uid = 1000001;
+  two.graph()->uid = 1000002;
+  for (int i = 0; i < 2; ++i) {
+    compute(one, {});
+    EXPECT_EQ(Sevens::nodes, 1u);
+  }
+  compute(two, {});
+  EXPECT_EQ(Sevens::nodes, 2u);
+  shared().set_options(parse_options("select=off"));
+  compute(two, {});
+  EXPECT_EQ(Sevens::nodes, 0u) << "under other options";
+  shared().set_options({});
+  one.graph()->uid = two.graph()->uid = 0;
+  compute(two, {});
+  compute(one, {});
+  EXPECT_EQ(Sevens::nodes, 1u) << "a number that says nothing";
 }
 
 TEST_F(Hook, RecordsAGraphWholeAndReplaysIt) {

@@ -102,6 +102,7 @@ TEST_F(RewriteScenarios, RemovedCellsAreNotRead) {
 }
 
 TEST_F(RewriteScenarios, ContextShift) {
+  TACTIC_SKIP_ON_GPU("tokens that fill a gap between others are left to llama.cpp");
   constexpr llama_pos kLong = 768, kShift = 256;
   const auto text = tokens_of(records(4, 0, 60), kLong);
   const auto rest = tokens_of(recall(4, 35) + recall(4, 40) + recall(4, 44));
@@ -115,7 +116,7 @@ TEST_F(RewriteScenarios, ContextShift) {
     s.decode(rest, kLong - kShift + 2);
   };
   const Outcome exact = run(kExact, {}, play);
-  expect_close("context shift", exact, run(kSparse, {}, play), on_gpu() ? kNormal : Bound{.mean = 0.004, .max = 0.04});
+  expect_close("context shift", exact, run(kSparse, {}, play), {.mean = 0.004, .max = 0.04});
   // Sampling hardly shows that the safeguard is missing: its weights make good for estimates of rows that are elsewhere
   // by now. A fixed number of the best clusters does.
   const std::string topk = kIndexOptions + ",select=topk,budget=96";
