@@ -59,7 +59,11 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph* graph) {
 
 const char* device_name(ggml_backend_dev_t) { return "TACTIC"; }
 const char* device_description(ggml_backend_dev_t) {
+#ifdef TACTIC_PLUGIN_CUDA
+  return "Tactic sparse decode attention on the CPU and CUDA devices, on without --device";
+#else
   return "Tactic sparse decode attention on the CPU, on without --device";
+#endif
 }
 void device_memory(ggml_backend_dev_t, size_t* free, size_t* total) { *free = *total = 0; }
 enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }

@@ -50,27 +50,19 @@ cuda::DeviceRows device_rows(const RowsView& rows) {
 
 class CudaAttention final : public GpuAttention {
  public:
-  CudaAttention(ggml_backend_t backend, int device) : backend_(backend), device_(device) {
-    check(cudaSetDevice(device_), "CUDA device");
-    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
-    int khz = 0, bits = 0;
-    check(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device_), "device facts");
-    check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device_), "device facts");
-    break_even_bytes_ = 2e3 * khz * bits / 8 * kDenseRate * kBreakEvenSeconds;
-    ggml_backend_dev_t dev = ggml_backend_get_device(backend);
-    given_ = ggml_backend_event_new(dev);
-    done_ = ggml_backend_event_new(dev);
-    if (given_ == nullptr || done_ == nullptr) {
-      release();
-      throw Error("its backend was built without events (GGML_CUDA_NO_PEER_COPY)");
-    }
-  }
+  /// The device must be the current one.
+  CudaAttention(ggml_backend_t backend, int device) : backend_(backend), device_(device) {}
+  /// Throws Error when the device cannot be served.
+  void open();
   ~CudaAttention() override {
     cudaSetDevice(device_);
     cudaStreamSynchronize(stream_);
     layers_.clear();
     decoders_.clear();
-    release();
+    if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
+    if (given_ != nullptr) ggml_backend_event_free(given_);
+    if (done_ != nullptr) ggml_backend_event_free(done_);
+    if (stream_ != nullptr) cudaStreamDestroy(stream_);
   }
 
   std::vector<size_t> begin(const GpuGraph& graph, const std::shared_ptr<const PluginOptions>& options) override;
@@ -103,12 +95,6 @@ class CudaAttention final : public GpuAttention {
     bool operator==(const Recorded&) const = default;
   };
 
-  void release() {
-    if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
-    if (given_ != nullptr) ggml_backend_event_free(given_);
-    if (done_ != nullptr) ggml_backend_event_free(done_);
-    if (stream_ != nullptr) cudaStreamDestroy(stream_);
-  }
   cudaEvent_t event(ggml_backend_event_t e) const { return static_cast<cudaEvent_t>(e->context); }
   /// What is given to our stream from here on comes after what the backend was given; and the other way round.
   void after_backend() {
@@ -162,6 +148,22 @@ class CudaAttention final : public GpuAttention {
   Recorded last_, recorded_, refused_;
   cudaGraphExec_t executable_ = nullptr;  // of `recorded_`
 };
+
+void CudaAttention::open() {
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+  // Whether this build has code for the device, before any step depends on it.
+  cuda::visible_rows(records_.device, 16, 8, 1, visible_.device, nullptr, stream_);
+  check(cudaStreamSynchronize(stream_), "CUDA device");
+  int khz = 0, bits = 0;
+  check(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device_), "device facts");
+  check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device_), "device facts");
+  break_even_bytes_ = 2e3 * khz * bits / 8 * kDenseRate * kBreakEvenSeconds;
+  ggml_backend_dev_t device = ggml_backend_get_device(backend_);
+  given_ = ggml_backend_event_new(device);
+  done_ = ggml_backend_event_new(device);
+  if (given_ == nullptr || done_ == nullptr)
+    throw Error("its backend was built without events (GGML_CUDA_NO_PEER_COPY)");
+}
 
 // Masks and cells are inputs of the graph: nothing of it has to be computed before, and what the host waits for here is
 // what it has just uploaded.
@@ -462,7 +464,10 @@ std::unique_ptr<GpuAttention> make_cuda_attention(ggml_backend_t backend) {
     cudaGetLastError();
     throw Error(std::string("no CUDA device has the id ") + (props.device_id != nullptr ? props.device_id : "(none)"));
   }
-  return std::make_unique<CudaAttention>(backend, device);
+  check(cudaSetDevice(device), "CUDA device");
+  auto attention = std::make_unique<CudaAttention>(backend, device);
+  attention->open();
+  return attention;
 }
 
 }  // namespace tactic::plugin

@@ -161,14 +161,16 @@ void read_environment() {
 
 // Graphs are cut, for which their layout must be known, and that may be another in any version.
 void serve_gpus() {
-#ifdef TACTIC_PLUGIN_CUDA
   if (ggml_backend_reg_by_name("CUDA") == nullptr) return;
+#ifdef TACTIC_PLUGIN_CUDA
   if (std::strcmp(ggml_version(), TACTIC_GGML_VERSION) == 0) return hook_gpus("CUDA", make_cuda_attention);
   log_error(
       "built for ggml %s, this is %s: attention on GPUs is left to llama.cpp. Rebuild with TACTIC_LLAMA_DIR set to "
       "this "
       "llama.cpp's tree",
       TACTIC_GGML_VERSION, ggml_version());
+#else
+  log_warning("built without CUDA: attention on GPUs is left to llama.cpp");
 #endif
 }
 
