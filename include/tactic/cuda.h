@@ -77,6 +77,8 @@ struct DecodeBatch {
 struct VisibleRows {
   int32_t count;  // rows, a kv_len; -1: the mask holds other values than 0 and minus infinity, which no step takes
   int32_t end;    // one more than the last of them; equal to `count` where they are the first ones
+  uint32_t rows;  // a sum over hashes of the rows' numbers: other rows have another, as good as always
+  uint32_t rows_before;  // the same without the last row
 };
 
 /// `masks`: device, f16 [count] of n_kv elements, a multiple of 8, `stride_bytes` apart; addresses and stride are

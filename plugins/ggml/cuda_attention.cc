@@ -3,14 +3,13 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <map>
 #include <string>
 #include <tuple>
 #include <unordered_map>
-#include <utility>
 
 #include "cuda_memory.h"
+#include "cuda_recording.h"
 #include "log.h"
 #include "shared.h"
 #include "tactic/cuda.h"
@@ -57,9 +56,13 @@ class CudaAttention final : public GpuAttention {
   ~CudaAttention() override {
     cudaSetDevice(device_);
     cudaStreamSynchronize(stream_);
+    try {
+      take_records();
+    } catch (const std::exception& error) {
+      log_error("%s", error.what());
+    }
     layers_.clear();
     decoders_.clear();
-    if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
     if (given_ != nullptr) ggml_backend_event_free(given_);
     if (done_ != nullptr) ggml_backend_event_free(done_);
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
@@ -85,14 +88,6 @@ class CudaAttention final : public GpuAttention {
     cuda::DecodeBatch shape;
     int32_t streams, layer;
     size_t record;
-  };
-
-  /// What a recording is of.
-  struct Recorded {
-    uint64_t graph = 0, setup = 0;
-    std::vector<size_t> taken;
-    std::vector<bool> paged;  // of each stream of each node: read through its table
-    bool operator==(const Recorded&) const = default;
   };
 
   cudaEvent_t event(ggml_backend_event_t e) const { return static_cast<cudaEvent_t>(e->context); }
@@ -121,10 +116,14 @@ class CudaAttention final : public GpuAttention {
     return options_->own_lengths || options_->decode.select == Select::kDense ||
            row * static_cast<double>(k->ne[1] * k->ne[2]) >= break_even_bytes_;
   }
+  std::vector<size_t> take(const GpuGraph& graph, const std::shared_ptr<const PluginOptions>& options);
+  void use(const std::shared_ptr<const PluginOptions>& options);
+  void refuse(const GpuGraph::Node& node, Layer& layer, const char* why);
   void read_inputs(const GpuGraph& graph);
   void take_records();
   Layer& layer_of(const GpuGraph::Node& node);
   bool prepare(const GpuGraph::Node& node, const Place& place, Layer& layer);
+  void run(const GpuGraph::Node& node);
   cuda::DecodeBatch batch_of(const GpuGraph::Node& node, const Place& place, int64_t stream) const;
   cuda::Decode& decoder_of(const GpuGraph::Node& node);
 
@@ -144,9 +143,9 @@ class CudaAttention final : public GpuAttention {
   std::unordered_map<int, Place> places_;  // by the node's place in the graph
   size_t num_records_ = 0;
   std::vector<Pending> pending_;
+  std::string told_;    // why a layer was refused
   uint64_t setup_ = 0;  // counts changes of the objects that steps are made of
-  Recorded last_, recorded_, refused_;
-  cudaGraphExec_t executable_ = nullptr;  // of `recorded_`
+  CudaRecording recording_;
 };
 
 void CudaAttention::open() {
@@ -157,7 +156,8 @@ void CudaAttention::open() {
   int khz = 0, bits = 0;
   check(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device_), "device facts");
   check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device_), "device facts");
-  break_even_bytes_ = 2e3 * khz * bits / 8 * kDenseRate * kBreakEvenSeconds;
+  const double rate = khz > 0 && bits > 0 ? 2e3 * khz * bits / 8 : 1e12;  // some devices do not say
+  break_even_bytes_ = rate * kDenseRate * kBreakEvenSeconds;
   ggml_backend_dev_t device = ggml_backend_get_device(backend_);
   given_ = ggml_backend_event_new(device);
   done_ = ggml_backend_event_new(device);
@@ -181,8 +181,10 @@ void CudaAttention::read_inputs(const GpuGraph& graph) {
     const auto [cells_at, new_cells] = cells.try_emplace(node.cells->data, num_cells);
     num_masks += new_mask ? streams : 0;
     num_cells += new_cells ? streams : 0;
-    if (num_masks > kMaxMasks || num_cells > kMaxMasks || num_records_ + streams * heads > kMaxRecords)
-      throw Error("a graph has more streams than the " + std::to_string(kMaxMasks) + " that are served");
+    if (num_masks > kMaxMasks || num_cells > kMaxMasks || num_records_ + streams * heads > kMaxRecords) {
+      throw Error("a graph must have at most " + std::to_string(kMaxMasks) + " masks and " +
+                  std::to_string(kMaxRecords) + " KV heads, counted for every stream");
+    }
     DeviceTable& table = tables_[mask_at->second];
     if (new_mask) {
       if (table.reserve(streams * static_cast<size_t>(node.cache.cells + 255))) ++setup_;  // of any length to come
@@ -205,15 +207,28 @@ void CudaAttention::read_inputs(const GpuGraph& graph) {
 }
 
 std::vector<size_t> CudaAttention::begin(const GpuGraph& graph, const std::shared_ptr<const PluginOptions>& options) {
-  check(cudaSetDevice(device_), "CUDA device");
-  if (options_ != options) {
-    flush();
-    if (options_ != nullptr && !(options_->index == options->index)) layers_.clear();
-    decoders_.clear();
-    ++setup_;
-    doubt_all();
-    options_ = options;
+  try {
+    return take(graph, options);
+  } catch (...) {
+    doubt_all();  // the graph is computed, whatever it writes
+    throw;
   }
+}
+
+void CudaAttention::use(const std::shared_ptr<const PluginOptions>& options) {
+  if (options_ == options) return;
+  flush();
+  if (options_ != nullptr && !(options_->index == options->index)) layers_.clear();
+  for (auto& [memory, layer] : layers_) layer.refused = false;
+  decoders_.clear();
+  ++setup_;
+  doubt_all();
+  options_ = options;
+}
+
+std::vector<size_t> CudaAttention::take(const GpuGraph& graph, const std::shared_ptr<const PluginOptions>& options) {
+  check(cudaSetDevice(device_), "CUDA device");
+  use(options);
   for (auto at = layers_.begin(); at != layers_.end(); ++at) {
     if (graph.rewritten.contains(at->second.cache.k_cache) || graph.rewritten.contains(at->second.cache.v_cache))
       doubt(at);
@@ -233,9 +248,7 @@ std::vector<size_t> CudaAttention::begin(const GpuGraph& graph, const std::share
       if (pays(node) && prepare(node, places_.at(node.at), layer)) taken.push_back(i);
       else doubt(layers_.find(node.cache.k_cache));
     } catch (const std::exception& error) {
-      log_error("%s: layer %d is left to llama.cpp: %s", ggml_backend_name(backend_), node.layer, error.what());
-      layer.refused = true;
-      layer.streams.clear();
+      refuse(node, layer, error.what());
     }
   }
   if (!taken.empty()) {
@@ -248,9 +261,17 @@ std::vector<size_t> CudaAttention::begin(const GpuGraph& graph, const std::share
   return taken;
 }
 
+// Until the options or the cache are others. One cause may be met by every layer: it is told once.
+void CudaAttention::refuse(const GpuGraph::Node& node, Layer& layer, const char* why) {
+  if (why != told_) log_error("%s: layer %d is left to llama.cpp: %s", ggml_backend_name(backend_), node.layer, why);
+  told_ = why;
+  layer.refused = true;
+}
+
 Layer& CudaAttention::layer_of(const GpuGraph::Node& node) {
   Layer& layer = layers_[node.cache.k_cache];
-  if (layer.refused || (!layer.streams.empty() && layer.cache == node.cache)) return layer;
+  if (!layer.streams.empty() && layer.cache == node.cache) return layer;
+  layer.refused = false;
   layer.cache = node.cache;
   ++setup_;
   layer.streams.clear();
@@ -276,7 +297,9 @@ bool CudaAttention::prepare(const GpuGraph::Node& node, const Place& place, Laye
     Stream& stream = layer.streams[first + s];
     const int32_t kv_len = visible_.host[place.mask + s].count;
     const int32_t settled = kv_len - 1;  // rows that are there already
-    const GpuPassage::Step step = stream.passage.step(kv_len);
+    const cuda::VisibleRows visible = visible_.host[place.mask + s];
+    const GpuPassage::Step step = stream.passage.step(kv_len, visible.rows, visible.rows_before);
+    if (stream.passage.restless()) return false;
     tau_factors_.host[place.query + s] = stream.passage.tau_factor();
     if (options_->decode.select == Select::kDense) continue;
     if (stream.index == nullptr) {
@@ -338,6 +361,17 @@ cuda::Decode& CudaAttention::decoder_of(const GpuGraph::Node& node) {
 }
 
 void CudaAttention::attend(const GpuGraph::Node& node) {
+  try {
+    run(node);
+  } catch (const std::exception& error) {
+    std::erase_if(pending_, [&](const Pending& step) { return step.record == places_.at(node.at).record; });
+    before_backend();  // what was launched writes to the node's output
+    refuse(node, layers_.at(node.cache.k_cache), error.what());
+    throw;
+  }
+}
+
+void CudaAttention::run(const GpuGraph::Node& node) {
   const Place& place = places_.at(node.at);
   const size_t first = node.cache.first_stream(node.match);
   Layer& layer = layers_.at(node.cache.k_cache);
@@ -358,55 +392,43 @@ void CudaAttention::attend(const GpuGraph::Node& node) {
   before_backend();
 }
 
-// Which nodes are taken again and again, and into which memory, is the same for a graph that comes again: a recording
-// sees new lengths, rows and indexes, for these are in device memory.
 GpuAttention::Way CudaAttention::way(const GpuGraph& graph, const std::vector<size_t>& taken) {
   pending_.clear();
-  Recorded now{graph.uid, setup_, taken, {}};
+  CudaRecording::Key key{graph.uid, setup_, taken, {}};
   for (const size_t i : taken) {
     const GpuGraph::Node& node = graph.decode[i];
     const Place& place = places_.at(node.at);
     pending_.push_back(
         {batch_of(node, place, 0), static_cast<int32_t>(node.match.streams()), node.layer, place.record});
     for (int64_t s = 0; s < node.match.streams(); ++s)
-      now.paged.push_back(batch_of(node, place, s).page_tables != nullptr);
+      key.paged.push_back(batch_of(node, place, s).page_tables != nullptr);
   }
-  const bool again = now == std::exchange(last_, now);
-  if (graph.uid == 0 || graph.may_wait || std::getenv("GGML_CUDA_DISABLE_GRAPHS") != nullptr) return Way::kCut;
-  if (executable_ != nullptr && now == recorded_) return Way::kReplay;
-  return again && now != refused_ ? Way::kRecord : Way::kCut;
+  return recording_.way(key, graph.may_wait);
 }
 
 void CudaAttention::record() {
   after_backend();
-  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), "recording");
-  before_backend();  // from here on its stream is recorded too
+  recording_.begin(stream_);
+  try {
+    before_backend();  // from here on its stream is recorded too
+  } catch (const Error&) {
+    recording_.end(stream_, false);
+    throw;
+  }
 }
 
 bool CudaAttention::recorded(bool whole) {
-  cudaGraph_t graph = nullptr;
   try {
     after_backend();
   } catch (const Error&) {
     whole = false;
   }
-  whole = cudaStreamEndCapture(stream_, &graph) == cudaSuccess && whole;
-  cudaGraphExecUpdateResultInfo result;
-  if (whole && (executable_ == nullptr || cudaGraphExecUpdate(executable_, graph, &result) != cudaSuccess)) {
-    if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
-    whole = cudaGraphInstantiate(&executable_, graph, 0) == cudaSuccess;
-    if (!whole) executable_ = nullptr;
-  }
-  if (graph != nullptr) cudaGraphDestroy(graph);
-  cudaGetLastError();
-  recorded_ = whole ? last_ : Recorded{};
-  if (!whole) refused_ = last_;
-  return whole;
+  return recording_.end(stream_, whole);
 }
 
 void CudaAttention::replay() {
   after_backend();
-  check(cudaGraphLaunch(executable_, stream_), "replay");
+  recording_.launch(stream_);
   before_backend();
 }
 

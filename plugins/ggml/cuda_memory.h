@@ -26,7 +26,9 @@ struct Mirror {
 
   explicit Mirror(size_t count) {
     check(cudaMalloc(reinterpret_cast<void**>(&device), count * sizeof(T)), "device memory");
-    check(cudaHostAlloc(reinterpret_cast<void**>(&host), count * sizeof(T), cudaHostAllocDefault), "pinned memory");
+    if (cudaHostAlloc(reinterpret_cast<void**>(&host), count * sizeof(T), cudaHostAllocDefault) == cudaSuccess) return;
+    cudaFree(device);
+    check(cudaErrorMemoryAllocation, "pinned memory");
   }
   ~Mirror() {
     cudaFree(device);

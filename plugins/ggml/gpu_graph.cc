@@ -77,14 +77,17 @@ GpuGraph look_at(ggml_cgraph* graph, const PluginOptions& options) {
   return found;
 }
 
-GpuPassage::Step GpuPassage::step(int32_t kv_len) {
+GpuPassage::Step GpuPassage::step(int32_t kv_len, uint32_t rows, uint32_t rows_before) {
   const int32_t more = kv_len - kv_len_;
-  const Step step = more == 1 && !doubtful_                         ? Step::kGoesOn
-                    : kv_len_ > 0 && more > 0 && more <= kMaxLonger ? Step::kLonger
-                                                                    : Step::kBegins;
+  const bool other_rows = more == 1 && rows_before != rows_;
+  const Step step = kv_len_ == 0 || more < 1 || more > kMaxLonger || other_rows ? Step::kBegins
+                    : more == 1 && !doubtful_                                   ? Step::kGoesOn
+                                                                                : Step::kLonger;
   kv_len_ = kv_len;
+  rows_ = rows;
   doubtful_ = false;
   steps_ = step == Step::kBegins ? 1 : steps_ + 1;
+  begun_ = step == Step::kBegins ? begun_ + 1 : 0;
   return step;
 }
 

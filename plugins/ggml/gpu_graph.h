@@ -33,19 +33,24 @@ GpuGraph look_at(ggml_cgraph* graph, const PluginOptions& options);
 class GpuPassage {
  public:
   enum class Step {
-    kGoesOn,  // one row more than the step before, and nothing was written otherwise
+    kGoesOn,  // the rows of the step before and one more, and no graph has written others
     kLonger,  // some rows more: the ones that were there may have changed
     kBegins,  // another text, or this one taken back
   };
-  /// A step sees kv_len rows and writes the last of them.
-  Step step(int32_t kv_len);
-  /// Rows were written by other than the step that is under way.
+  /// A step sees kv_len rows and writes the last of them; `rows` and `rows_before` are the same for the same rows, with
+  /// and without that one.
+  Step step(int32_t kv_len, uint32_t rows, uint32_t rows_before);
+  /// Step after step begins anew (two texts in turn, a window that moves), so that no index is worth being made.
+  bool restless() const { return begun_ > kManyBegun; }
+  /// A graph has written rows that are not the step's under way.
   void doubt() { doubtful_ = true; }
   /// DecodeQuery::tau_factor of the step under way.
   float tau_factor() const;
 
  private:
-  int32_t kv_len_ = 0;
+  static constexpr int32_t kManyBegun = 8;
+  int32_t kv_len_ = 0, begun_ = 0;  // steps that began, one after the other
+  uint32_t rows_ = 0;
   uint64_t steps_ = 0;  // since the passage began
   bool doubtful_ = true;
 };

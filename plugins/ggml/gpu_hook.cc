@@ -3,6 +3,7 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <utility>
 
@@ -25,10 +26,13 @@ struct Hooked {
   std::shared_ptr<const PluginOptions> options;
   std::vector<std::unique_ptr<ggml_tensor>> marks;  // one for each part of a graph
   int32_t recordings = 0;
+  std::string told;  // why steps were left to the host
 };
 
 struct Hooks {
   std::mutex mutex;
+  std::mutex
+      recording;  // backends must not be freed meanwhile: ggml's own lock for that knows its own recordings alone
   std::unordered_map<ggml_backend_dev_t, Init> devices;  // with their own functions
   std::unordered_map<ggml_backend_t, std::unique_ptr<Hooked>> backends;
   MakeGpuAttention make = nullptr;
@@ -103,6 +107,7 @@ ggml_status compute_cut(Hooked& h, ggml_backend_t backend, ggml_cgraph* graph, c
 /// Whether the graph can be replayed. Nothing is computed.
 bool record(Hooked& h, ggml_backend_t backend, ggml_cgraph* graph, const GpuGraph& found,
             const std::vector<size_t>& taken) {
+  const std::lock_guard lock(hooks().recording);
   try {
     h.attention->record();
   } catch (const std::exception& error) {
@@ -136,15 +141,16 @@ ggml_status compute_hooked(ggml_backend_t backend, ggml_cgraph* graph) {
     h.options = std::move(options);
     taken = h.attention->begin(found, h.options);
   } catch (const std::exception& error) {
-    log_error("a step is left to llama.cpp: %s", error.what());
+    if (h.told != error.what()) log_error("steps are left to llama.cpp: %s", error.what());
+    h.told = error.what();
     taken.clear();
   }
   if (taken.empty()) return h.compute(backend, graph);
   ggml_status status = GGML_STATUS_SUCCESS;
-  const GpuAttention::Way way = h.attention->way(found, taken);
-  const bool replay = way == GpuAttention::Way::kReplay ||
-                      (way == GpuAttention::Way::kRecord && record(h, backend, graph, found, taken));
   try {
+    const GpuAttention::Way way = h.attention->way(found, taken);
+    const bool replay = way == GpuAttention::Way::kReplay ||
+                        (way == GpuAttention::Way::kRecord && record(h, backend, graph, found, taken));
     if (replay) h.attention->replay();
     else status = compute_cut(h, backend, graph, found, taken);
     h.attention->end();
@@ -164,6 +170,7 @@ void free_hooked(ggml_backend_t backend) {
     hooks().backends.erase(at);
   }
   h->attention.reset();
+  const std::lock_guard lock(hooks().recording);
   h->free(backend);
 }
 
@@ -177,7 +184,7 @@ ggml_backend_t init_hooked(ggml_backend_dev_t device, const char* params) {
   if (backend == nullptr) return nullptr;
   try {
     auto h = std::make_unique<Hooked>(
-        Hooked{backend->iface.graph_compute, backend->iface.free, hooks().make(backend), {}, {}, {}});
+        Hooked{backend->iface.graph_compute, backend->iface.free, hooks().make(backend), {}, {}, {}, 0, {}});
     const std::lock_guard lock(hooks().mutex);
     hooks().backends[backend] = std::move(h);
   } catch (const std::exception& error) {
@@ -206,7 +213,13 @@ void hook_gpus(const char* registry, MakeGpuAttention make) {
 
 void flush_gpus() {
   const std::lock_guard lock(hooks().mutex);
-  for (const auto& [backend, h] : hooks().backends) h->attention->flush();
+  for (const auto& [backend, h] : hooks().backends) {
+    try {
+      h->attention->flush();
+    } catch (const std::exception& error) {
+      log_error("%s: %s", ggml_backend_name(backend), error.what());
+    }
+  }
 }
 
 void gpu_memory(int64_t& index_bytes, int64_t& kv_bytes) {

@@ -159,15 +159,33 @@ void read_environment() {
   }
 }
 
-// Graphs are cut, for which their layout must be known, and that may be another in any version.
+#ifdef TACTIC_PLUGIN_CUDA
+// Graphs are cut, for which their layout must be known, and that is no part of ggml's interface.
+bool graphs_have_our_layout() {
+  ggml_context* context = ggml_init({ggml_tensor_overhead() * 4 + ggml_graph_overhead(), nullptr, true});
+  ggml_cgraph* graph = ggml_new_graph(context);
+  ggml_tensor* row = ggml_new_tensor_1d(context, GGML_TYPE_F32, 1);
+  ggml_build_forward_expand(graph, ggml_scale(context, ggml_scale(context, row, 2), 2));
+  const ggml_cgraph last = ggml_graph_view(graph, 1, 2);
+  const bool same = graph->n_nodes == 2 && graph->nodes == ggml_graph_nodes(graph) && graph->uid == 0 &&
+                    last.n_nodes == 1 && last.nodes == graph->nodes + 1 && last.use_counts == graph->use_counts;
+  ggml_free(context);
+  return same;
+}
+#endif
+
 void serve_gpus() {
   if (ggml_backend_reg_by_name("CUDA") == nullptr) return;
 #ifdef TACTIC_PLUGIN_CUDA
-  if (std::strcmp(ggml_version(), TACTIC_GGML_VERSION) == 0) return hook_gpus("CUDA", make_cuda_attention);
+  const char* optimized = std::getenv("GGML_CUDA_GRAPH_OPT");
+  if (optimized != nullptr && std::atoi(optimized) == 1)
+    return log_error(
+        "GGML_CUDA_GRAPH_OPT=1 computes branches side by side that end at attention: GPUs are left to llama.cpp");
+  if (std::strcmp(ggml_version(), TACTIC_GGML_VERSION) == 0 && graphs_have_our_layout())
+    return hook_gpus("CUDA", make_cuda_attention);
   log_error(
-      "built for ggml %s, this is %s: attention on GPUs is left to llama.cpp. Rebuild with TACTIC_LLAMA_DIR set to "
-      "this "
-      "llama.cpp's tree",
+      "built for ggml %s, this is %s with graphs of its own: attention on GPUs is left to llama.cpp. Rebuild with "
+      "TACTIC_LLAMA_DIR set to this llama.cpp's tree",
       TACTIC_GGML_VERSION, ggml_version());
 #else
   log_warning("built without CUDA: attention on GPUs is left to llama.cpp");

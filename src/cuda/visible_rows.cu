@@ -19,6 +19,12 @@ struct MaskParams {
   int32_t* tables;
 };
 
+__device__ uint32_t hash_of(int32_t cell) {
+  uint32_t h = static_cast<uint32_t>(cell) * 0x9E3779B1u + 0x7F4A7C15u;
+  h = (h ^ h >> 15) * 0x85EBCA77u;
+  return h ^ h >> 13;
+}
+
 // fn(cell, value) for cells [8 * begin, 8 * end).
 template <class Fn>
 __device__ void for_cells(const uint4* mask, int32_t begin, int32_t end, Fn fn) {
@@ -34,25 +40,30 @@ __global__ void __launch_bounds__(kMaskThreads) visible_rows_kernel(const MaskPa
   using Scan = cub::BlockScan<int32_t, kMaskThreads>;
   __shared__ typename Scan::TempStorage scan;
   __shared__ int32_t end, other;  // of the visible cells; whether a value says neither
-  if (threadIdx.x == 0) end = other = 0;
+  __shared__ uint32_t hash;
+  if (threadIdx.x == 0) end = other = 0, hash = 0;
   __syncthreads();
   const auto* mask = reinterpret_cast<const uint4*>(p.masks + blockIdx.x * p.stride);
   const int32_t eights = p.n_kv / 8, each = (eights + kMaskThreads - 1) / kMaskThreads;
   const int32_t my_begin = min(static_cast<int32_t>(threadIdx.x) * each, eights), my_end = min(my_begin + each, eights);
   int32_t count = 0, last = -1;
   bool neither = false;
+  uint32_t my_hash = 0;
   for_cells(mask, my_begin, my_end, [&](int32_t cell, uint32_t value) {
     if (value == 0xFC00u) return;
     ++count;
     last = cell;
+    my_hash += hash_of(cell);
     neither = neither || (value & 0x7FFFu) != 0;
   });
   if (last >= 0) atomicMax(&end, last + 1);
   if (neither) other = 1;
+  atomicAdd(&hash, my_hash);
   int32_t before, total;
   Scan(scan).ExclusiveSum(count, before, total);
   __syncthreads();
-  if (threadIdx.x == 0) p.rows[blockIdx.x] = {other != 0 ? -1 : total, end};
+  if (threadIdx.x == 0)
+    p.rows[blockIdx.x] = {other != 0 ? -1 : total, end, hash, hash - (total > 0 ? hash_of(end - 1) : 0)};
   if (p.tables == nullptr || total == end) return;
   int32_t* table = p.tables + int64_t{blockIdx.x} * p.n_kv + before;
   for_cells(mask, my_begin, my_end, [&](int32_t cell, uint32_t value) {

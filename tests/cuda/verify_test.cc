@@ -60,6 +60,27 @@ TEST(VisibleRows, AreCountedAndListed) {
   }
 }
 
+TEST(VisibleRows, AreKnownAgain) {
+  std::vector<uint16_t> masks;
+  const auto add = [&](const std::vector<uint16_t>& values) {
+    masks.insert(masks.end(), values.begin(), values.end());
+  };
+  std::vector<uint16_t> branch = mask_of(0, 5000);  // beside the first mask's last row
+  branch[5000] = kShown;
+  branch[4999] = kHiddenValue;
+  for (const auto& values : {mask_of(0, 5000), mask_of(0, 5001), branch, mask_of(0, 0)}) add(values);
+  const Device<uint16_t> device(masks);
+  const Device<cuda::VisibleRows> rows(4);
+  cuda::visible_rows(device.get(), int64_t{2} * kCells, kCells, 4, rows.get(), nullptr, nullptr);
+  const std::vector<cuda::VisibleRows> got = rows.values();
+  EXPECT_EQ(got[1].rows_before, got[0].rows);
+  EXPECT_NE(got[1].rows, got[0].rows);
+  EXPECT_EQ(got[2].count, got[0].count);
+  EXPECT_NE(got[2].rows, got[0].rows);
+  EXPECT_EQ(got[2].rows_before, got[0].rows_before);
+  EXPECT_EQ(got[3].rows, got[3].rows_before);
+}
+
 TEST(VisibleRows, OtherValuesAreToldOf) {
   for (const unsigned bias : {0xC000u, 0x0001u, 0x7E00u}) {  // -2, the least number, NaN
     std::vector<uint16_t> biased = mask_of(0, 100);

@@ -147,30 +147,53 @@ TEST(GpuGraph, SeesACacheChangedInPlace) {
   EXPECT_THAT(model.look().rewritten, ElementsAre(model.k[0]->data));
 }
 
+// Steps over the first rows: those are told by how many they are.
+Step step(GpuPassage& passage, int32_t kv_len) {
+  return passage.step(kv_len, static_cast<uint32_t>(kv_len), static_cast<uint32_t>(kv_len - 1));
+}
+
 TEST(GpuPassage, GoesOnRowByRow) {
   GpuPassage passage;
-  EXPECT_EQ(passage.step(5000), Step::kBegins);
+  EXPECT_EQ(step(passage, 5000), Step::kBegins);
   EXPECT_EQ(passage.tau_factor(), 4);
-  EXPECT_EQ(passage.step(5001), Step::kGoesOn);
-  EXPECT_EQ(passage.step(5002), Step::kGoesOn);
+  EXPECT_EQ(step(passage, 5001), Step::kGoesOn);
+  EXPECT_EQ(step(passage, 5002), Step::kGoesOn);
   EXPECT_LT(passage.tau_factor(), 1.4f);
 }
 
 TEST(GpuPassage, BeginsWhereRowsWereTakenBack) {
   GpuPassage passage;
-  passage.step(5000);
-  EXPECT_EQ(passage.step(5000), Step::kBegins) << "the newest row was written anew";
-  EXPECT_EQ(passage.step(4000), Step::kBegins);
-  EXPECT_EQ(passage.step(4065), Step::kBegins) << "as many rows as a prompt has";
+  step(passage, 5000);
+  EXPECT_EQ(step(passage, 5000), Step::kBegins) << "the newest row was written anew";
+  EXPECT_EQ(step(passage, 4000), Step::kBegins);
+  EXPECT_EQ(step(passage, 4065), Step::kBegins) << "as many rows as a prompt has";
+}
+
+TEST(GpuPassage, BeginsWhereOtherRowsAreSeen) {
+  GpuPassage passage;
+  passage.step(5000, 111, 110);
+  EXPECT_EQ(passage.step(5001, 222, 221), Step::kBegins) << "another sequence of the cache, longer by one";
+  EXPECT_EQ(passage.step(5002, 223, 222), Step::kGoesOn);
 }
 
 TEST(GpuPassage, MayHaveChangedWhereRowsWereWrittenOtherwise) {
   GpuPassage passage;
-  passage.step(5000);
+  step(passage, 5000);
   passage.doubt();
-  EXPECT_EQ(passage.step(5001), Step::kLonger);
-  EXPECT_EQ(passage.step(5002), Step::kGoesOn) << "doubt is of one step";
-  EXPECT_EQ(passage.step(5006), Step::kLonger) << "several rows at once";
+  EXPECT_EQ(step(passage, 5001), Step::kLonger);
+  EXPECT_EQ(step(passage, 5002), Step::kGoesOn) << "doubt is of one step";
+  EXPECT_EQ(step(passage, 5006), Step::kLonger) << "several rows at once";
+}
+
+TEST(GpuPassage, IsRestlessWhereStepsBeginAgainAndAgain) {
+  GpuPassage passage;
+  for (int i = 0; i < 8; ++i) step(passage, 4096);  // a window
+  EXPECT_FALSE(passage.restless());
+  step(passage, 4096);
+  EXPECT_TRUE(passage.restless());
+  passage.doubt();  // such steps are left to the host
+  EXPECT_EQ(step(passage, 4097), Step::kLonger);
+  EXPECT_FALSE(passage.restless());
 }
 
 // The device: computes on the CPU and remembers what it was given.

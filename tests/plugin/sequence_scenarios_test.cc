@@ -70,6 +70,22 @@ TEST_F(SequenceScenarios, DifferentTextsInOneCache) {
                    .faults = {"fault=mask"}});
 }
 
+// Two texts of one length, a token of each in turn and then one alone: what is known of the one is not the other's.
+TEST_F(SequenceScenarios, TurnsInOneCache) {
+  expect_scenario({.name = "turns in one cache",
+                   .options = {.cells = 1280, .num_seqs = 2, .unified = true},
+                   .play = [&](Session& s) {
+                     s.prefill(tokens_of(records(13, 0, 40), 400), 0, 0);
+                     s.prefill(tokens_of(words(131, 500), 400), 0, 1);
+                     const auto left = question(13, 7), right = question(131, 8);
+                     for (size_t i = 0; i < 4; ++i) {
+                       s.decode(std::span(left).subspan(i, 1), 400 + static_cast<llama_pos>(i), 0);
+                       s.decode(std::span(right).subspan(i, 1), 400 + static_cast<llama_pos>(i), 1);
+                     }
+                     s.decode(std::span(left).subspan(4), 404, 0);
+                   }});
+}
+
 // A short answer in the first slot, a long one in the second: what the long one's index holds must stay.
 TEST_F(SequenceScenarios, AShortNeighborTakesNoRowsOut) {
   TACTIC_SKIP_ON_GPU("rows of several sequences in one node are left to llama.cpp");
