@@ -295,13 +295,12 @@ bool CudaAttention::prepare(const GpuGraph::Node& node, const Place& place, Laye
   decoder_of(node);
   for (size_t s = 0; s < streams; ++s) {
     Stream& stream = layer.streams[first + s];
-    const int32_t kv_len = visible_.host[place.mask + s].count;
-    const int32_t settled = kv_len - 1;  // rows that are there already
     const cuda::VisibleRows visible = visible_.host[place.mask + s];
-    const GpuPassage::Step step = stream.passage.step(kv_len, visible.rows, visible.rows_before);
-    if (stream.passage.restless()) return false;
+    const int32_t settled = visible.count - 1;  // rows that are there already
+    const GpuPassage::Step step = stream.passage.step(visible.count, visible.rows, visible.rows_before);
     tau_factors_.host[place.query + s] = stream.passage.tau_factor();
-    if (options_->decode.select == Select::kDense) continue;
+    if (options_->decode.select == Select::kDense) continue;  // no index to keep
+    if (stream.passage.restless()) return false;
     if (stream.index == nullptr) {
       ++setup_;
       stream.index = std::make_unique<cuda::LayerIndex>(
@@ -318,7 +317,7 @@ bool CudaAttention::prepare(const GpuGraph::Node& node, const Place& place, Laye
     if (step == GpuPassage::Step::kBegins || changed) index.forget_learned(0, stream_);
     index.truncate(0, settled, stream_);
     const int32_t behind = settled - index.rows_indexed(0);
-    const bool turn = (kv_len + node.layer) % kBuildEvery == 0;
+    const bool turn = (visible.count + node.layer) % kBuildEvery == 0;
     if (turn || behind > 4 * index.options().provisional_tokens) index.build(0, batch, settled, stream_);
   }
   return true;

@@ -31,8 +31,8 @@ struct Hooked {
 
 struct Hooks {
   std::mutex mutex;
-  std::mutex
-      recording;  // backends must not be freed meanwhile: ggml's own lock for that knows its own recordings alone
+  // No backend may be freed while one records: ggml's own lock for that knows its own recordings alone.
+  std::mutex recording;
   std::unordered_map<ggml_backend_dev_t, Init> devices;  // with their own functions
   std::unordered_map<ggml_backend_t, std::unique_ptr<Hooked>> backends;
   MakeGpuAttention make = nullptr;
