@@ -207,12 +207,7 @@ bool StreamIndex::begin_step(const std::vector<uint64_t>& visible, int64_t num_v
   return true;
 }
 
-// The first tokens of an answer decide how it goes on, and nothing is known yet of how the heads read: four times tau
-// at the first step, 1.2 times at the fourth (docs/method.md, first steps).
-float StreamIndex::tau_factor() const {
-  const auto n = static_cast<float>(std::max<uint64_t>(passages.current().steps_since_prompt, 1));
-  return 1 + 3 / (n * n);
-}
+float StreamIndex::tau_factor() const { return first_steps_factor(passages.current().steps_since_prompt); }
 
 void CacheWatch::before_step(CacheLayer& layer, size_t stream, const std::vector<uint64_t>& visible, bool first,
                              const Faults& faults) {
@@ -248,12 +243,9 @@ void CacheWatch::memory(int64_t& index_bytes, int64_t& kv_bytes) {
   index_bytes = kv_bytes = 0;
   const std::lock_guard lock(mutex_);
   for (const auto& [key, layer] : layers_) {
-    const KvView& kv = layer->view;
-    const auto row = static_cast<int64_t>(row_bytes(kv.k.dtype, kv.head_dim) + row_bytes(kv.v.dtype, kv.v_head_dim)) *
-                     kv.num_kv_heads;
     for (const auto& stream : layer->streams) {
       index_bytes += static_cast<int64_t>(stream->index.memory_bytes());
-      kv_bytes += stream->index.rows_written() * row;
+      kv_bytes += stream->index.rows_written() * layer->row_bytes();
     }
   }
 }

@@ -22,8 +22,8 @@ namespace {
 constexpr size_t kMaxMasks = 256;        // of a graph, counted for every stream
 constexpr size_t kMaxRecords = 1 << 16;  // of a graph: KV heads of all nodes and streams
 // From where on a selection pays: in a model, where the weights of a layer drive kernels and indexes out of the caches,
-// one takes 30 to 45 us whatever the length, and llama.cpp's attention reads at three fifths of the memory's rate (an
-// H100, docs/kernels/cuda-decode.md).
+// one takes 30 to 60 us, hardly longer with more rows, and llama.cpp's attention reads at three fifths of the memory's
+// rate (an H100, docs/kernels/cuda-decode.md).
 constexpr double kBreakEvenSeconds = 45e-6, kDenseRate = 0.6;
 constexpr int32_t kBuildEvery = 16;  // steps; layers take turns
 
@@ -111,10 +111,8 @@ class CudaAttention final : public GpuAttention {
   }
   /// Whether a node is worth being taken: whoever asks for exact attention, or names a length, gets it from there on.
   bool pays(const GpuGraph::Node& node) const {
-    const ggml_tensor *k = node.match.k, *v = node.match.v;
-    const auto row = static_cast<double>(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]));
     return options_->own_lengths || options_->decode.select == Select::kDense ||
-           row * static_cast<double>(k->ne[1] * k->ne[2]) >= break_even_bytes_;
+           static_cast<double>(node.match.k->ne[1] * node.cache.row_bytes()) >= break_even_bytes_;
   }
   std::vector<size_t> take(const GpuGraph& graph, const std::shared_ptr<const PluginOptions>& options);
   void use(const std::shared_ptr<const PluginOptions>& options);
@@ -124,6 +122,11 @@ class CudaAttention final : public GpuAttention {
   Layer& layer_of(const GpuGraph::Node& node);
   bool prepare(const GpuGraph::Node& node, const Place& place, Layer& layer);
   void run(const GpuGraph::Node& node);
+  /// Whether the rows that a stream shows are not its first ones.
+  bool paged(const Place& place, int64_t stream) const {
+    const cuda::VisibleRows& visible = visible_.host[place.mask + static_cast<size_t>(stream)];
+    return visible.count != visible.end;
+  }
   cuda::DecodeBatch batch_of(const GpuGraph::Node& node, const Place& place, int64_t stream) const;
   cuda::Decode& decoder_of(const GpuGraph::Node& node);
 
@@ -335,8 +338,7 @@ cuda::DecodeBatch CudaAttention::batch_of(const GpuGraph::Node& node, const Plac
   batch.v = device_rows(view.v);
   batch.q_dtype = DType::kF32;
   batch.layer = node.layer;
-  const cuda::VisibleRows visible = visible_.host[place.mask + static_cast<size_t>(stream)];
-  if (visible.count == visible.end) return batch;
+  if (!paged(place, stream)) return batch;
   for (cuda::DeviceRows* rows : {&batch.k, &batch.v}) {
     rows->page_tokens = 1;
     rows->page_stride_bytes = rows->token_stride_bytes;
@@ -399,8 +401,7 @@ GpuAttention::Way CudaAttention::way(const GpuGraph& graph, const std::vector<si
     const Place& place = places_.at(node.at);
     pending_.push_back(
         {batch_of(node, place, 0), static_cast<int32_t>(node.match.streams()), node.layer, place.record});
-    for (int64_t s = 0; s < node.match.streams(); ++s)
-      key.paged.push_back(batch_of(node, place, s).page_tables != nullptr);
+    for (int64_t s = 0; s < node.match.streams(); ++s) key.paged.push_back(paged(place, s));
   }
   return recording_.way(key, graph.may_wait);
 }
@@ -464,13 +465,10 @@ void CudaAttention::flush() {
 
 void CudaAttention::memory(int64_t& index_bytes, int64_t& kv_bytes) const {
   for (const auto& [memory, layer] : layers_) {
-    const KvView& kv = layer.cache.view;
-    const auto row = static_cast<int64_t>(row_bytes(kv.k.dtype, kv.head_dim) + row_bytes(kv.v.dtype, kv.v_head_dim)) *
-                     kv.num_kv_heads;
     for (const Stream& stream : layer.streams) {
       if (stream.index == nullptr) continue;
       index_bytes += static_cast<int64_t>(stream.index->memory_bytes());
-      kv_bytes += layer.cache.cells * row;  // the index has room for all of them
+      kv_bytes += layer.cache.cells * layer.cache.row_bytes();  // the index has room for all of them
     }
   }
 }

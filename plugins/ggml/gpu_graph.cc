@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "passages.h"
+
 namespace tactic::plugin {
 
 namespace {
@@ -91,10 +93,6 @@ GpuPassage::Step GpuPassage::step(int32_t kv_len, uint32_t rows, uint32_t rows_b
   return step;
 }
 
-// As on the CPU (StreamIndex::tau_factor).
-float GpuPassage::tau_factor() const {
-  const auto n = static_cast<float>(std::max<uint64_t>(steps_, 1));
-  return 1 + 3 / (n * n);
-}
+float GpuPassage::tau_factor() const { return first_steps_factor(steps_); }
 
 }  // namespace tactic::plugin

@@ -70,6 +70,12 @@ size_t CacheGeometry::first_stream(const AttentionMatch& match) const {
   return static_cast<size_t>(k_stream_bytes > 0 ? offset / k_stream_bytes : 0);
 }
 
+int64_t CacheGeometry::row_bytes() const {
+  return static_cast<int64_t>(tactic::row_bytes(view.k.dtype, view.head_dim) +
+                              tactic::row_bytes(view.v.dtype, view.v_head_dim)) *
+         view.num_kv_heads;
+}
+
 bool CacheGeometry::operator==(const CacheGeometry& other) const {
   const auto same = [](const RowsView& a, const RowsView& b) {
     return a.data == b.data && a.dtype == b.dtype && a.token_stride_bytes == b.token_stride_bytes &&

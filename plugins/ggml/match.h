@@ -40,6 +40,8 @@ struct CacheGeometry {
   KvView stream_view(size_t stream) const;
   /// The stream that the first of the node's is.
   size_t first_stream(const AttentionMatch& match) const;
+  /// Of K and V of one cell, all heads.
+  int64_t row_bytes() const;
   bool operator==(const CacheGeometry& other) const;
 };
 /// nullopt: K and V are no views of a cache that can be watched.

@@ -79,4 +79,9 @@ bool Passages::go_on(const std::vector<uint64_t>& visible, int64_t num_visible, 
   return begins;
 }
 
+float first_steps_factor(uint64_t n) {
+  const auto steps = static_cast<float>(std::max<uint64_t>(n, 1));
+  return 1 + 3 / (steps * steps);
+}
+
 }  // namespace tactic::plugin

@@ -21,6 +21,11 @@ struct Passage {
   bool overwritten = false;         // a visible cell was written since the last step
 };
 
+/// DecodeQuery::tau_factor of the n-th step since a prompt, from 1 on. The first tokens of an answer decide how it goes
+/// on, and nothing is known yet of how the heads read: four times tau at the first step, 1.2 times at the fourth
+/// (docs/method.md, first steps).
+float first_steps_factor(uint64_t n);
+
 /// Those of one stream.
 class Passages {
  public:
